@@ -1,0 +1,43 @@
+"""Fine-tune a 4-bit model and get a 4-bit model back, bit for bit: a tuner for PEFT that trains quantization scales.
+
+Importing this package registers the tuner type SGRQ with PEFT.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft_sgrq.config import SGRQConfig
+    from peft_sgrq.layer import SGRQLinear
+    from peft_sgrq.model import SGRQModel
+    from peft_sgrq.registration import register
+
+__version__ = "0.1.0"
+
+__all__ = ["SGRQConfig", "SGRQLinear", "SGRQModel", "register"]
+
+_HOMES = {"SGRQConfig": "config", "SGRQLinear": "layer", "SGRQModel": "model", "register": "registration"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _is_being_imported(name: str) -> bool:
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
+
+
+# While bitsandbytes is being imported it is its entry point that imports this package: `_autoload` decides then.
+_explicitly_imported = not _is_being_imported("bitsandbytes")
+if _explicitly_imported:
+    importlib.import_module(f"{__name__}.registration").register()

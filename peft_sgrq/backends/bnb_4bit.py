@@ -1,0 +1,158 @@
+"""bitsandbytes 4-bit layers: nf4 and fp4, any block size, with nested (double-quantized) scales or not.
+
+The codes are packed two to a byte over the flattened weight, one float32 `absmax` a block. Blocks must not straddle
+rows, so `in_features` has to be a multiple of the block size.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from peft_sgrq.backends.base import ScaleBackend
+
+
+class _Stored(NamedTuple):
+    absmax: torch.Tensor
+    offset: torch.Tensor | None
+    state2: Any
+    nested: bool
+    compress_statistics: bool
+
+
+class Bnb4bitBackend(ScaleBackend):
+    """`bitsandbytes.nn.Linear4bit`. Scales are float32; nested ones stay nested until a merge un-nests them exactly."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        state = self._state
+        if state is None:
+            raise ValueError(
+                "its weight is not quantized yet, expected a bitsandbytes quant_state; move the model to its device "
+                "first, bitsandbytes quantizes on the way"
+            )
+        self.out_features, self.in_features = (int(size) for size in state.shape)
+        if (self.out_features, self.in_features) != (module.out_features, module.in_features):
+            raise ValueError(
+                f"its weight was quantized with shape {tuple(state.shape)}, expected (out_features, in_features) = "
+                f"{(module.out_features, module.in_features)}; quantize it again from a weight of that orientation"
+            )
+        self.group_size = int(state.blocksize)
+        if self.in_features % self.group_size:
+            raise ValueError(
+                f"in_features={self.in_features} is not a multiple of its block size {self.group_size}, so blocks "
+                "straddle rows and have no column group; leave it out with `exclude_modules`, or quantize with a "
+                "block size that divides in_features"
+            )
+        self.name = f"bnb-{state.quant_type}-{self.group_size}"
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        # Without bitsandbytes imported no module can be one of its layers.
+        bnb = sys.modules.get("bitsandbytes.nn")
+        return bnb is not None and isinstance(module, bnb.Linear4bit)
+
+    @property
+    def _state(self) -> Any:
+        return getattr(self.module.weight, "quant_state", None)
+
+    @property
+    def _packed(self) -> torch.Tensor:
+        return self.module.weight.data.view(-1, 1)  # type: ignore[operator, union-attr, return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.weight.device  # type: ignore[return-value]
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def scales(self) -> torch.Tensor:
+        state = self._state
+        absmax = state.absmax
+        if state.nested:
+            second = state.state2
+            absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
+                absmax, second.absmax, second.code, second.blocksize, torch.float32
+            )
+            absmax = absmax + state.offset
+        return absmax.view(self.scales_shape)
+
+    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        rows, count = self.scales_shape
+        packed = self._packed.view(torch.uint8).view(rows, count, -1)  # (N, G, g / 2)
+        if groups is not None:
+            packed = packed.index_select(1, groups)  # (N, n, g / 2)
+            count = groups.shape[0]
+        ones = torch.ones(rows * count, dtype=torch.float32, device=packed.device)
+        shape = (rows, count * self.group_size)
+        return self._dequantize(packed.reshape(-1, 1), ones, shape, dtype)
+
+    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self._dequantize(self._packed, self.prepare(scales), (self.out_features, self.in_features), dtype)
+
+    def _dequantize(
+        self, packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
+    ) -> torch.Tensor:
+        return torch.ops.bitsandbytes.dequantize_4bit.default(
+            packed, absmax, self.group_size, self._state.quant_type, shape, dtype
+        )
+
+    def prepare(self, scales: torch.Tensor) -> torch.Tensor:
+        return scales.reshape(-1)  # (N * G,)
+
+    def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
+        bias = self.bias
+        return torch.ops.bitsandbytes.gemm_4bit.default(
+            x,
+            self._packed,
+            (self.out_features, self.in_features),
+            prepared,
+            self.group_size,
+            self._state.quant_type,
+            bias=None if bias is None else bias.to(x.dtype),
+        )
+
+    # bitsandbytes computes in `compute_dtype` and returns the dtype of the input.
+
+    def cast_input(self, x: torch.Tensor) -> torch.Tensor:
+        module: Any = self.module
+        if not module.compute_type_is_set:
+            module.set_compute_type(x)
+            module.compute_type_is_set = True
+        return x if module.compute_dtype is None else x.to(module.compute_dtype)
+
+    def cast_output(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return y.to(x.dtype)
+
+    def write_scales(self, scales: torch.Tensor) -> Any:
+        return self.restore_scales(_Stored(self.prepare(scales).contiguous(), None, None, False, False))
+
+    def restore_scales(self, stored: Any) -> Any:
+        weight: Any = self.module.weight
+        state = weight.quant_state
+        replaced = _Stored(state.absmax, state.offset, state.state2, state.nested, weight.compress_statistics)
+        state.absmax, state.offset, state.state2, state.nested, weight.compress_statistics = stored
+        return replaced
+
+    def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._packed, self._state.absmax
+
+    def quantization(self) -> dict[str, Any] | None:
+        state = self._state
+        compute_dtype = self.module.compute_dtype or state.dtype
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": state.quant_type,
+            "bnb_4bit_use_double_quant": bool(state.nested),
+            "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": str(self.module.weight.dtype).removeprefix("torch."),  # type: ignore[union-attr]
+        }
+
+    def file_keys(self) -> tuple[str, ...]:
+        return ("weight.absmax",)

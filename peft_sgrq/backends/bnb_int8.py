@@ -1,0 +1,104 @@
+"""bitsandbytes LLM.int8() layers: int8 codes and one float32 scale a row."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_sgrq.backends.base import ScaleBackend
+
+_CODE_RANGE = 1.0 / 127.0  # W = CB * SCB / 127
+
+
+class BnbInt8Backend(ScaleBackend):
+    """`bitsandbytes.nn.Linear8bitLt`. Rows are selected; outlier decomposition works as in the base."""
+
+    granularity = "row"
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.out_features, self.in_features = module.out_features, module.in_features  # type: ignore[assignment]
+        self.group_size = self.in_features
+        self.name = "bnb-int8-row"
+        if module.state.has_fp16_weights:  # type: ignore[union-attr]
+            raise ValueError(
+                "it keeps 16-bit weights (has_fp16_weights=True) and quantizes them anew at each forward pass, so it "
+                "has no stored scales; make the layer with has_fp16_weights=False"
+            )
+        if self._owner is None:
+            raise ValueError(
+                "its weight is not quantized yet, expected int8 codes; move the model to its device first, "
+                "bitsandbytes quantizes on the way"
+            )
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        bnb = sys.modules.get("bitsandbytes.nn")
+        return bnb is not None and isinstance(module, bnb.Linear8bitLt)
+
+    @property
+    def _owner(self) -> Any:
+        # The scales move from the weight to the layer's state at its first forward pass.
+        candidates: tuple[Any, ...] = (self.module.state, self.module.weight)
+        return next((owner for owner in candidates if getattr(owner, "SCB", None) is not None), None)
+
+    @property
+    def _codes(self) -> torch.Tensor:
+        return self.module.weight.data  # type: ignore[union-attr, return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.weight.device  # type: ignore[return-value]
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def scales(self) -> torch.Tensor:
+        return self._owner.SCB.view(self.scales_shape)
+
+    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        codes = self._codes if groups is None else self._codes.index_select(0, groups)
+        return codes.to(dtype) * _CODE_RANGE
+
+    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self._codes.to(dtype, copy=True).mul_(scales * _CODE_RANGE)
+
+    def prepare(self, scales: torch.Tensor) -> torch.Tensor:
+        return scales.reshape(-1)  # (N,)
+
+    def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
+        import bitsandbytes as bnb
+
+        own: Any = self.module.state
+        state = bnb.MatmulLtState()
+        state.CB, state.SCB = self._codes, prepared
+        state.has_fp16_weights = False
+        state.threshold, state.use_pool = own.threshold, own.use_pool
+        state.is_training = self.module.training
+        bias = self.bias
+        return bnb.matmul(x, self._codes, bias=None if bias is None else bias.to(x.dtype), state=state)
+
+    def write_scales(self, scales: torch.Tensor) -> Any:
+        return self.restore_scales(self.prepare(scales).contiguous())
+
+    def restore_scales(self, stored: Any) -> Any:
+        owner = self._owner
+        replaced, owner.SCB = owner.SCB, stored
+        return replaced
+
+    def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._codes, self._owner.SCB
+
+    def quantization(self) -> dict[str, Any] | None:
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_8bit": True,
+            "llm_int8_threshold": float(self.module.state.threshold),  # type: ignore[union-attr, arg-type]
+        }
+
+    def file_keys(self) -> tuple[str, ...]:
+        return ("SCB",)

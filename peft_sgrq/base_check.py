@@ -1,0 +1,117 @@
+"""Whether a model is the base an adapter was trained on, and the sentence that says so when it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from peft_sgrq.backends import ScaleBackend
+from peft_sgrq.config import SGRQConfig
+
+# What from_pretrained needs to quantize a base again; the rest of the recorded config are defaults.
+_LOADING_FIELDS = (
+    "load_in_4bit",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "bnb_4bit_compute_dtype",
+    "bnb_4bit_quant_storage",
+    "load_in_8bit",
+    "llm_int8_threshold",
+    "llm_int8_skip_modules",
+)
+
+
+def describe_quantization(model: nn.Module, backends: Mapping[str, ScaleBackend]) -> dict[str, Any] | None:
+    """The quantization config of a base: the model's own if it has one, else put together from its layers.
+
+    Returns:
+        A dict of JSON values with `quant_method`, or `None` if none of the layers is quantized.
+    """
+    found = next((config for backend in backends.values() if (config := backend.quantization())), None)
+    if found is None:
+        return None
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is None:
+        return found
+    fields = config if isinstance(config, dict) else config.to_dict()
+    return {key: value for key, value in fields.items() if _is_json(value) and not key.startswith("_")} | {
+        "quant_method": found["quant_method"]
+    }
+
+
+def loading_code(config: SGRQConfig) -> str:
+    """The Python expression that loads the base an adapter was trained on."""
+    base = repr(config.base_model_name_or_path or "the base model")
+    quantization = config.base_quantization
+    if not quantization:
+        return f"AutoModelForCausalLM.from_pretrained({base})"
+    return f"AutoModelForCausalLM.from_pretrained({base}, quantization_config={quantization_code(quantization)})"
+
+
+def quantization_code(quantization: Mapping[str, Any]) -> str:
+    """A recorded bitsandbytes quantization config as the Python expression that makes it."""
+    wanted = [(key, quantization.get(key)) for key in _LOADING_FIELDS]
+    if not quantization.get("load_in_8bit"):
+        wanted = [(key, value) for key, value in wanted if key != "llm_int8_threshold"]
+    if not quantization.get("load_in_4bit"):
+        wanted = [(key, value) for key, value in wanted if not key.startswith("bnb_4bit")]
+    arguments = ", ".join(f"{key}={value!r}" for key, value in wanted if value not in (None, False, "uint8"))
+    return f"BitsAndBytesConfig({arguments})"
+
+
+def check_base(config: SGRQConfig, fingerprints: Mapping[str, str]) -> None:
+    """Compares the layers of a model with the fingerprints an adapter carries.
+
+    Args:
+        config (`SGRQConfig`): The adapter's config, with its `base_fingerprint`.
+        fingerprints (`dict[str, str]`): Layer name -> fingerprint of the model, for the layers the adapter targets.
+
+    Raises:
+        ValueError: If a layer is missing, of another format, or has other codes or scales.
+    """
+    expected = config.base_fingerprint or {}
+    missing = sorted(set(expected) - set(fingerprints))
+    if missing:
+        raise ValueError(
+            f"The adapter changes {len(missing)} layers that this model does not have or does not target (the first: "
+            f"{missing[0]!r}), expected all {len(expected)} of them; load it on the base it was trained on: "
+            f"{loading_code(config)}."
+        )
+    differing = [name for name in expected if expected[name] != fingerprints[name]]
+    if not differing:
+        return
+    name = differing[0]
+    (old_format, old_codes, _), (new_format, new_codes, _) = (
+        (digest.split(":") + ["", ""])[:3] for digest in (expected[name], fingerprints[name])
+    )
+    if old_format != new_format:
+        reason = f"layer {name!r} is {_spoken(new_format)}, expected {_spoken(old_format)}"
+    elif old_codes != new_codes:
+        reason = f"layer {name!r} has other weights than the one the adapter was trained on"
+    else:
+        reason = (
+            f"layer {name!r} has the codes but not the scales the adapter was trained on: the base has an adapter "
+            "merged into it already, or was quantized on another device or from another dtype"
+        )
+    raise ValueError(
+        f"The adapter does not fit this base: {reason} ({len(differing)} of {len(expected)} layers differ). Scale "
+        f"changes mean nothing on other codes; load the base with {loading_code(config)}. To use the adapter here all "
+        "the same, set `config.base_fingerprint = None` on its SGRQConfig and pass that as `config=`."
+    )
+
+
+def _spoken(name: str) -> str:
+    kind, _, rest = name.partition("-")
+    if kind == "dense":
+        return f"not quantized (dense, group size {rest})"
+    return f"quantized with bitsandbytes ({rest})"
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_json(item) for item in value)
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
+    return value is None or isinstance(value, (str, int, float, bool))

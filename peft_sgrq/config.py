@@ -1,0 +1,166 @@
+"""The configuration of an SGRQ adapter."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.utils.peft_types import PeftType
+
+from peft_sgrq.card import write_model_card
+from peft_sgrq.checkpoint import check_adapter_file
+
+FORMAT_VERSION = 1
+ADAPTER_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass
+class SGRQConfig(PeftConfig):
+    """Configuration of an [`SGRQModel`]: saliency-guided tuning of the scales of a quantized model.
+
+    The fields from `selection` on are written when the adapter is injected, and saved with it. The config given to
+    `get_peft_model` stays as it is and can be used for other models; `model.peft_config` holds the completed copy.
+
+    Args:
+        target_modules (`list[str]`, `str` or `None`): Layers to adapt. `None`: every quantized layer, or in a model
+            without any, every `nn.Linear` and `Conv1D` but the output head. A list matches names or their ends, a
+            string is a regular expression, `"all-linear"` means what it means in PEFT.
+        exclude_modules (`list[str]`, `str` or `None`): Layers to leave alone, matched likewise.
+        ratio (`float`): Share of the column groups whose scales are trained (of the rows, in a format with one scale
+            a row), in (0, 1]; at least one in each layer. 1.0 is PEQA. The default is that of the SGR-Q paper.
+        group_size (`int`): Columns per scale in a layer that is not quantized; a quantized one has its own.
+        adapter_dtype (`"float32"` or `"bfloat16"`): With `"bfloat16"` the forward pass rounds the deltas to it, so
+            that the adapter file of half the size holds what was trained. Training keeps float32 values either way.
+        init_weights (`bool`): `True` starts at zero change, where outputs equal the base's bit for bit. `False`
+            starts from small random changes, for tests.
+        layers_to_transform (`list[int]`, `int` or `None`): Indices of the blocks to adapt.
+        layers_pattern (`list[str]`, `str` or `None`): Name of the list of blocks those indices count in.
+        modules_to_save (`list[str]` or `None`): Further modules to train and save whole.
+        trainable_token_indices (`list[int]`, `dict[str, list[int]]` or `None`): Embedding rows to train.
+        selection (`dict[str, str]` or `None`): Layer name -> bit mask of its selected groups in hexadecimal, the first
+            group the highest bit. Missing ones are chosen by the weight magnitude of the group.
+        base_fingerprint (`dict[str, str]` or `None`): Layer name -> digest of the base layer. Where it is given, another
+            base is refused; set it to `None` to load the adapter on another base all the same.
+        base_quantization (`dict` or `None`): The quantization config of the base, to say how to load it.
+        sgrq_version (`int`): Version of the adapter format.
+
+    Raises:
+        ValueError, TypeError: If a field has a value that cannot be used; the sentence says which, and what can.
+    """
+
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers to adapt."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers to leave alone."})
+    ratio: float = field(default=0.4, metadata={"help": "Share of the groups whose scales are trained, in (0, 1]."})
+    group_size: int = field(default=64, metadata={"help": "Columns per scale in layers that are not quantized."})
+    adapter_dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16."})
+    init_weights: bool = field(default=True, metadata={"help": "Start at zero change (True) or at random (False)."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Block indices to adapt."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train and save whole."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Embedding rows to train."}
+    )
+    selection: dict[str, str] | None = field(default=None, metadata={"help": "Selected groups, written."})
+    base_fingerprint: dict[str, str] | None = field(default=None, metadata={"help": "Digests of the base, written."})
+    base_quantization: dict[str, Any] | None = field(default=None, metadata={"help": "How to load the base, written."})
+    sgrq_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the adapter format."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("SGRQ")
+        # PEFT's matching expects sets; its save_pretrained turns them into lists.
+        self.target_modules = _as_set(self.target_modules)  # type: ignore[assignment]
+        self.exclude_modules = _as_set(self.exclude_modules)  # type: ignore[assignment]
+        self._check_targets()
+        self._check_numbers()
+        _check_string_dict("selection", self.selection, "layer names to hexadecimal masks")
+        _check_string_dict("base_fingerprint", self.base_fingerprint, "layer names to digests")
+        for name, mask in (self.selection or {}).items():
+            if not _is_hex(mask):
+                raise ValueError(
+                    f"`selection[{name!r}]` is {mask!r}, expected a bit mask in hexadecimal digits; take the selection "
+                    "from the adapter_config.json it was saved in"
+                )
+
+    def _check_targets(self) -> None:
+        for field_name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, field_name) is not None:
+                raise ValueError(
+                    f"`{field_name}` cannot be used when `target_modules` is a str, found "
+                    f"target_modules={self.target_modules!r}; give `target_modules` as a list, or put the layer "
+                    "indices into the expression."
+                )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"When `layers_pattern` is specified ({self.layers_pattern!r}), `layers_to_transform` must also be "
+                "specified, found None; give the indices of the blocks, or leave `layers_pattern` out."
+            )
+
+    def _check_numbers(self) -> None:
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)):
+            raise TypeError(f"`ratio` is {self.ratio!r}, expected a number in (0, 1]; 0.4 is the default.")
+        if not (math.isfinite(self.ratio) and 0 < self.ratio <= 1):
+            raise ValueError(
+                f"`ratio` is {self.ratio}, expected a share of the scales in (0, 1]; 0.4 trains 40 % of them, 1.0 all."
+            )
+        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
+            raise TypeError(f"`group_size` is {self.group_size!r}, expected a positive int such as 64.")
+        if self.group_size < 1:
+            raise ValueError(f"`group_size` is {self.group_size}, expected a positive int such as 64.")
+        # torch.bfloat16 is taken for "bfloat16", as elsewhere in the ecosystem.
+        self.adapter_dtype = str(self.adapter_dtype).removeprefix("torch.")
+        if self.adapter_dtype not in ADAPTER_DTYPES:
+            raise ValueError(
+                f"`adapter_dtype` is {self.adapter_dtype!r}, expected one of {ADAPTER_DTYPES}; float32 is exact on "
+                "resuming, bfloat16 halves the file."
+            )
+        if not isinstance(self.init_weights, bool):
+            raise TypeError(f"`init_weights` is {self.init_weights!r}, expected True (zero change) or False (random).")
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Refuses the saved config of an adapter format this version does not know."""
+        version = kwargs.get("sgrq_version", FORMAT_VERSION)
+        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+            raise ValueError(
+                f"The adapter has `sgrq_version` {version!r}, this peft-sgrq reads versions 1 to {FORMAT_VERSION}; "
+                "upgrade with `pip install -U peft-sgrq`."
+            )
+        return super().check_kwargs(**kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> SGRQConfig:
+        """Loads the config of a saved adapter; a local one's weights file is checked to be whole.
+
+        Raises:
+            ValueError: If there is no config, a field is wrong, or the weights file is truncated or no safetensors file.
+        """
+        check_adapter_file(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes `adapter_config.json`, and, beside saved adapter weights, the model card `README.md`."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_model_card(save_directory, self)
+
+
+def _as_set(names: Any) -> Any:
+    return set(names) if isinstance(names, (list, tuple)) else names
+
+
+def _check_string_dict(name: str, value: Any, what: str) -> None:
+    if value is None:
+        return
+    if not isinstance(value, dict) or not all(isinstance(text, str) for item in value.items() for text in item):
+        raise TypeError(
+            f"`{name}` is a {type(value).__name__}, expected a dict from {what}, or None to have it written."
+        )
+
+
+def _is_hex(text: str) -> bool:
+    return len(text) % 2 == 0 and all(character in "0123456789abcdef" for character in text)

@@ -1,0 +1,403 @@
+"""The tuner: which layers get an adapter, and the book-keeping of adapters."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+)
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.peft_types import TaskType
+from torch import nn
+
+from peft_sgrq.backends import ScaleBackend, is_quantized, is_supported, resolve_backend
+from peft_sgrq.base_check import check_base, describe_quantization
+from peft_sgrq.config import SGRQConfig
+from peft_sgrq.delta import Delta
+from peft_sgrq.layer import BASE_ADAPTER, SGRQLinear
+from peft_sgrq.selection import count_selected, decode_mask, encode_mask, magnitude, select_top
+from peft_sgrq.selection.masks import unpack_mask
+from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
+from peft_sgrq.upstream.transformers_save import drop_irreversible_conversions
+
+logger = logging.getLogger(__name__)
+
+
+class SGRQModel(BaseTuner):
+    """Tunes the quantization scales of the salient columns of a model's linear layers.
+
+    Codes, zero points and all other parameters stay as they are. An adapter holds the relative changes of the
+    selected scales; merging writes them into the scales of the quantized base and quantizes nothing again.
+
+    Args:
+        model (`nn.Module`): The model to adapt, quantized or not.
+        peft_config (`SGRQConfig` or `dict[str, SGRQConfig]`): The adapter's configuration.
+        adapter_name (`str`): Its name.
+        low_cpu_mem_usage (`bool`): Make empty adapter weights on the meta device, to be loaded into.
+
+    Raises:
+        ValueError: If no layer can be adapted, a target cannot, or the model is not the base a saved adapter was
+            trained on. The model is as it was then.
+
+    Example:
+        ```py
+        >>> import peft_sgrq
+        >>> from peft import get_peft_model
+        >>> model = get_peft_model(model, peft_sgrq.SGRQConfig(task_type="CAUSAL_LM"))
+        >>> model.print_trainable_parameters()
+        ```
+    """
+
+    prefix = "sgrq_"
+    tuner_layer_cls = SGRQLinear
+    target_module_mapping: dict[str, list[str]] = {}
+
+    # injection
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # The selection and the fingerprint are written into a copy, so that one config can serve several models.
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: SGRQConfig, model_config: dict[str, Any]) -> SGRQConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = _supported_layers(self.model, peft_config)  # type: ignore[assignment]
+        return _maybe_include_all_linear_layers(peft_config, self.model)
+
+    def _prepare_model(self, peft_config: SGRQConfig, model: nn.Module) -> None:
+        # Everything that can be wrong is found here, before the first layer is replaced.
+        _check_modules_to_save(peft_config, model)
+        targets = self._targets(peft_config, model)
+        backends = {name: _backend(name, module, peft_config) for name, module in targets.items()}
+        disable_cpu_packing(model)
+        if not backends or any(backend.device.type == "meta" for backend in backends.values()):
+            self._check_selection(peft_config, backends)
+            return
+        fingerprints = {
+            name: module.base_fingerprint() if isinstance(module, SGRQLinear) else backends[name].fingerprint()
+            for name, module in targets.items()
+        }
+        if peft_config.base_fingerprint is not None:
+            check_base(peft_config, fingerprints)
+        peft_config.base_fingerprint = fingerprints
+        peft_config.base_quantization = describe_quantization(model, backends)
+        selection = dict(peft_config.selection or {})
+        for name, backend in backends.items():
+            if name not in selection:
+                selection[name] = _select_by_magnitude(backend, peft_config.ratio)
+        peft_config.selection = {name: selection[name] for name in backends}
+        self._check_selection(peft_config, backends)
+
+    def _targets(self, peft_config: SGRQConfig, model: nn.Module) -> dict[str, nn.Module]:
+        targets: dict[str, nn.Module] = {}
+        inside: tuple[str, ...] = ()
+        for name, module in model.named_modules():
+            if not name or name.startswith(inside or "\0"):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside += (name + ".",)
+            if self._check_target_module_exists(peft_config, name):
+                targets[name] = module
+        return targets
+
+    @staticmethod
+    def _check_selection(peft_config: SGRQConfig, backends: dict[str, ScaleBackend]) -> None:
+        selection = peft_config.selection or {}
+        for name, backend in backends.items():
+            if name not in selection:
+                raise ValueError(
+                    f"Layer {name!r} has no weights yet (it is on the meta device), so its salient columns cannot be "
+                    "found; load the weights first, or give a config whose `selection` names the layer."
+                )
+            try:
+                decode_mask(selection[name], backend.selectable)
+            except ValueError as error:
+                raise ValueError(f"Layer {name!r} does not fit the adapter: {error}.") from None
+
+    def _create_and_replace(
+        self,
+        peft_config: SGRQConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        backend = _backend(current_key, target, peft_config)
+        selection = peft_config.selection = peft_config.selection or {}
+        if current_key not in selection:  # only when the layers are those of a state dict, not of the config
+            selection[current_key] = _select_by_magnitude(backend, peft_config.ratio)
+        groups = decode_mask(selection[current_key], backend.selectable)
+        if isinstance(target, SGRQLinear):
+            target.update_layer(adapter_name, config=peft_config, groups=groups)
+            return
+        layer = SGRQLinear(target, adapter_name, peft_config, groups)
+        layer.train(target.training)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # an additional adapter is not trainable until it is made active
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # The layer made its deltas on the device of its base; PEFT's own would also move the base.
+        setattr(parent, child_name, new_module)
+
+    # merging
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        if safe_merge:
+            self._check_finite(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge:
+            self._check_finite(adapter_names)
+        nested = _nested_scales(self.model)
+        model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        _note_unnested(model, nested)
+        drop_irreversible_conversions(model)
+        return model
+
+    def _check_finite(self, adapter_names: list[str] | None) -> None:
+        # Over all layers first, so that a broken adapter leaves none of them merged.
+        for layer in self._layers():
+            layer.check_finite(adapter_names)
+
+    def _layers(self) -> Iterator[SGRQLinear]:
+        return (module for module in self.model.modules() if isinstance(module, SGRQLinear))
+
+    # several adapters
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """Adds an adapter that is the weighted sum of others; it is exact, as adapters add scale by scale.
+
+        Args:
+            adapters (`list[str]`): Names of adapters of this model.
+            weights (`list[float]`): A weight for each.
+            adapter_name (`str`): Name of the new adapter; it selects what any of the others does.
+
+        Raises:
+            ValueError: If an adapter does not exist, the new name does already, or the lengths differ.
+        """
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or not adapters:
+            raise ValueError(
+                f"Adapter(s) {unknown or adapters} do not exist, expected names among {sorted(self.peft_config)}; "
+                "load them first."
+            )
+        if len(adapters) != len(weights):
+            raise ValueError(f"Found {len(adapters)} adapters and {len(weights)} weights; give one weight for each.")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name!r} exists already; choose another name or delete it first.")
+        configs = [self.peft_config[name] for name in adapters]
+        selection = self._union_of_selections(adapters)
+        self.peft_config[adapter_name] = replace(
+            configs[0],
+            target_modules=set(selection),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            adapter_dtype="float32",  # a sum of bfloat16 numbers is not one
+            init_weights=True,
+            selection=selection,
+            base_fingerprint=None,
+        )
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            self.peft_config.pop(adapter_name, None)
+            raise
+        for layer in self._layers():
+            if adapter_name in layer.sgrq_delta:
+                layer.add_weighted(adapters, weights, adapter_name)
+
+    def _union_of_selections(self, adapters: list[str]) -> dict[str, str]:
+        selection: dict[str, str] = {}
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, SGRQLinear):
+                groups = [layer._delta(adapter).groups for adapter in adapters if adapter in layer.sgrq_delta]
+                if groups:
+                    selection[name] = encode_mask(torch.cat(groups).unique(), layer.backend.selectable)
+        return selection
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hands `adapter_names`, one name for each row of the batch, to the layers during one forward call."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        self._check_batch_adapters(names)
+        beams = kwargs.get("num_beams")
+        repeated = (
+            names if not isinstance(beams, int) or beams <= 1 else [name for name in names for _ in range(beams)]
+        )
+        # Beam search repeats the rows of the decoder, never those of an encoder.
+        get_encoder = getattr(self.model, "get_encoder", None)
+        is_encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        encoder = get_encoder() if is_encoder_decoder and get_encoder is not None else None
+        unrepeated = set() if encoder is None else set(encoder.modules())
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_add_adapter_names, adapter_names=names if module in unrepeated else repeated),
+                with_kwargs=True,
+            )
+            for module in self.modules()
+            if isinstance(module, (SGRQLinear, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_batch_adapters(self, names: Any) -> None:
+        if not isinstance(names, (list, tuple)):
+            raise TypeError(f"`adapter_names` is a {type(names).__name__}, expected a list with a name for each row.")
+        if self.training:
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode; call `model.eval()` first."
+            )
+        unknown = sorted(set(names) - set(self.peft_config) - {BASE_ADAPTER})
+        if unknown:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; expected names among "
+                f"{sorted(self.peft_config)} or {BASE_ADAPTER!r}."
+            )
+
+    # files
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SGRQConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        _refresh_selection(model, config, adapter_name)
+        dtype = getattr(torch, config.adapter_dtype)
+        suffix = f".{adapter_name}.weight"
+        return {
+            key: value.to(dtype) if key.endswith(suffix) and f".{cls.prefix}" in f".{key}" else value
+            for key, value in selected.items()
+        }
+
+
+def _add_adapter_names(
+    module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _refresh_selection(model: nn.Module, config: SGRQConfig, adapter_name: str) -> None:
+    """Writes the layers' selections into the config: another adapter may have been loaded in place."""
+    marker = f".{SGRQModel.prefix}delta.{adapter_name}"
+    for name, module in model.named_modules():
+        if isinstance(module, Delta) and name.endswith(marker):
+            layer_name = name.removesuffix(marker).removeprefix("base_model.model.")
+            if config.selection and layer_name in config.selection:
+                config.selection[layer_name] = encode_mask(unpack_mask(module.selection), module.selectable)
+
+
+def _backend(name: str, module: nn.Module, config: SGRQConfig) -> ScaleBackend:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    try:
+        return resolve_backend(base, config.group_size)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"Layer {name!r} cannot be adapted: {error}. The model was not changed.") from None
+
+
+def _select_by_magnitude(backend: ScaleBackend, ratio: float) -> str:
+    count = count_selected(ratio, backend.selectable)
+    return encode_mask(select_top(magnitude(backend), count), backend.selectable)
+
+
+def _supported_layers(model: nn.Module, config: SGRQConfig) -> set[str]:
+    """The names `target_modules=None` stands for: all quantized layers, or all dense ones but the output head."""
+    modules = {
+        name: module.get_base_layer() if isinstance(module, SGRQLinear) else module
+        for name, module in model.named_modules()
+        if not name.endswith(".base_layer")
+    }
+    quantized = {name for name, module in modules.items() if is_quantized(module)}  # type: ignore[arg-type]
+    if quantized:
+        return quantized
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    names = {name for name, module in modules.items() if is_supported(module) and module is not head}  # type: ignore[arg-type]
+    if config.task_type == TaskType.SEQ_CLS:
+        names -= set(SEQ_CLS_HEAD_NAMES)
+    if not names:
+        raise ValueError(
+            "The model has no layer whose scales could be trained: found neither bitsandbytes layers nor nn.Linear or "
+            "Conv1D; quantize it with a BitsAndBytesConfig, or name its layers in `target_modules`."
+        )
+    return names
+
+
+def _check_modules_to_save(config: SGRQConfig, model: nn.Module) -> None:
+    for wanted in config.modules_to_save or ():
+        for name, module in model.named_modules():
+            if (name == wanted or name.endswith("." + wanted)) and any(map(is_quantized, module.modules())):
+                raise ValueError(
+                    f"`modules_to_save` names {name!r}, which is quantized and cannot be trained whole, expected a "
+                    "module in floating point; leave it out (its scales are trained if it is in `target_modules`), or "
+                    "keep it from being quantized with `llm_int8_skip_modules`."
+                )
+
+
+def _nested_scales(model: nn.Module) -> dict[str, int]:
+    """Names of the layers with nested scales, and how many scales each has."""
+    states = {
+        name: getattr(getattr(module, "weight", None), "quant_state", None)
+        for name, module in model.named_modules()
+        if is_quantized(module)
+    }
+    return {
+        name.replace(".base_layer", ""): state.absmax.numel()
+        for name, state in states.items()
+        if getattr(state, "nested", False)
+    }
+
+
+def _note_unnested(model: nn.Module, before: dict[str, int]) -> None:
+    """Reports what un-nesting cost, and keeps the model's quantization config true."""
+    after = _nested_scales(model)
+    count = sum(size for name, size in before.items() if name not in after)
+    if not count:
+        return
+    logger.warning(
+        "Merging wrote the double-quantized scales of %d layers as plain float32, which is exact: %.1f MB more. The "
+        "model is still 4-bit and loads as before.",
+        len(before) - len(after),
+        count * 3 / 1e6,
+    )
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if after or config is None:
+        return
+    if isinstance(config, dict):
+        config["bnb_4bit_use_double_quant"] = False
+    else:
+        config.bnb_4bit_use_double_quant = False

@@ -1,0 +1,50 @@
+"""Bit masks of selected groups, as tensors for files and as hexadecimal strings for the config."""
+
+from __future__ import annotations
+
+import torch
+
+_BITS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
+
+
+def pack_mask(groups: torch.Tensor, selectable: int) -> torch.Tensor:
+    """Packs indices into bits, the first group the highest bit of the first byte.
+
+    Args:
+        groups (`torch.Tensor`): Indices of the selected groups, int64 `[n]`.
+        selectable (`int`): How many groups there are.
+
+    Returns:
+        `torch.Tensor`: uint8 `[ceil(selectable / 8)]`.
+    """
+    bits = torch.zeros(-(-selectable // 8) * 8, dtype=torch.uint8)
+    bits[groups.cpu()] = 1
+    return (bits.view(-1, 8) * _BITS).sum(1, dtype=torch.uint8)
+
+
+def unpack_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Indices of the set bits of a packed mask, ascending, int64 on the CPU."""
+    return (mask.cpu().unsqueeze(1) & _BITS).flatten().nonzero().flatten()
+
+
+def encode_mask(groups: torch.Tensor, selectable: int) -> str:
+    """The packed mask as a hexadecimal string."""
+    return bytes(pack_mask(groups, selectable).tolist()).hex()
+
+
+def decode_mask(text: str, selectable: int) -> torch.Tensor:
+    """Indices of the groups a hexadecimal mask selects, ascending, int64.
+
+    Raises:
+        ValueError: If the mask is not one over `selectable` groups, or selects none. The sentence is a clause about
+            the layer, for the caller to put the layer's name in front of.
+    """
+    expected = -(-selectable // 8)
+    mask = torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+    groups = unpack_mask(mask)
+    if len(mask) != expected or not len(groups) or int(groups[-1]) >= selectable:
+        raise ValueError(
+            f"its selection {text!r} is not a mask over {selectable} groups (expected {expected} bytes with at least "
+            "one bit set); the adapter was made for a layer of another shape or group size, load the base it names"
+        )
+    return groups

@@ -1,0 +1,29 @@
+"""transformers 5.23 cannot save a model that it loaded from a pre-quantized bitsandbytes checkpoint.
+
+`save_pretrained` reverses the conversions recorded at load, and the ones that rebuilt the quantized weights have no
+reverse: NotImplementedError. A quantized layer writes its stored layout by itself, so they need none.
+`tests/test_upstream.py::test_transformers_still_cannot_save_a_prequantized_model` fails once this is not needed any
+more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def drop_irreversible_conversions(model: nn.Module) -> None:
+    """Forgets the load-time conversions of `model` that cannot be reversed, so that `save_pretrained` works."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions:
+        model._weight_conversions = [conversion for conversion in conversions if _is_reversible(conversion)]
+
+
+def _is_reversible(conversion: Any) -> bool:
+    try:
+        for operation in getattr(conversion, "operations", None) or ():
+            operation.reverse_op  # noqa: B018  (a property that raises where there is none)
+    except NotImplementedError:
+        return False
+    return True
