@@ -45,6 +45,7 @@ def _register() -> None:
         importlib.import_module(f"{_PACKAGE}.registration").register()
     except Exception:
         logger.debug("peft_sgrq was not registered by itself; `import peft_sgrq` does it.", exc_info=True)
+        _leave_no_trace()  # so that an explicit import tries again and shows the error
 
 
 def _leave_no_trace() -> None:

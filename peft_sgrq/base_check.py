@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from peft_sgrq.backends import ScaleBackend
-from peft_sgrq.config import SGRQConfig
+
+if TYPE_CHECKING:
+    from peft_sgrq.config import SGRQConfig
 
 # What from_pretrained needs to quantize a base again; the rest of the recorded config are defaults.
 _LOADING_FIELDS = (
@@ -27,27 +30,33 @@ def describe_quantization(model: nn.Module, backends: Mapping[str, ScaleBackend]
     """The quantization config of a base: the model's own if it has one, else put together from its layers.
 
     Returns:
-        A dict of JSON values with `quant_method`, or `None` if none of the layers is quantized.
+        A dict of JSON values with `quant_method`, the `dtype` of the model, and `pre_quantized` if it was loaded from
+        a quantized checkpoint; `None` if none of the layers is quantized.
     """
     found = next((config for backend in backends.values() if (config := backend.quantization())), None)
     if found is None:
         return None
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    if config is None:
-        return found
-    fields = config if isinstance(config, dict) else config.to_dict()
-    return {key: value for key, value in fields.items() if _is_json(value) and not key.startswith("_")} | {
-        "quant_method": found["quant_method"]
-    }
+    own: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    if own is not None:
+        fields = own if isinstance(own, dict) else own.to_dict()
+        found |= {key: value for key, value in fields.items() if _is_json(value) and key != "quant_method"}
+    dtype = getattr(model, "dtype", None)
+    if isinstance(dtype, torch.dtype):
+        found["dtype"] = str(dtype).removeprefix("torch.")
+    if getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False):
+        found["pre_quantized"] = True
+    return found
 
 
 def loading_code(config: SGRQConfig) -> str:
     """The Python expression that loads the base an adapter was trained on."""
-    base = repr(config.base_model_name_or_path or "the base model")
-    quantization = config.base_quantization
-    if not quantization:
-        return f"AutoModelForCausalLM.from_pretrained({base})"
-    return f"AutoModelForCausalLM.from_pretrained({base}, quantization_config={quantization_code(quantization)})"
+    arguments = [repr(config.base_model_name_or_path or "the base model")]
+    quantization = config.base_quantization or {}
+    if quantization.get("dtype"):
+        arguments.append(f"dtype={quantization['dtype']!r}")
+    if quantization and not quantization.get("pre_quantized"):
+        arguments.append(f"quantization_config={quantization_code(quantization)}")
+    return f"AutoModelForCausalLM.from_pretrained({', '.join(arguments)})"
 
 
 def quantization_code(quantization: Mapping[str, Any]) -> str:
@@ -84,7 +93,7 @@ def check_base(config: SGRQConfig, fingerprints: Mapping[str, str]) -> None:
         return
     name = differing[0]
     (old_format, old_codes, _), (new_format, new_codes, _) = (
-        (digest.split(":") + ["", ""])[:3] for digest in (expected[name], fingerprints[name])
+        [*digest.split(":"), "", ""][:3] for digest in (expected[name], fingerprints[name])
     )
     if old_format != new_format:
         reason = f"layer {name!r} is {_spoken(new_format)}, expected {_spoken(old_format)}"

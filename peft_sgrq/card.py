@@ -1,2 +1,116 @@
-def write_model_card(d, c):
-    pass
+"""The model card of a saved adapter: what it is, how to load it, how to merge it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import ModelCard, ModelCardData
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+
+from peft_sgrq.base_check import loading_code, quantization_code
+
+if TYPE_CHECKING:
+    from peft_sgrq.config import SGRQConfig
+
+_MARKER = "<!-- written by peft_sgrq; edit the text below this line and it is kept -->"
+_TEMPLATE_SIGN = "[More Information Needed]"  # in the card PEFT and huggingface_hub start from
+
+_TEXT = """\
+{marker}
+# {title}
+
+An adapter of `peft_sgrq`, saliency-guided scale tuning: it changes {ratio:.0%} of the scales of the layers below, by
+salience, and nothing else of the base model. Merged into the base it gives a model of the same format whose outputs
+are those of the adapter, bit for bit.
+
+| | |
+|---|---|
+| base model | `{base}` |
+| quantization of the base | {quantization} |
+| ratio of trained scales | {ratio:g} |
+| layers | {layers} |
+| trained parameters | {parameters:,} ({adapter_dtype}) |
+| size of the adapter | {size} |
+
+## Load
+
+```python
+# pip install peft-sgrq
+import peft_sgrq  # registers SGRQ with PEFT
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+base = {loading}
+model = PeftModel.from_pretrained(base, "path or Hub name of this adapter")
+```
+
+The adapter fits this base and this quantization of it only; another one is refused.
+
+## Merge
+
+```python
+merged = model.merge_and_unload()
+merged.save_pretrained("merged")  # {merged_format}; loads without peft_sgrq
+```
+"""
+
+
+def write_model_card(directory: str, config: SGRQConfig) -> None:
+    """Writes or updates `README.md` beside the weights of a saved adapter.
+
+    The metadata of a card that is there is kept, and so is its text unless it is the template PEFT fills in.
+
+    Args:
+        directory (`str`): Where the adapter was saved; without adapter weights in it nothing is written.
+        config (`SGRQConfig`): The adapter's config.
+    """
+    weights = os.path.join(directory, SAFETENSORS_WEIGHTS_NAME)
+    if not os.path.isfile(weights):
+        return
+    path = Path(directory, "README.md")
+    card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData())
+    card.data["library_name"] = "peft"
+    base = config.base_model_name_or_path
+    if base:
+        card.data["base_model"] = base
+    tags = {"sgrq", "quantization"} | ({f"base_model:adapter:{base}"} if base and not os.path.isdir(base) else set())
+    card.data["tags"] = sorted(tags | set(card.data.get("tags") or ()))
+    if _TEMPLATE_SIGN in card.text or _MARKER in card.text.splitlines()[:3]:
+        card.text = _card_text(weights, config)
+    beside = path.with_name(".README.md.partial")
+    card.save(beside)
+    os.replace(beside, path)
+
+
+def _card_text(weights: str, config: SGRQConfig) -> str:
+    quantization = config.base_quantization
+    base = config.base_model_name_or_path or "not recorded"
+    return _TEXT.format(
+        marker=_MARKER,
+        title=f"SGRQ adapter for {Path(base).name}",
+        base=base,
+        quantization=f"`{quantization_code(quantization)}`" if quantization else "none (dense)",
+        ratio=config.ratio,
+        layers=len(config.selection or ()),
+        parameters=_count_parameters(weights),
+        adapter_dtype=config.adapter_dtype,
+        size=f"{os.path.getsize(weights) / 1e6:.2f} MB",
+        loading=loading_code(config),
+        merged_format="quantized as the base is" if quantization else "dense, as the base is",
+    )
+
+
+def _count_parameters(weights: str) -> int:
+    with safe_open(weights, framework="pt") as file:
+        shapes = [file.get_slice(key).get_shape() for key in file.keys() if key.endswith(".weight")]  # noqa: SIM118
+    total = 0
+    for shape in shapes:
+        size = 1
+        for length in shape:
+            size *= length
+        total += size
+    return total

@@ -40,10 +40,10 @@ class SGRQConfig(PeftConfig):
         layers_pattern (`list[str]`, `str` or `None`): Name of the list of blocks those indices count in.
         modules_to_save (`list[str]` or `None`): Further modules to train and save whole.
         trainable_token_indices (`list[int]`, `dict[str, list[int]]` or `None`): Embedding rows to train.
-        selection (`dict[str, str]` or `None`): Layer name -> bit mask of its selected groups in hexadecimal, the first
-            group the highest bit. Missing ones are chosen by the weight magnitude of the group.
-        base_fingerprint (`dict[str, str]` or `None`): Layer name -> digest of the base layer. Where it is given, another
-            base is refused; set it to `None` to load the adapter on another base all the same.
+        selection (`dict[str, str]` or `None`): Layer name -> bit mask of its selected groups in hexadecimal, the
+            first group the highest bit. Missing ones are chosen by the weight magnitude of the group.
+        base_fingerprint (`dict[str, str]` or `None`): Layer name -> digest of the base layer. Where it is given,
+            another base is refused; set it to `None` to load the adapter on another base all the same.
         base_quantization (`dict` or `None`): The quantization config of the base, to say how to load it.
         sgrq_version (`int`): Version of the adapter format.
 
@@ -51,8 +51,10 @@ class SGRQConfig(PeftConfig):
         ValueError, TypeError: If a field has a value that cannot be used; the sentence says which, and what can.
     """
 
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers to adapt."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers to leave alone."})
+    target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Layers to adapt."})
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Layers to leave alone."}
+    )
     ratio: float = field(default=0.4, metadata={"help": "Share of the groups whose scales are trained, in (0, 1]."})
     group_size: int = field(default=64, metadata={"help": "Columns per scale in layers that are not quantized."})
     adapter_dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16."})
@@ -72,8 +74,8 @@ class SGRQConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType("SGRQ")
         # PEFT's matching expects sets; its save_pretrained turns them into lists.
-        self.target_modules = _as_set(self.target_modules)  # type: ignore[assignment]
-        self.exclude_modules = _as_set(self.exclude_modules)  # type: ignore[assignment]
+        self.target_modules = _as_set(self.target_modules)
+        self.exclude_modules = _as_set(self.exclude_modules)
         self._check_targets()
         self._check_numbers()
         _check_string_dict("selection", self.selection, "layer names to hexadecimal masks")
@@ -81,8 +83,8 @@ class SGRQConfig(PeftConfig):
         for name, mask in (self.selection or {}).items():
             if not _is_hex(mask):
                 raise ValueError(
-                    f"`selection[{name!r}]` is {mask!r}, expected a bit mask in hexadecimal digits; take the selection "
-                    "from the adapter_config.json it was saved in"
+                    f"`selection[{name!r}]` is {mask!r}, expected a bit mask in hexadecimal digits; take the "
+                    "selection from the adapter_config.json it was saved in."
                 )
 
     def _check_targets(self) -> None:
@@ -138,7 +140,7 @@ class SGRQConfig(PeftConfig):
         """Loads the config of a saved adapter; a local one's weights file is checked to be whole.
 
         Raises:
-            ValueError: If there is no config, a field is wrong, or the weights file is truncated or no safetensors file.
+            ValueError: If there is no config, a field is wrong, or the weights file is truncated or not one.
         """
         check_adapter_file(os.path.join(pretrained_model_name_or_path, subfolder or ""))
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)

@@ -16,8 +16,8 @@ from peft_sgrq.backends import resolve_backend
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.delta import Delta
 from peft_sgrq.functional import effective_scales, scaled_linear
-
-BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
+from peft_sgrq.mixed_batch import BASE_ADAPTER
+from peft_sgrq.prepared import PreparedScales
 
 
 class SGRQLinear(nn.Module, BaseTunerLayer):
@@ -45,8 +45,7 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
         self._unmerged_scales: Any = None
-        # Inference: what the kernel takes, made once for a set of adapters; with it the deltas it was made of.
-        self._prepared: dict[tuple[str, ...], tuple[list[torch.Tensor], list[int], torch.Tensor]] = {}
+        self._prepared = PreparedScales()
         self._unions: dict[tuple[str, ...], torch.Tensor | None] = {}
         self.update_layer(adapter_name, config=config, groups=groups)
 
@@ -170,24 +169,12 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
         return x.requires_grad or any(self._delta(name).weight.requires_grad for name in names)
 
     def _prepared_scales(self, names: tuple[str, ...]) -> torch.Tensor:
-        if torch.compiler.is_compiling() or self.training:
-            return self._prepare(names)
-        weights = [self._delta(name).weight for name in names]
-        entry = self._prepared.get(names)
-        if entry is not None:
-            # The entry's aliases keep the storages alive, so an equal address is the same storage.
-            aliases, versions, prepared = entry
-            same = all(old.data_ptr() == new.data_ptr() for old, new in zip(aliases, weights, strict=True))
-            if same and versions == [weight._version for weight in weights]:
-                return prepared
-        prepared = self._prepare(names)
-        if not weights[0].is_meta:
-            versions = [weight._version for weight in weights]
-            self._prepared[names] = ([weight.detach() for weight in weights], versions, prepared)
-        return prepared
+        def prepare() -> torch.Tensor:
+            return self.backend.prepare(effective_scales(self.backend, *self.combined_delta(names)))
 
-    def _prepare(self, names: tuple[str, ...]) -> torch.Tensor:
-        return self.backend.prepare(effective_scales(self.backend, *self.combined_delta(names)))
+        if self.training or torch.compiler.is_compiling():
+            return prepare()
+        return self._prepared.get(names, [self._delta(name).weight for name in names], prepare)
 
     def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):
@@ -225,7 +212,7 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
         self._prepared.clear()
 
     def check_finite(self, adapter_names: list[str] | None = None) -> None:
-        """Raises a ValueError if merging these adapters (`None`: the active ones) would write NaN or infinite scales."""
+        """Raises a ValueError if merging the adapters (`None`: the active ones) would write NaN or infinite scales."""
         for name in self._present(self.active_adapters if adapter_names is None else adapter_names):
             with self._original_scales():
                 scales = effective_scales(self.backend, *self.combined_delta((name,)))
@@ -303,16 +290,13 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
 
     def train(self, mode: bool = True) -> SGRQLinear:
         self._prepared.clear()
-        for delta in self.sgrq_delta.values():
-            delta.restore_precision()  # type: ignore[operator]
+        for name in self.sgrq_delta:
+            self._delta(name).restore_precision()
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SGRQLinear:
         self._forget()
         return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": {}, "_unions": {}}
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own also casts to the dtype the base computes in; deltas stay float32.

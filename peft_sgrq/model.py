@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _maybe_include_all_linear_layers,
-)
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper
-from peft.utils.peft_types import TaskType
 from torch import nn
 
-from peft_sgrq.backends import ScaleBackend, is_quantized, is_supported, resolve_backend
+from peft_sgrq.backends import ScaleBackend
+from peft_sgrq.backends.bnb_4bit import nested_layers, note_unnested
 from peft_sgrq.base_check import check_base, describe_quantization
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.delta import Delta
-from peft_sgrq.layer import BASE_ADAPTER, SGRQLinear
+from peft_sgrq.layer import SGRQLinear
+from peft_sgrq.mixed_batch import adapter_names_for, check_adapter_names
 from peft_sgrq.selection import count_selected, decode_mask, encode_mask, magnitude, select_top
 from peft_sgrq.selection.masks import unpack_mask
+from peft_sgrq.targets import backend_of, base_of, check_modules_to_save, find_targets, supported_layers
 from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
 from peft_sgrq.upstream.transformers_save import drop_irreversible_conversions
-
-logger = logging.getLogger(__name__)
 
 
 class SGRQModel(BaseTuner):
@@ -72,44 +65,32 @@ class SGRQModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: SGRQConfig, model_config: dict[str, Any]) -> SGRQConfig:
         if peft_config.target_modules is None:
-            peft_config.target_modules = _supported_layers(self.model, peft_config)  # type: ignore[assignment]
+            peft_config.target_modules = supported_layers(self.model, peft_config)
         return _maybe_include_all_linear_layers(peft_config, self.model)
 
     def _prepare_model(self, peft_config: SGRQConfig, model: nn.Module) -> None:
         # Everything that can be wrong is found here, before the first layer is replaced.
-        _check_modules_to_save(peft_config, model)
-        targets = self._targets(peft_config, model)
-        backends = {name: _backend(name, module, peft_config) for name, module in targets.items()}
+        check_modules_to_save(model, peft_config)
+        backends = find_targets(model, peft_config, self._check_target_module_exists)
         disable_cpu_packing(model)
-        if not backends or any(backend.device.type == "meta" for backend in backends.values()):
+        if any(backend.device.type == "meta" for backend in backends.values()):
             self._check_selection(peft_config, backends)
             return
+        adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, SGRQLinear)}
         fingerprints = {
-            name: module.base_fingerprint() if isinstance(module, SGRQLinear) else backends[name].fingerprint()
-            for name, module in targets.items()
+            name: adapted[name].base_fingerprint() if name in adapted else backend.fingerprint()
+            for name, backend in backends.items()
         }
         if peft_config.base_fingerprint is not None:
             check_base(peft_config, fingerprints)
-        peft_config.base_fingerprint = fingerprints
-        peft_config.base_quantization = describe_quantization(model, backends)
         selection = dict(peft_config.selection or {})
         for name, backend in backends.items():
             if name not in selection:
                 selection[name] = _select_by_magnitude(backend, peft_config.ratio)
         peft_config.selection = {name: selection[name] for name in backends}
         self._check_selection(peft_config, backends)
-
-    def _targets(self, peft_config: SGRQConfig, model: nn.Module) -> dict[str, nn.Module]:
-        targets: dict[str, nn.Module] = {}
-        inside: tuple[str, ...] = ()
-        for name, module in model.named_modules():
-            if not name or name.startswith(inside or "\0"):
-                continue
-            if isinstance(module, BaseTunerLayer):
-                inside += (name + ".",)
-            if self._check_target_module_exists(peft_config, name):
-                targets[name] = module
-        return targets
+        peft_config.base_fingerprint = fingerprints
+        peft_config.base_quantization = describe_quantization(model, backends)
 
     @staticmethod
     def _check_selection(peft_config: SGRQConfig, backends: dict[str, ScaleBackend]) -> None:
@@ -135,7 +116,7 @@ class SGRQModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        backend = _backend(current_key, target, peft_config)
+        backend = backend_of(current_key, base_of(target), peft_config.group_size)
         selection = peft_config.selection = peft_config.selection or {}
         if current_key not in selection:  # only when the layers are those of a state dict, not of the config
             selection[current_key] = _select_by_magnitude(backend, peft_config.ratio)
@@ -160,7 +141,7 @@ class SGRQModel(BaseTuner):
             self._check_finite(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # type: ignore[override]
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -169,11 +150,11 @@ class SGRQModel(BaseTuner):
     ) -> nn.Module:
         if merge and safe_merge:
             self._check_finite(adapter_names)
-        nested = _nested_scales(self.model)
+        nested = nested_layers(self.model)
         model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
-        _note_unnested(model, nested)
+        note_unnested(model, nested)
         drop_irreversible_conversions(model)
         return model
 
@@ -241,48 +222,14 @@ class SGRQModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hands `adapter_names`, one name for each row of the batch, to the layers during one forward call."""
         names = kwargs.get("adapter_names")
         if names is None:
             yield
             return
-        self._check_batch_adapters(names)
-        beams = kwargs.get("num_beams")
-        repeated = (
-            names if not isinstance(beams, int) or beams <= 1 else [name for name in names for _ in range(beams)]
-        )
-        # Beam search repeats the rows of the decoder, never those of an encoder.
-        get_encoder = getattr(self.model, "get_encoder", None)
-        is_encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-        encoder = get_encoder() if is_encoder_decoder and get_encoder is not None else None
-        unrepeated = set() if encoder is None else set(encoder.modules())
-        handles = [
-            module.register_forward_pre_hook(
-                partial(_add_adapter_names, adapter_names=names if module in unrepeated else repeated),
-                with_kwargs=True,
-            )
-            for module in self.modules()
-            if isinstance(module, (SGRQLinear, AuxiliaryTrainingWrapper))
-        ]
-        try:
+        check_adapter_names(names, list(self.peft_config), self.training)
+        layers = [module for module in self.modules() if isinstance(module, (SGRQLinear, AuxiliaryTrainingWrapper))]
+        with adapter_names_for(self.model, layers, names, kwargs.get("num_beams")):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _check_batch_adapters(self, names: Any) -> None:
-        if not isinstance(names, (list, tuple)):
-            raise TypeError(f"`adapter_names` is a {type(names).__name__}, expected a list with a name for each row.")
-        if self.training:
-            raise ValueError(
-                "Cannot pass `adapter_names` when the model is in training mode; call `model.eval()` first."
-            )
-        unknown = sorted(set(names) - set(self.peft_config) - {BASE_ADAPTER})
-        if unknown:
-            raise ValueError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; expected names among "
-                f"{sorted(self.peft_config)} or {BASE_ADAPTER!r}."
-            )
 
     # files
 
@@ -305,12 +252,6 @@ class SGRQModel(BaseTuner):
         }
 
 
-def _add_adapter_names(
-    module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]
-) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": adapter_names}
-
-
 def _refresh_selection(model: nn.Module, config: SGRQConfig, adapter_name: str) -> None:
     """Writes the layers' selections into the config: another adapter may have been loaded in place."""
     marker = f".{SGRQModel.prefix}delta.{adapter_name}"
@@ -321,83 +262,6 @@ def _refresh_selection(model: nn.Module, config: SGRQConfig, adapter_name: str) 
                 config.selection[layer_name] = encode_mask(unpack_mask(module.selection), module.selectable)
 
 
-def _backend(name: str, module: nn.Module, config: SGRQConfig) -> ScaleBackend:
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    try:
-        return resolve_backend(base, config.group_size)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ValueError(f"Layer {name!r} cannot be adapted: {error}. The model was not changed.") from None
-
-
 def _select_by_magnitude(backend: ScaleBackend, ratio: float) -> str:
     count = count_selected(ratio, backend.selectable)
     return encode_mask(select_top(magnitude(backend), count), backend.selectable)
-
-
-def _supported_layers(model: nn.Module, config: SGRQConfig) -> set[str]:
-    """The names `target_modules=None` stands for: all quantized layers, or all dense ones but the output head."""
-    modules = {
-        name: module.get_base_layer() if isinstance(module, SGRQLinear) else module
-        for name, module in model.named_modules()
-        if not name.endswith(".base_layer")
-    }
-    quantized = {name for name, module in modules.items() if is_quantized(module)}  # type: ignore[arg-type]
-    if quantized:
-        return quantized
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
-    names = {name for name, module in modules.items() if is_supported(module) and module is not head}  # type: ignore[arg-type]
-    if config.task_type == TaskType.SEQ_CLS:
-        names -= set(SEQ_CLS_HEAD_NAMES)
-    if not names:
-        raise ValueError(
-            "The model has no layer whose scales could be trained: found neither bitsandbytes layers nor nn.Linear or "
-            "Conv1D; quantize it with a BitsAndBytesConfig, or name its layers in `target_modules`."
-        )
-    return names
-
-
-def _check_modules_to_save(config: SGRQConfig, model: nn.Module) -> None:
-    for wanted in config.modules_to_save or ():
-        for name, module in model.named_modules():
-            if (name == wanted or name.endswith("." + wanted)) and any(map(is_quantized, module.modules())):
-                raise ValueError(
-                    f"`modules_to_save` names {name!r}, which is quantized and cannot be trained whole, expected a "
-                    "module in floating point; leave it out (its scales are trained if it is in `target_modules`), or "
-                    "keep it from being quantized with `llm_int8_skip_modules`."
-                )
-
-
-def _nested_scales(model: nn.Module) -> dict[str, int]:
-    """Names of the layers with nested scales, and how many scales each has."""
-    states = {
-        name: getattr(getattr(module, "weight", None), "quant_state", None)
-        for name, module in model.named_modules()
-        if is_quantized(module)
-    }
-    return {
-        name.replace(".base_layer", ""): state.absmax.numel()
-        for name, state in states.items()
-        if getattr(state, "nested", False)
-    }
-
-
-def _note_unnested(model: nn.Module, before: dict[str, int]) -> None:
-    """Reports what un-nesting cost, and keeps the model's quantization config true."""
-    after = _nested_scales(model)
-    count = sum(size for name, size in before.items() if name not in after)
-    if not count:
-        return
-    logger.warning(
-        "Merging wrote the double-quantized scales of %d layers as plain float32, which is exact: %.1f MB more. The "
-        "model is still 4-bit and loads as before.",
-        len(before) - len(after),
-        count * 3 / 1e6,
-    )
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    if after or config is None:
-        return
-    if isinstance(config, dict):
-        config["bnb_4bit_use_double_quant"] = False
-    else:
-        config.bnb_4bit_use_double_quant = False

@@ -6,6 +6,8 @@ strings fail there; then PEFT's own `register_peft_method` does the rest.
 
 from __future__ import annotations
 
+from typing import Any
+
 NAME = "SGRQ"
 
 _registering = False
@@ -51,14 +53,14 @@ def _register() -> None:
     register_peft_method(name=NAME.lower(), config_cls=SGRQConfig, model_cls=SGRQModel, prefix=SGRQModel.prefix)
 
 
-def _insert_member(enum_class: type, name: str) -> None:
+def _insert_member(enum_class: Any, name: str) -> None:
     """Adds the member `name` with the value `name` to a str enum, as `enum` itself does it in Python 3.10 to 3.14."""
-    member = str.__new__(enum_class, name)
-    member._name_ = member._value_ = name  # type: ignore[attr-defined]
-    member.__objclass__ = enum_class  # type: ignore[attr-defined]
-    member._sort_order_ = len(enum_class._member_names_)  # type: ignore[attr-defined]
-    member._from_peft_sgrq = True  # type: ignore[attr-defined]
-    enum_class._member_names_.append(name)  # type: ignore[attr-defined]
-    enum_class._member_map_[name] = member  # type: ignore[attr-defined]
-    enum_class._value2member_map_[name] = member  # type: ignore[attr-defined]
+    member: Any = str.__new__(enum_class, name)
+    member._name_ = member._value_ = name
+    member.__objclass__ = enum_class
+    member._sort_order_ = len(enum_class._member_names_)
+    member._from_peft_sgrq = True
+    enum_class._member_names_.append(name)
+    enum_class._member_map_[name] = member
+    enum_class._value2member_map_[name] = member
     type.__setattr__(enum_class, name, member)

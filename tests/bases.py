@@ -126,7 +126,7 @@ def save_tiny_gpt2(directory: Path) -> Path:
 
 
 def adapted(base: Base, directory: Path | str, random: bool = True, **config: Any) -> PeftModel:
-    """The base with an adapter in eval mode, its deltas random unless told; ratio 0.5 so that groups stay unselected."""
+    """The base with an adapter in eval mode, its deltas random unless told; ratio 0.5 leaves groups unselected."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {"ratio": 0.5, "init_weights": not random, "task_type": "CAUSAL_LM", **config}
     return get_peft_model(base.load(directory), SGRQConfig(**settings)).eval()

@@ -63,7 +63,7 @@ class ScaleBackend(ABC):
         return (selected, groups) if self.granularity == "row" else (rows, selected)
 
     def select_columns(self, x: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
-        """Input columns of the selected groups, `[..., K]` -> `[T, n * group_size]`; a partial group padded by zeros."""
+        """Columns of the selected groups, `[..., K]` -> `[T, n * group_size]`; a partial group is padded by zeros."""
         x = x.reshape(-1, x.shape[-1])  # (T, K)
         return _gather_groups(x, groups, self.scales_shape[1], self.group_size)
 

@@ -6,6 +6,7 @@ rows, so `in_features` has to be a multiple of the block size.
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from peft_sgrq.backends.base import ScaleBackend
+
+logger = logging.getLogger(__name__)
 
 
 class _Stored(NamedTuple):
@@ -24,7 +27,7 @@ class _Stored(NamedTuple):
 
 
 class Bnb4bitBackend(ScaleBackend):
-    """`bitsandbytes.nn.Linear4bit`. Scales are float32; nested ones stay nested until a merge un-nests them exactly."""
+    """`bitsandbytes.nn.Linear4bit`. Scales are float32; nested ones stay so until a merge un-nests them exactly."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -61,7 +64,7 @@ class Bnb4bitBackend(ScaleBackend):
 
     @property
     def _packed(self) -> torch.Tensor:
-        return self.module.weight.data.view(-1, 1)  # type: ignore[operator, union-attr, return-value]
+        return self.module.weight.data.view(-1, 1)  # type: ignore[operator]
 
     @property
     def device(self) -> torch.device:
@@ -151,8 +154,48 @@ class Bnb4bitBackend(ScaleBackend):
             "bnb_4bit_quant_type": state.quant_type,
             "bnb_4bit_use_double_quant": bool(state.nested),
             "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
-            "bnb_4bit_quant_storage": str(self.module.weight.dtype).removeprefix("torch."),  # type: ignore[union-attr]
+            "bnb_4bit_quant_storage": str(self.module.weight.dtype).removeprefix("torch."),
         }
 
     def file_keys(self) -> tuple[str, ...]:
         return ("weight.absmax",)
+
+
+def nested_layers(model: nn.Module) -> dict[str, int]:
+    """Names of the 4-bit layers with nested scales, as they are without adapters, and how many scales each has."""
+    states = {
+        name: getattr(getattr(module, "weight", None), "quant_state", None)
+        for name, module in model.named_modules()
+        if Bnb4bitBackend.matches(module)
+    }
+    return {
+        name.removesuffix(".base_layer"): state.absmax.numel()
+        for name, state in states.items()
+        if state is not None and state.nested
+    }
+
+
+def note_unnested(model: nn.Module, before: dict[str, int]) -> None:
+    """Reports what un-nesting scales cost, and keeps the quantization config of the model true.
+
+    Args:
+        model (`nn.Module`): The model after merging.
+        before (`dict[str, int]`): What `nested_layers` returned before.
+    """
+    after = nested_layers(model)
+    count = sum(size for name, size in before.items() if name not in after)
+    if not count:
+        return
+    logger.warning(
+        "Merging wrote the double-quantized scales of %d layers as plain float32, which is exact and takes %.1f MB "
+        "more. The model is still 4-bit and loads as before.",
+        len(before) - len(after),
+        count * 3 / 1e6,  # a float32 in place of a byte
+    )
+    config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    if after or config is None:
+        return
+    if isinstance(config, dict):
+        config["bnb_4bit_use_double_quant"] = False
+    else:
+        config.bnb_4bit_use_double_quant = False

@@ -23,7 +23,8 @@ class BnbInt8Backend(ScaleBackend):
         self.out_features, self.in_features = module.out_features, module.in_features  # type: ignore[assignment]
         self.group_size = self.in_features
         self.name = "bnb-int8-row"
-        if module.state.has_fp16_weights:  # type: ignore[union-attr]
+        state: Any = module.state
+        if state.has_fp16_weights:
             raise ValueError(
                 "it keeps 16-bit weights (has_fp16_weights=True) and quantizes them anew at each forward pass, so it "
                 "has no stored scales; make the layer with has_fp16_weights=False"
@@ -47,7 +48,7 @@ class BnbInt8Backend(ScaleBackend):
 
     @property
     def _codes(self) -> torch.Tensor:
-        return self.module.weight.data  # type: ignore[union-attr, return-value]
+        return self.module.weight.data  # type: ignore[return-value]
 
     @property
     def device(self) -> torch.device:

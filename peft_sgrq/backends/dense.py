@@ -30,9 +30,10 @@ class DenseBackend(ScaleBackend):
     @staticmethod
     def matches(module: nn.Module) -> bool:
         weight = getattr(module, "weight", None)
+        if not isinstance(module, (nn.Linear, Conv1D)) or not isinstance(weight, torch.Tensor):
+            return False
         # Tensor subclasses behind a plain nn.Linear (torchao's, DTensor) are formats of their own.
-        plain = isinstance(weight, torch.Tensor) and type(weight.data) is torch.Tensor
-        return isinstance(module, (nn.Linear, Conv1D)) and plain and weight.dtype in _FLOAT_DTYPES
+        return type(weight.data) is torch.Tensor and weight.dtype in _FLOAT_DTYPES
 
     @property
     def _parameter(self) -> nn.Parameter:

@@ -15,9 +15,10 @@ from torch import nn
 
 def drop_irreversible_conversions(model: nn.Module) -> None:
     """Forgets the load-time conversions of `model` that cannot be reversed, so that `save_pretrained` works."""
-    conversions = getattr(model, "_weight_conversions", None)
+    conversions: Any = getattr(model, "_weight_conversions", None)
     if conversions:
-        model._weight_conversions = [conversion for conversion in conversions if _is_reversible(conversion)]
+        kept: Any = [conversion for conversion in conversions if _is_reversible(conversion)]
+        model._weight_conversions = kept
 
 
 def _is_reversible(conversion: Any) -> bool:

@@ -1,0 +1,94 @@
+"""Which layers of a model an adapter goes to, and whether it can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.utils.peft_types import TaskType
+from torch import nn
+
+from peft_sgrq.backends import ScaleBackend, is_quantized, is_supported, resolve_backend
+from peft_sgrq.config import SGRQConfig
+
+
+def named_base_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of a model as they are without adapters: an adapted layer stands for its base layer."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside += (name + ".",)
+        yield name, base_of(module)
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The base layer of an adapted layer; any other module itself."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def find_targets(
+    model: nn.Module, config: SGRQConfig, matches: Callable[[SGRQConfig, str], Any]
+) -> dict[str, ScaleBackend]:
+    """The backends of the layers a config targets, by name.
+
+    Args:
+        model (`nn.Module`): The model, which may have adapters already.
+        config (`SGRQConfig`): A config whose `target_modules` is not `None`.
+        matches (`Callable`): PEFT's test whether a config targets a name.
+
+    Raises:
+        ValueError: If a targeted layer cannot be adapted; the sentence names it.
+    """
+    return {
+        name: backend_of(name, layer, config.group_size)
+        for name, layer in named_base_layers(model)
+        if name and matches(config, name)
+    }
+
+
+def backend_of(name: str, layer: nn.Module, group_size: int) -> ScaleBackend:
+    """The backend of a layer; a ValueError that names the layer if there is none."""
+    try:
+        return resolve_backend(layer, group_size)
+    except ValueError as error:
+        raise ValueError(f"Layer {name!r} cannot be adapted: {error}. The model was not changed.") from None
+
+
+def supported_layers(model: nn.Module, config: SGRQConfig) -> set[str]:
+    """The names `target_modules=None` stands for: all quantized layers, or all dense ones but the output head.
+
+    Raises:
+        ValueError: If the model has neither.
+    """
+    layers = dict(named_base_layers(model))
+    quantized = {name for name, layer in layers.items() if is_quantized(layer)}
+    if quantized:
+        return quantized
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    names = {name for name, layer in layers.items() if name and is_supported(layer) and layer is not head}
+    if config.task_type == TaskType.SEQ_CLS:
+        names -= set(SEQ_CLS_HEAD_NAMES)
+    if not names:
+        raise ValueError(
+            "The model has no layer whose scales could be trained: found neither bitsandbytes layers nor nn.Linear or "
+            "Conv1D, expected at least one; quantize it with a BitsAndBytesConfig, or name its layers in "
+            "`target_modules`."
+        )
+    return names
+
+
+def check_modules_to_save(model: nn.Module, config: SGRQConfig) -> None:
+    """Refuses a quantized module in `modules_to_save`, which bitsandbytes could not train."""
+    for wanted in config.modules_to_save or ():
+        for name, module in model.named_modules():
+            if (name == wanted or name.endswith("." + wanted)) and any(map(is_quantized, module.modules())):
+                raise ValueError(
+                    f"`modules_to_save` names {name!r}, which is quantized and cannot be trained whole, expected a "
+                    "module in floating point; leave it out (its scales are trained if it is in `target_modules`), or "
+                    "keep it from being quantized with `llm_int8_skip_modules`."
+                )
