@@ -15,11 +15,12 @@ from peft_sgrq.base_check import loading_code, quantization_code
 if TYPE_CHECKING:
     from peft_sgrq.config import SGRQConfig
 
-_MARKER = "<!-- written by peft_sgrq; edit the text below this line and it is kept -->"
+_BEGIN = "<!-- written by peft_sgrq: begin -->"
+_END = "<!-- written by peft_sgrq: end -->"
 _TEMPLATE_SIGN = "[More Information Needed]"  # in the card PEFT and huggingface_hub start from
 
 _TEXT = """\
-{marker}
+{begin}
 # {title}
 
 An adapter of `peft_sgrq`, saliency-guided scale tuning: it changes {ratio:.0%} of the scales of the layers below, by
@@ -40,7 +41,6 @@ are those of the adapter, bit for bit.
 ```python
 # pip install peft-sgrq
 import peft_sgrq  # registers SGRQ with PEFT
-import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -56,13 +56,15 @@ The adapter fits this base and this quantization of it only; another one is refu
 merged = model.merge_and_unload()
 merged.save_pretrained("merged")  # {merged_format}; loads without peft_sgrq
 ```
+{end}
 """
 
 
 def write_model_card(directory: str, config: SGRQConfig) -> None:
     """Writes or updates `README.md` beside the weights of a saved adapter.
 
-    The metadata of a card that is there is kept, and so is its text unless it is the template PEFT fills in.
+    A card that is there keeps its metadata and its text (TRL's, say, or the author's) and gets a section of ours, that
+    is brought up to date at the next save; only the empty template that PEFT fills in is replaced.
 
     Args:
         directory (`str`): Where the adapter was saved; without adapter weights in it nothing is written.
@@ -79,18 +81,28 @@ def write_model_card(directory: str, config: SGRQConfig) -> None:
         card.data["base_model"] = base
     tags = {"sgrq", "quantization"} | ({f"base_model:adapter:{base}"} if base and not os.path.isdir(base) else set())
     card.data["tags"] = sorted(tags | set(card.data.get("tags") or ()))
-    if _TEMPLATE_SIGN in card.text or _MARKER in card.text.splitlines()[:3]:
-        card.text = _card_text(weights, config)
+    card.text = _with_section(card.text, _section(weights, config))
     beside = path.with_name(".README.md.partial")
     card.save(beside)
     os.replace(beside, path)
 
 
-def _card_text(weights: str, config: SGRQConfig) -> str:
+def _with_section(text: str, section: str) -> str:
+    if _TEMPLATE_SIGN in text:
+        return section
+    before, begin, rest = text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if begin and end:
+        return before + section.rstrip("\n") + after
+    return text.rstrip("\n") + "\n\n" + section
+
+
+def _section(weights: str, config: SGRQConfig) -> str:
     quantization = config.base_quantization
     base = config.base_model_name_or_path or "not recorded"
     return _TEXT.format(
-        marker=_MARKER,
+        begin=_BEGIN,
+        end=_END,
         title=f"SGRQ adapter for {Path(base).name}",
         base=base,
         quantization=f"`{quantization_code(quantization)}`" if quantization else "none (dense)",

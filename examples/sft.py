@@ -1,0 +1,65 @@
+"""Fine-tunes a quantized model with SGRQ and TRL, merges it, and pushes both to the Hub if asked.
+
+    python examples/sft.py \\
+        --model_name_or_path unsloth/Llama-3.2-1B-Instruct-bnb-4bit \\
+        --dataset_name trl-lib/Capybara \\
+        --output_dir llama-sgrq --learning_rate 1e-2 --max_steps 500 --push_to_hub
+
+A base that is quantized already loads the same everywhere, so the adapter fits everywhere. A model that is not is
+quantized while loading with `--load_in_4bit` or `--load_in_8bit`. All arguments of TRL's SFTConfig work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_quantization_config
+
+from peft_sgrq import SGRQConfig
+
+
+@dataclass
+class SGRQArguments:
+    ratio: float = field(default=0.4, metadata={"help": "Share of the scales to train."})
+    adapter_dtype: str = field(
+        default="float32", metadata={"help": "float32, or bfloat16 for a file of half the size."}
+    )
+    merge: bool = field(default=True, metadata={"help": "Also save the merged model, in OUTPUT_DIR/merged."})
+
+
+def main() -> None:
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, SGRQArguments))
+    script, training, base, sgrq = parser.parse_args_and_config()
+
+    loading = {"revision": base.model_revision, "dtype": base.dtype, "attn_implementation": base.attn_implementation}
+    quantization = get_quantization_config(base)
+    if quantization is not None:  # a model that is quantized already brings its own
+        loading["quantization_config"] = quantization
+    model = AutoModelForCausalLM.from_pretrained(base.model_name_or_path, **loading)
+    tokenizer = AutoTokenizer.from_pretrained(base.model_name_or_path, revision=base.model_revision)
+    dataset = load_dataset(script.dataset_name, name=script.dataset_config)
+
+    trainer = SFTTrainer(
+        model=model,
+        args=training,
+        train_dataset=dataset[script.dataset_train_split],
+        eval_dataset=dataset[script.dataset_test_split] if training.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        peft_config=SGRQConfig(task_type="CAUSAL_LM", ratio=sgrq.ratio, adapter_dtype=sgrq.adapter_dtype),
+    )
+    trainer.train()
+    trainer.save_model(training.output_dir)
+    if training.push_to_hub:
+        trainer.model.push_to_hub(training.hub_model_id or Path(training.output_dir).name)
+
+    if sgrq.merge:
+        merged = trainer.model.merge_and_unload()
+        merged.save_pretrained(Path(training.output_dir, "merged"))
+        tokenizer.save_pretrained(Path(training.output_dir, "merged"))
+
+
+if __name__ == "__main__":
+    main()
