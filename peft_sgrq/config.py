@@ -76,6 +76,7 @@ class SGRQConfig(PeftConfig):
         # PEFT's matching expects sets; its save_pretrained turns them into lists.
         self.target_modules = _as_set(self.target_modules)
         self.exclude_modules = _as_set(self.exclude_modules)
+        self._check_version()
         self._check_targets()
         self._check_numbers()
         _check_string_dict("selection", self.selection, "layer names to hexadecimal masks")
@@ -86,6 +87,14 @@ class SGRQConfig(PeftConfig):
                     f"`selection[{name!r}]` is {mask!r}, expected a bit mask in hexadecimal digits; take the "
                     "selection from the adapter_config.json it was saved in."
                 )
+
+    def _check_version(self) -> None:
+        version = self.sgrq_version
+        if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+            raise ValueError(
+                f"The adapter has `sgrq_version` {version!r}, this peft-sgrq reads versions 1 to {FORMAT_VERSION}; "
+                "upgrade with `pip install -U peft-sgrq`."
+            )
 
     def _check_targets(self) -> None:
         for field_name in ("layers_to_transform", "layers_pattern"):
@@ -121,17 +130,6 @@ class SGRQConfig(PeftConfig):
             )
         if not isinstance(self.init_weights, bool):
             raise TypeError(f"`init_weights` is {self.init_weights!r}, expected True (zero change) or False (random).")
-
-    @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """Refuses the saved config of an adapter format this version does not know."""
-        version = kwargs.get("sgrq_version", FORMAT_VERSION)
-        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-            raise ValueError(
-                f"The adapter has `sgrq_version` {version!r}, this peft-sgrq reads versions 1 to {FORMAT_VERSION}; "
-                "upgrade with `pip install -U peft-sgrq`."
-            )
-        return super().check_kwargs(**kwargs)
 
     @classmethod
     def from_pretrained(

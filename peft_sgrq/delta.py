@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class Delta(nn.Module):
         """Makes the deltas float32 again after a cast, with the bits they had before it if nothing changed since."""
         if self.weight.dtype == torch.float32:
             if self._exact is None or self._exact.data_ptr() != self.weight.data_ptr():
-                self._remember()
+                self._accept()
             return
         exact, cast = self._exact, self.weight.detach()
         unchanged = (
@@ -85,6 +86,15 @@ class Delta(nn.Module):
             and torch.equal(exact.to(cast.dtype), cast)
         )
         self.weight.data = exact if unchanged and exact is not None else cast.float()
+        self._accept()
+
+    def _accept(self) -> None:
+        # transformers loads adapters by putting new tensors into the module, past load_state_dict.
+        if not self.weight.is_meta:
+            errors = self.find_errors({"weight": self.weight, "selection": self.selection}, "")
+            if errors:
+                raise ValueError(f"The adapter cannot be used: {' '.join(errors)}")
+            self.groups = unpack_mask(self.selection).to(self.groups.device)
         self._remember()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Delta:
@@ -109,23 +119,27 @@ class Delta(nn.Module):
     ) -> None:
         if not self.weight.is_meta:
             self.restore_precision()
-        errors = self._check_loaded(state_dict, prefix)
+        errors = self.find_errors(state_dict, prefix)
         if errors:
             error_msgs.extend(errors)
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if prefix + "selection" in state_dict:
-            self.groups = unpack_mask(self.selection).to(self.groups.device)
+        self._exact = None
         if not self.weight.is_meta:
-            self._exact = None
             self.restore_precision()
 
-    def _check_loaded(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+    def find_errors(self, state_dict: Mapping[str, torch.Tensor], prefix: str) -> list[str]:
+        """Why the tensors `prefix + "weight"` and `prefix + "selection"` cannot be loaded; empty if they can.
+
+        Args:
+            state_dict (`Mapping[str, torch.Tensor]`): What is to be loaded; either tensor may be missing.
+            prefix (`str`): What their names begin with.
+        """
         weight, selection = state_dict.get(prefix + "weight"), state_dict.get(prefix + "selection")
         errors = []
-        if weight is not None and weight.shape != self.weight.shape:
+        if weight is not None and tuple(weight.shape) != tuple(self.weight.shape):
             errors.append(
                 f"{prefix}weight has shape {tuple(weight.shape)}, expected {tuple(self.weight.shape)}: the file was "
                 "saved with another selection than the adapter it is loaded into; load it under a new adapter name."
@@ -136,7 +150,7 @@ class Delta(nn.Module):
                 "file diverged; load an earlier checkpoint."
             )
         if selection is not None and (
-            selection.shape != self.selection.shape
+            selection.shape != (-(-self.selectable // 8),)
             or selection.dtype != torch.uint8
             or len(unpack_mask(selection)) != len(self.groups)
         ):

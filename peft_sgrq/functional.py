@@ -11,9 +11,9 @@ scales, and `r`, `k` the maps from rows and columns to rows and groups of `S`::
 
 The rounding is straight-through: its derivative is taken as one. The sum needs `x` only at the selected columns, so
 only those are kept for the backward pass. Where there is one scale per output row, the sum over all columns is the
-product the forward pass has made already and no second product is needed::
+product the forward pass has made already and, without a bias, no second product is needed::
 
-    dL/ddelta[o] = sum_t dy[t, o] (y[t, o] - b[o]) / (1 + delta[o])
+    dL/ddelta[o] = sum_t dy[t, o] y[t, o] / (1 + delta[o])
 
 Training all scales is PEQA (Kim et al. 2023, arXiv 2305.14152); selecting salient columns is SGR-Q.
 """
@@ -102,26 +102,37 @@ class _RowScaledLinear(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, delta: torch.Tensor, groups: torch.Tensor | None, backend: ScaleBackend
     ) -> torch.Tensor:
         y = backend.linear(x, backend.prepare(effective_scales(backend, delta, groups)))  # (..., N)
-        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, delta, groups)
+        # A bias much larger than the product would leave few digits of y - b.
+        product_known = backend.bias is None
+        ctx.save_for_backward((y if product_known else x) if ctx.needs_input_grad[1] else None, delta, groups)
         ctx.backend = backend
+        ctx.product_known = product_known
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        y, delta, groups = ctx.saved_tensors
+        saved, delta, groups = ctx.saved_tensors
         backend: ScaleBackend = ctx.backend
         dy = grads[0]
         dx = ddelta = None
         if ctx.needs_input_grad[0]:
             dx = dy @ backend.dequantize(effective_scales(backend, delta, groups), dy.dtype)
         if ctx.needs_input_grad[1]:
-            bias = backend.bias
-            product = y if bias is None else y - bias.to(y.dtype)
-            total = (dy.float() * product.float()).reshape(-1, dy.shape[-1]).sum(0)  # (N,)
-            total = total if groups is None else total.index_select(0, groups)
-            factor = 1 + delta  # (n, 1)
-            # A row whose factor is zero has output zero whatever its codes: its gradient is not defined, take none.
-            ddelta = torch.where(factor == 0, 0.0, total.unsqueeze(1) / factor)
+            dy_rows = dy.reshape(-1, dy.shape[-1])  # (T, N)
+            saved = saved.reshape(-1, saved.shape[-1])  # (T, N) or (T, K)
+            if groups is not None:
+                dy_rows = dy_rows.index_select(1, groups)  # (T, n)
+            if ctx.product_known:
+                product = saved if groups is None else saved.index_select(1, groups)  # (T, n)
+                total = (dy_rows.float() * product.float()).sum(0).unsqueeze(1)  # (n, 1)
+                factor = 1 + delta
+                # A row whose factor is zero has output zero whatever its codes: its gradient cannot be told.
+                ddelta = torch.where(factor == 0, 0.0, total / factor)
+            else:
+                codes = backend.codes(groups, dy.dtype)  # (n, K)
+                scales = backend.scales()
+                scales = scales if groups is None else scales.index_select(0, groups)  # (n, 1)
+                ddelta = group_reduce(dy_rows.t() @ saved.to(dy.dtype), codes, backend.group_size) * scales
         return dx, ddelta, None, None
 
 

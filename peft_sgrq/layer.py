@@ -44,7 +44,7 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
-        self._unmerged_scales: Any = None
+        self._unmerged_scales: tuple[Any, ...] = ()  # in a tuple, lest a parameter in it is registered
         self._prepared = PreparedScales()
         self._unions: dict[tuple[str, ...], torch.Tensor | None] = {}
         self.update_layer(adapter_name, config=config, groups=groups)
@@ -159,7 +159,7 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
             y = scaled_linear(x_cast, *self.combined_delta(names), backend)
         else:
             with torch.no_grad():
-                y = backend.linear(x_cast, self._prepared_scales(names))
+                y = backend.linear(x_cast, self._prepared_scales(names, x_cast))
         y = backend.cast_output(y, x)
         return y if hook is None else hook.post_forward(self.base_layer, y)
 
@@ -168,13 +168,17 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
             return False
         return x.requires_grad or any(self._delta(name).weight.requires_grad for name in names)
 
-    def _prepared_scales(self, names: tuple[str, ...]) -> torch.Tensor:
+    def _prepared_scales(self, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
         def prepare() -> torch.Tensor:
             return self.backend.prepare(effective_scales(self.backend, *self.combined_delta(names)))
 
         if self.training or torch.compiler.is_compiling():
             return prepare()
-        return self._prepared.get(names, [self._delta(name).weight for name in names], prepare)
+        weights = [self._delta(name).weight for name in names]
+        # An adapter in training may have changed unseen since the last sequence, but not since its last token.
+        decoding = x.dim() > 2 and x.shape[-2] == 1
+        reuse = decoding or not any(weight.requires_grad for weight in weights)
+        return self._prepared.get(names, [*weights, *self.backend.sources()], prepare, reuse)
 
     def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):
@@ -214,7 +218,7 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
     def check_finite(self, adapter_names: list[str] | None = None) -> None:
         """Raises a ValueError if merging the adapters (`None`: the active ones) would write NaN or infinite scales."""
         for name in self._present(self.active_adapters if adapter_names is None else adapter_names):
-            with self._original_scales():
+            with self.original_scales():
                 scales = effective_scales(self.backend, *self.combined_delta((name,)))
             if not torch.isfinite(scales).all():
                 raise ValueError(
@@ -245,9 +249,9 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
             self.check_finite(names)
         merged = [*self.merged_adapters, *names]
         if self.merged:
-            self.backend.restore_scales(self._unmerged_scales)
+            self.backend.restore_scales(*self._unmerged_scales)
         scales = effective_scales(self.backend, *self.combined_delta(self._present(merged)))
-        self._unmerged_scales = self.backend.write_scales(scales)
+        self._unmerged_scales = (self.backend.write_scales(scales),)
         self.merged_adapters = merged
         self._prepared.clear()
 
@@ -256,17 +260,17 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.")
             return
-        self.backend.restore_scales(self._unmerged_scales)
-        self._unmerged_scales = None
+        self.backend.restore_scales(*self._unmerged_scales)
+        self._unmerged_scales = ()
         self.merged_adapters = []
 
     @contextmanager
-    def _original_scales(self) -> Iterator[None]:
+    def original_scales(self) -> Iterator[None]:
         """While this is open the base layer has its original scales, merged or not."""
         if not self.merged:
             yield
             return
-        merged = self.backend.restore_scales(self._unmerged_scales)
+        merged = self.backend.restore_scales(*self._unmerged_scales)
         try:
             yield
         finally:
@@ -276,15 +280,10 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The change an adapter makes to the weight of the base, float32 `[out_features, in_features]`."""
         backend = self.backend
-        with self._original_scales():
+        with self.original_scales():
             scales = effective_scales(backend, *self.combined_delta((adapter,)))
             changed = backend.dequantize(scales, torch.float32)
             return changed - backend.dequantize(backend.scales(), torch.float32)
-
-    def base_fingerprint(self) -> str:
-        """The fingerprint of the base layer as it is without any merge."""
-        with self._original_scales():
-            return self.backend.fingerprint()
 
     # module
 
@@ -293,6 +292,10 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
         for name in self.sgrq_delta:
             self._delta(name).restore_precision()
         return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SGRQLinear:
         self._forget()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -73,21 +73,21 @@ class SGRQModel(BaseTuner):
         check_modules_to_save(model, peft_config)
         backends = find_targets(model, peft_config, self._check_target_module_exists)
         disable_cpu_packing(model)
+        with _original_scales(model):  # whatever is merged into the base
+            self._complete_config(peft_config, model, backends)
+
+    def _complete_config(self, peft_config: SGRQConfig, model: nn.Module, backends: dict[str, ScaleBackend]) -> None:
         if any(backend.device.type == "meta" for backend in backends.values()):
             self._check_selection(peft_config, backends)
             return
-        adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, SGRQLinear)}
-        fingerprints = {
-            name: adapted[name].base_fingerprint() if name in adapted else backend.fingerprint()
-            for name, backend in backends.items()
-        }
+        fingerprints = {name: backend.fingerprint() for name, backend in backends.items()}
         if peft_config.base_fingerprint is not None:
             check_base(peft_config, fingerprints)
         selection = dict(peft_config.selection or {})
         for name, backend in backends.items():
             if name not in selection:
                 selection[name] = _select_by_magnitude(backend, peft_config.ratio)
-        peft_config.selection = {name: selection[name] for name in backends}
+        peft_config.selection = selection
         self._check_selection(peft_config, backends)
         peft_config.base_fingerprint = fingerprints
         peft_config.base_quantization = describe_quantization(model, backends)
@@ -95,6 +95,13 @@ class SGRQModel(BaseTuner):
     @staticmethod
     def _check_selection(peft_config: SGRQConfig, backends: dict[str, ScaleBackend]) -> None:
         selection = peft_config.selection or {}
+        unknown = sorted(set(selection) - set(backends))
+        if unknown and backends:
+            raise ValueError(
+                f"`selection` names {len(unknown)} layers that the config does not target or the model does not have "
+                f"(the first: {unknown[0]!r}), expected some of {sorted(backends)[:3]} and so on; take them out, or "
+                "target them."
+            )
         for name, backend in backends.items():
             if name not in selection:
                 raise ValueError(
@@ -150,7 +157,8 @@ class SGRQModel(BaseTuner):
     ) -> nn.Module:
         if merge and safe_merge:
             self._check_finite(adapter_names)
-        nested = nested_layers(self.model)
+        with _original_scales(self.model):
+            nested = nested_layers(self.model)
         model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
@@ -190,6 +198,12 @@ class SGRQModel(BaseTuner):
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter {adapter_name!r} exists already; choose another name or delete it first.")
         configs = [self.peft_config[name] for name in adapters]
+        for name, config in zip(adapters, configs, strict=True):
+            if config.modules_to_save or config.trainable_token_indices:
+                raise ValueError(
+                    f"Adapter {name!r} also trains `modules_to_save` or `trainable_token_indices`, expected adapters "
+                    "of scales alone: whole weights have no weighted sum here; add up the others."
+                )
         selection = self._union_of_selections(adapters)
         self.peft_config[adapter_name] = replace(
             configs[0],
@@ -243,7 +257,6 @@ class SGRQModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        _refresh_selection(model, config, adapter_name)
         dtype = getattr(torch, config.adapter_dtype)
         suffix = f".{adapter_name}.weight"
         return {
@@ -251,15 +264,40 @@ class SGRQModel(BaseTuner):
             for key, value in selected.items()
         }
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SGRQConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """PEFT's renaming of the tensors of a file; here they are checked, and the config takes their selection over.
 
-def _refresh_selection(model: nn.Module, config: SGRQConfig, adapter_name: str) -> None:
-    """Writes the layers' selections into the config: another adapter may have been loaded in place."""
-    marker = f".{SGRQModel.prefix}delta.{adapter_name}"
-    for name, module in model.named_modules():
-        if isinstance(module, Delta) and name.endswith(marker):
-            layer_name = name.removesuffix(marker).removeprefix("base_model.model.")
-            if config.selection and layer_name in config.selection:
-                config.selection[layer_name] = encode_mask(unpack_mask(module.selection), module.selectable)
+        Raises:
+            ValueError: If a tensor does not fit the layer it is for, before any of them is loaded.
+        """
+        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        selection = dict(config.selection or {})
+        suffix = f".{cls.prefix}delta.{adapter_name}"
+        errors: list[str] = []
+        for name, module in model.named_modules():
+            if isinstance(module, Delta) and name.endswith(suffix):
+                errors += module.find_errors(renamed, name + ".")
+                mask = renamed.get(name + ".selection")
+                layer_name = name.removesuffix(suffix).removeprefix("base_model.model.")
+                if not errors and mask is not None and layer_name in selection:
+                    selection[layer_name] = encode_mask(unpack_mask(mask), module.selectable)
+        if errors:
+            raise ValueError(f"The adapter file does not fit ({len(errors)} tensors, the first:) {errors[0]}")
+        config.selection = selection or config.selection
+        return renamed
+
+
+@contextmanager
+def _original_scales(model: nn.Module) -> Iterator[None]:
+    """While this is open all layers of the model have the scales they have without any adapter merged."""
+    with ExitStack() as stack:
+        for module in list(model.modules()):
+            if isinstance(module, SGRQLinear):
+                stack.enter_context(module.original_scales())
+        yield
 
 
 def _select_by_magnitude(backend: ScaleBackend, ratio: float) -> str:

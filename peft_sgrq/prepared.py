@@ -15,29 +15,41 @@ class _Entry(NamedTuple):
 
 
 class PreparedScales:
-    """Prepared scales by adapter names, forgotten as soon as a delta they were made of changes.
+    """Prepared scales by adapter names, forgotten as soon as a tensor they were made of changes.
 
-    A change shows in the storage of the delta or in its version counter. Only a write through `.data` into the same
-    storage shows in neither; training and `train()` or `eval()` clear everything, so none of those goes unseen.
-    Copies and pickles of a layer start empty.
+    A change shows in the storage of the tensor or in its version counter. A write through `.data`, as optimizers and
+    averaging callbacks make it, shows in neither; `reuse=False` is for those who may have made one. Copies and pickles
+    of a layer start empty.
     """
 
     def __init__(self) -> None:
         self._entries: dict[tuple[str, ...], _Entry] = {}
 
     def get(
-        self, names: tuple[str, ...], weights: Sequence[torch.Tensor], make: Callable[[], torch.Tensor]
+        self,
+        names: tuple[str, ...],
+        sources: Sequence[torch.Tensor],
+        make: Callable[[], torch.Tensor],
+        reuse: bool = True,
     ) -> torch.Tensor:
-        """What `make` returns, or returned when it was last called for these names and the weights as they are now."""
+        """What `make` returned when it was last called for these names and the sources as they are now.
+
+        Args:
+            names (`tuple[str, ...]`): The adapters in effect.
+            sources (`Sequence[torch.Tensor]`): The tensors that what `make` returns is made of.
+            make (`Callable`): Computes the prepared scales.
+            reuse (`bool`): Whether to return what is there; `False` computes it anew.
+        """
         entry = self._entries.get(names)
-        versions = [weight._version for weight in weights]
-        if entry is not None and entry.versions == versions:
+        # Tensors made in inference mode have no version counter; they cannot be written to outside of it either.
+        versions = [0 if source.is_inference() else source._version for source in sources]
+        if reuse and entry is not None and entry.versions == versions:
             # The entry's aliases keep their storages alive, so that an equal address means the same storage.
-            same = (old.data_ptr() == new.data_ptr() for old, new in zip(entry.sources, weights, strict=True))
+            same = (old.data_ptr() == new.data_ptr() for old, new in zip(entry.sources, sources, strict=True))
             if all(same):
                 return entry.prepared
         prepared = make()
-        self._entries[names] = _Entry([weight.detach() for weight in weights], versions, prepared)
+        self._entries[names] = _Entry([source.detach() for source in sources], versions, prepared)
         return prepared
 
     def clear(self) -> None:

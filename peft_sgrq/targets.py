@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.peft_types import TaskType
 from torch import nn
@@ -65,21 +66,29 @@ def supported_layers(model: nn.Module, config: SGRQConfig) -> set[str]:
         ValueError: If the model has neither.
     """
     layers = dict(named_base_layers(model))
-    quantized = {name for name, layer in layers.items() if is_quantized(layer)}
-    if quantized:
-        return quantized
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    names = {name for name, layer in layers.items() if name and is_supported(layer) and layer is not head}
-    if config.task_type == TaskType.SEQ_CLS:
-        names -= set(SEQ_CLS_HEAD_NAMES)
+    names = {name for name, layer in layers.items() if is_quantized(layer)}
+    if not names:
+        get_head = getattr(model, "get_output_embeddings", None)
+        head = get_head() if callable(get_head) else None
+        names = {name for name, layer in layers.items() if name and is_supported(layer) and layer is not head}
+        if config.task_type == TaskType.SEQ_CLS:
+            names -= set(SEQ_CLS_HEAD_NAMES)
+    if names and config.layers_to_transform is not None:
+        # PEFT looks at the index of a block only where a name is matched by its end.
+        names = {
+            name for name in names if check_target_module_exists(replace(config, target_modules=[_end(name)]), name)
+        }
     if not names:
         raise ValueError(
             "The model has no layer whose scales could be trained: found neither bitsandbytes layers nor nn.Linear or "
-            "Conv1D, expected at least one; quantize it with a BitsAndBytesConfig, or name its layers in "
-            "`target_modules`."
+            f"Conv1D (layers_to_transform={config.layers_to_transform}), expected at least one; quantize it with a "
+            "BitsAndBytesConfig, or name its layers in `target_modules`."
         )
     return names
+
+
+def _end(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def check_modules_to_save(model: nn.Module, config: SGRQConfig) -> None:

@@ -87,6 +87,10 @@ class ScaleBackend(ABC):
         """The scales `S`, float32 `[rows, groups]`. Not to be written to."""
 
     @abstractmethod
+    def sources(self) -> list[torch.Tensor]:
+        """The stored tensors that prepared scales are made of, so that a change of them can be seen."""
+
+    @abstractmethod
     def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """Unit-scale values `C` at the columns of the selected groups, `[N, n * group_size]`."""
 

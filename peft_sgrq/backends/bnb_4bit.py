@@ -85,6 +85,9 @@ class Bnb4bitBackend(ScaleBackend):
             absmax = absmax + state.offset
         return absmax.view(self.scales_shape)
 
+    def sources(self) -> list[torch.Tensor]:
+        return [self._state.absmax]
+
     def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         rows, count = self.scales_shape
         packed = self._packed.view(torch.uint8).view(rows, count, -1)  # (N, G, g / 2)

@@ -61,6 +61,9 @@ class BnbInt8Backend(ScaleBackend):
     def scales(self) -> torch.Tensor:
         return self._owner.SCB.view(self.scales_shape)
 
+    def sources(self) -> list[torch.Tensor]:
+        return [self._owner.SCB]
+
     def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         codes = self._codes if groups is None else self._codes.index_select(0, groups)
         return codes.to(dtype) * _CODE_RANGE

@@ -62,6 +62,9 @@ class DenseBackend(ScaleBackend):
     def scales(self) -> torch.Tensor:
         return torch.ones(self.scales_shape, dtype=torch.float32, device=self.device)
 
+    def sources(self) -> list[torch.Tensor]:
+        return [self._parameter]
+
     def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         return _gather_groups(self._weight(), groups, self.scales_shape[1], self.group_size).to(dtype)
 
