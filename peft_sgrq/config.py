@@ -97,6 +97,21 @@ class SGRQConfig(PeftConfig):
             )
 
     def _check_targets(self) -> None:
+        for field_name in ("target_modules", "exclude_modules", "layers_pattern"):
+            if not isinstance(getattr(self, field_name), str):
+                _check_names(field_name, getattr(self, field_name), "a list of names, a str, or None")
+        _check_names("modules_to_save", self.modules_to_save, 'a list of names such as ["lm_head"], or None')
+        indices = self.layers_to_transform
+        indices = [indices] if isinstance(indices, int) else indices
+        if indices is not None and not (
+            isinstance(indices, (list, tuple)) and all(type(index) is int for index in indices)
+        ):
+            raise TypeError(f"`layers_to_transform` is {indices!r}, expected the index of a block or a list of them.")
+        if self.base_quantization is not None and not isinstance(self.base_quantization, dict):
+            raise TypeError(
+                f"`base_quantization` is {self.base_quantization!r}, expected a dict with the fields of a quantization "
+                "config, or None to have it written."
+            )
         for field_name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, field_name) is not None:
                 raise ValueError(
@@ -156,10 +171,18 @@ def _as_set(names: Any) -> Any:
 def _check_string_dict(name: str, value: Any, what: str) -> None:
     if value is None:
         return
-    if not isinstance(value, dict) or not all(isinstance(text, str) for item in value.items() for text in item):
-        raise TypeError(
-            f"`{name}` is a {type(value).__name__}, expected a dict from {what}, or None to have it written."
-        )
+    if not isinstance(value, dict):
+        raise TypeError(f"`{name}` is {value!r}, expected a dict from {what}, or None to have it written.")
+    for item in value.items():
+        if not all(isinstance(text, str) for text in item):
+            raise TypeError(f"`{name}` has the item {item!r}, expected a dict from {what}; correct the item.")
+
+
+def _check_names(name: str, value: Any, mend: str) -> None:
+    if value is not None and not (
+        isinstance(value, (list, tuple, set)) and all(isinstance(text, str) for text in value)
+    ):
+        raise TypeError(f"`{name}` is {value!r}, expected {mend}.")
 
 
 def _is_hex(text: str) -> bool:

@@ -174,11 +174,10 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
 
         if self.training or torch.compiler.is_compiling():
             return prepare()
-        weights = [self._delta(name).weight for name in names]
-        # An adapter in training may have changed unseen since the last sequence, but not since its last token.
-        decoding = x.dim() > 2 and x.shape[-2] == 1
-        reuse = decoding or not any(weight.requires_grad for weight in weights)
-        return self._prepared.get(names, [*weights, *self.backend.sources()], prepare, reuse)
+        sources = [self._delta(name).weight for name in names] + self.backend.sources()
+        # A sequence makes them anew, its further tokens reuse them: an unseen change can lie between sequences only.
+        decoding = x.dim() > 1 and x.shape[-2] == 1
+        return self._prepared.get(names, sources, prepare, reuse=decoding)
 
     def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):

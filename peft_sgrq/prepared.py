@@ -18,8 +18,8 @@ class PreparedScales:
     """Prepared scales by adapter names, forgotten as soon as a tensor they were made of changes.
 
     A change shows in the storage of the tensor or in its version counter. A write through `.data`, as optimizers and
-    averaging callbacks make it, shows in neither; `reuse=False` is for those who may have made one. Copies and pickles
-    of a layer start empty.
+    averaging callbacks make it, shows in neither: `reuse=False` is for the places where one may have been made. Copies
+    and pickles of a layer start empty.
     """
 
     def __init__(self) -> None:

@@ -44,12 +44,12 @@ def _register() -> None:
                 f"The installed PEFT has a tuner type {NAME} of its own ({owner}), which peft-sgrq would hide; "
                 "uninstall peft-sgrq to use PEFT's, or install an older PEFT to use peft-sgrq."
             )
-    else:
-        _insert_member(PeftType, NAME)
-
+    # Before the member is made, so that a failing import leaves nothing half registered.
     from peft_sgrq.config import SGRQConfig
     from peft_sgrq.model import SGRQModel
 
+    if NAME not in PeftType.__members__:
+        _insert_member(PeftType, NAME)
     register_peft_method(name=NAME.lower(), config_cls=SGRQConfig, model_cls=SGRQModel, prefix=SGRQModel.prefix)
 
 

@@ -1,0 +1,293 @@
+"""Every field is checked, saved as JSON and read back; fields choose what they say they choose."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from bases import DENSE, INT8, NF4, NF4_NESTED, Base, adapted, logits, train_steps
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+
+from peft_sgrq import SGRQConfig, SGRQLinear
+
+BLOCKS = ["model.layers.0", "model.layers.1"]
+LAYERS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+ALL = {f"{block}.{layer}" for block in BLOCKS for layer in LAYERS}
+
+
+def wrapped(model: torch.nn.Module) -> set[str]:
+    found = (name for name, module in model.named_modules() if isinstance(module, SGRQLinear))
+    return {name.removeprefix("base_model.model.") for name in found}
+
+
+def trainable(model: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+# values
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("ratio", 0, ValueError),
+        ("ratio", -0.1, ValueError),
+        ("ratio", 1.1, ValueError),
+        ("ratio", float("nan"), ValueError),
+        ("ratio", float("inf"), ValueError),
+        ("ratio", "a", TypeError),
+        ("ratio", True, TypeError),
+        ("ratio", None, TypeError),
+        ("group_size", 0, ValueError),
+        ("group_size", -64, ValueError),
+        ("group_size", 64.0, TypeError),
+        ("group_size", True, TypeError),
+        ("group_size", "64", TypeError),
+        ("adapter_dtype", "float16", ValueError),
+        ("adapter_dtype", torch.float16, ValueError),
+        ("adapter_dtype", 16, ValueError),
+        ("init_weights", "gaussian", TypeError),
+        ("init_weights", 1, TypeError),
+        ("init_weights", None, TypeError),
+        ("selection", "ff", TypeError),
+        ("selection", ["ff"], TypeError),
+        ("selection", {"layer": 255}, TypeError),
+        ("selection", {"layer": "zz"}, ValueError),
+        ("selection", {"layer": "abc"}, ValueError),
+        ("base_fingerprint", "bnb-nf4-64", TypeError),
+        ("base_fingerprint", {"layer": 1}, TypeError),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(field, value, error):
+    with pytest.raises(error, match=rf"`{field}.*expected") as caught:
+        SGRQConfig(**{field: value})
+    if field not in ("selection", "base_fingerprint"):
+        assert str(value).removeprefix("torch.") in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["layers_to_transform", "layers_pattern"])
+def test_an_expression_excludes_layer_indices(field):
+    value = {"layers_to_transform": [0], "layers_pattern": "layers"}
+    chosen = {"layers_to_transform": [0], field: value[field]}
+    with pytest.raises(ValueError, match="`layers_to_transform` cannot be used when `target_modules` is a str"):
+        SGRQConfig(target_modules=".*q_proj", **chosen)
+    with pytest.raises(ValueError, match="`target_modules` is a str"):
+        SGRQConfig(target_modules="all-linear", **{field: value[field]})
+
+
+def test_a_pattern_needs_layer_indices():
+    with pytest.raises(ValueError, match="`layers_to_transform` must also be specified"):
+        SGRQConfig(layers_pattern="layers")
+
+
+def test_a_torch_dtype_means_its_name():
+    for dtype in (torch.float32, torch.bfloat16, "float32", "bfloat16", "torch.bfloat16"):
+        assert SGRQConfig(adapter_dtype=dtype).adapter_dtype == str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("ratio", [1, 1.0, 1e-6])
+def test_any_share_above_zero_is_a_ratio(ratio):
+    assert SGRQConfig(ratio=ratio).ratio == ratio
+
+
+# files
+
+FULL = {
+    "task_type": TaskType.CAUSAL_LM,
+    "target_modules": ["q_proj", "v_proj"],
+    "exclude_modules": ["o_proj"],
+    "ratio": 0.25,
+    "group_size": 32,
+    "adapter_dtype": torch.bfloat16,
+    "init_weights": False,
+    "layers_to_transform": [0, 1],
+    "layers_pattern": ["layers"],
+    "modules_to_save": ["lm_head"],
+    "trainable_token_indices": [1, 2],
+    "selection": {"model.layers.0.self_attn.q_proj": "80"},
+    "base_fingerprint": {"model.layers.0.self_attn.q_proj": "bnb-nf4-64:0011:2233"},
+    "base_quantization": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+}
+
+
+def test_every_field_survives_saving(tmp_path: Path):
+    assert set(FULL) >= {field.name for field in fields(SGRQConfig)} - {
+        *(field.name for field in fields(PeftConfig)),
+        "sgrq_version",
+    }
+    config = SGRQConfig(**FULL)
+    config.save_pretrained(str(tmp_path))
+    for load in (SGRQConfig.from_pretrained, PeftConfig.from_pretrained):
+        loaded = load(str(tmp_path))
+        assert type(loaded) is SGRQConfig and loaded == config
+        loaded.save_pretrained(str(tmp_path / "again"))
+        assert SGRQConfig.from_pretrained(str(tmp_path / "again")) == config
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "SGRQ" and saved["sgrq_version"] == 1 and saved["adapter_dtype"] == "bfloat16"
+    assert {key: saved[key] for key in FULL if key not in ("target_modules", "exclude_modules", "adapter_dtype")} == {
+        key: value for key, value in FULL.items() if key not in ("target_modules", "exclude_modules", "adapter_dtype")
+    }
+
+
+@pytest.mark.parametrize("tested", [NF4_NESTED, INT8, DENSE], ids=lambda base: base.name)
+def test_a_completed_config_survives_saving(tested: Base, llama_dir: Path, tmp_path: Path):
+    config = adapted(tested, llama_dir).peft_config["default"]
+    assert set(config.selection) == set(config.base_fingerprint) == ALL
+    assert bool(config.base_quantization) == (tested is not DENSE)
+    config.save_pretrained(str(tmp_path))
+    assert SGRQConfig.from_pretrained(str(tmp_path)) == config
+
+
+@pytest.mark.parametrize("version", [2, 0, "2", 1.5, None])
+def test_an_unknown_format_version_is_refused(version, tmp_path: Path):
+    SGRQConfig().save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sgrq_version": version}))
+    for load in (SGRQConfig.from_pretrained, PeftConfig.from_pretrained):
+        with pytest.raises(ValueError, match=r"`sgrq_version`.*pip install -U peft-sgrq"):
+            load(str(tmp_path))
+
+
+def test_a_wrong_field_in_a_file_is_refused(tmp_path: Path):
+    SGRQConfig().save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "ratio": 7}))
+    with pytest.raises(ValueError, match="`ratio` is 7"):
+        PeftConfig.from_pretrained(str(tmp_path))
+
+
+# one config, several models
+
+
+def test_the_given_config_is_not_modified_and_serves_two_models(llama_dir: Path, ids):
+    config = SGRQConfig(ratio=0.5, task_type="CAUSAL_LM", init_weights=False)
+    given = copy.deepcopy(config)
+    models = [get_peft_model(base.load(llama_dir), config) for base in (NF4, INT8)]
+    given.base_model_name_or_path = config.base_model_name_or_path  # PEFT writes the name of the base
+    assert config == given and config.base_model_name_or_path == str(llama_dir)
+    first, second = (model.peft_config["default"] for model in models)
+    assert first is not config and second is not config
+    assert first.selection != second.selection and first.base_fingerprint != second.base_fingerprint
+    assert all(train_steps(model, ids, steps=1) for model in models)
+    for name in ("selection", "base_fingerprint", "base_quantization"):
+        assert getattr(config, name) is None
+
+
+def test_a_second_adapter_made_of_the_completed_config_is_independent(llama_dir: Path):
+    model = adapted(NF4, llama_dir)
+    config = model.peft_config["default"]
+    before = copy.deepcopy(config)
+    model.add_adapter("other", config)
+    other = model.peft_config["other"]
+    assert other is not config and other.selection is not config.selection and other.selection == config.selection
+    other.selection.clear()
+    assert config == before
+
+
+# which layers
+
+
+FIRST, SECOND = ({name for name in ALL if name.startswith(block)} for block in BLOCKS)
+QUERIES = {f"{block}.self_attn.q_proj" for block in BLOCKS}
+UPS = {f"{block}.mlp.up_proj" for block in BLOCKS}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, ALL),
+        ({"target_modules": "all-linear"}, ALL),
+        ({"target_modules": ["q_proj"]}, QUERIES),
+        ({"target_modules": ["layers.1.mlp.up_proj"]}, UPS & SECOND),
+        ({"target_modules": r".*\.1\..*_proj"}, SECOND),
+        ({"exclude_modules": ["up_proj", "layers.0.self_attn.q_proj"]}, ALL - UPS - (QUERIES & FIRST)),
+        ({"exclude_modules": r".*\.0\..*"}, SECOND),
+        ({"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}, (QUERIES | UPS) & SECOND),
+        ({"target_modules": ["q_proj"], "layers_to_transform": 0}, QUERIES & FIRST),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"}, QUERIES & FIRST),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ["layers"]}, QUERIES & FIRST),
+        ({"layers_to_transform": [1]}, SECOND),
+        ({"layers_to_transform": [1], "exclude_modules": ["up_proj"]}, SECOND - UPS),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_the_named_layers_are_adapted(config, expected, llama_dir: Path):
+    model = adapted(NF4, llama_dir, **config)
+    assert wrapped(model) == expected == set(model.peft_config["default"].selection)
+    assert trainable(model) == {f"base_model.model.{name}.sgrq_delta.default.weight" for name in expected}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["nowhere"]},
+        {"target_modules": ".*nowhere"},
+        {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [7]},
+    ],
+    ids=str,
+)
+def test_a_target_that_matches_nothing_is_refused(config, llama_dir: Path):
+    model = NF4.load(llama_dir)
+    with pytest.raises(ValueError, match=r"[Tt]arget.*modules"):
+        get_peft_model(model, SGRQConfig(**config))
+    assert not wrapped(model)
+
+
+def test_a_target_without_scales_is_refused_and_the_model_unchanged(llama_dir: Path):
+    model = NF4.load(llama_dir)
+    with pytest.raises(ValueError, match=r"Layer 'model\.embed_tokens' cannot be adapted: it is a .*Embedding"):
+        get_peft_model(model, SGRQConfig(target_modules=["q_proj", "embed_tokens"]))
+    assert not wrapped(model)
+
+
+def test_the_head_is_adapted_when_it_is_named(llama_dir: Path):
+    model = adapted(NF4, llama_dir, target_modules=["lm_head", "q_proj"])
+    assert "lm_head" in wrapped(model) and type(model.get_output_embeddings()) is SGRQLinear
+    assert model.peft_config["default"].base_quantization["load_in_4bit"] is True
+
+
+def test_a_selection_of_a_layer_that_is_not_adapted_is_refused(llama_dir: Path):
+    with pytest.raises(ValueError, match=r"model\.layers\.9\.mlp\.up_proj"):
+        get_peft_model(NF4.load(llama_dir), SGRQConfig(selection={"model.layers.9.mlp.up_proj": "80"}))
+
+
+# what else is trained
+
+
+def test_modules_to_save_are_trained_whole_saved_and_loaded(llama_dir: Path, tmp_path: Path, ids):
+    model = adapted(NF4, llama_dir, modules_to_save=["lm_head", "norm"])
+    head = model.base_model.model.lm_head
+    before = head.original_module.weight.clone()
+    train_steps(model, ids, steps=2)
+    assert torch.equal(head.original_module.weight, before)
+    assert not torch.equal(head.modules_to_save["default"].weight, before)
+    model.eval().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(NF4.load(llama_dir), tmp_path)
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    assert loaded.peft_config["default"].modules_to_save == ["lm_head", "norm"]
+
+
+def test_trainable_tokens_are_trained_saved_and_loaded(llama_dir: Path, tmp_path: Path, ids):
+    tokens = ids[0, :2].tolist()
+    model = adapted(NF4, llama_dir, trainable_token_indices=tokens)
+    assert any("trainable_tokens_delta" in name for name in trainable(model))
+    before = model.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta["default"].clone()
+    train_steps(model, ids, steps=2)
+    after = model.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta["default"]
+    assert after.shape == (2, 64) and not torch.equal(after, before)
+    model.eval().save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(NF4.load(llama_dir), tmp_path), ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("tested", [NF4, INT8], ids=lambda base: base.name)
+@pytest.mark.parametrize("name", ["down_proj", "mlp"])
+def test_a_quantized_module_cannot_be_saved_whole(tested: Base, name, llama_dir: Path):
+    model = tested.load(llama_dir)
+    with pytest.raises(ValueError, match=rf"`modules_to_save` names 'model.*{name}', which is quantized"):
+        get_peft_model(model, SGRQConfig(modules_to_save=[name], target_modules=["q_proj"]))
+    assert not wrapped(model)
