@@ -109,7 +109,7 @@ class SGRQConfig(PeftConfig):
             raise TypeError(f"`layers_to_transform` is {indices!r}, expected the index of a block or a list of them.")
         if self.base_quantization is not None and not isinstance(self.base_quantization, dict):
             raise TypeError(
-                f"`base_quantization` is {self.base_quantization!r}, expected a dict with the fields of a quantization "
+                f"`base_quantization` is {self.base_quantization!r}, expected a dict of the fields of a quantization "
                 "config, or None to have it written."
             )
         for field_name in ("layers_to_transform", "layers_pattern"):

@@ -23,6 +23,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from peft_sgrq.backends.base import ScaleBackend
 from peft_sgrq.kernels import group_reduce
@@ -79,6 +80,7 @@ class _GroupScaledLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         x_selected, delta, groups = ctx.saved_tensors
         backend: ScaleBackend = ctx.backend
@@ -110,6 +112,7 @@ class _RowScaledLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         saved, delta, groups = ctx.saved_tensors
         backend: ScaleBackend = ctx.backend
@@ -126,7 +129,7 @@ class _RowScaledLinear(torch.autograd.Function):
                 product = saved if groups is None else saved.index_select(1, groups)  # (T, n)
                 total = (dy_rows.float() * product.float()).sum(0).unsqueeze(1)  # (n, 1)
                 factor = 1 + delta
-                # A row whose factor is zero has output zero whatever its codes: its gradient cannot be told.
+                # Where the factor is zero the output does not tell the product any more.
                 ddelta = torch.where(factor == 0, 0.0, total / factor)
             else:
                 codes = backend.codes(groups, dy.dtype)  # (n, K)

@@ -175,7 +175,8 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
         if self.training or torch.compiler.is_compiling():
             return prepare()
         sources = [self._delta(name).weight for name in names] + self.backend.sources()
-        # A sequence makes them anew, its further tokens reuse them: an unseen change can lie between sequences only.
+        # A sequence makes them anew, its further tokens reuse them: a change through `.data` goes unseen only between
+        # two inputs of one token each, with no training step and no `train()` or `eval()` between them.
         decoding = x.dim() > 1 and x.shape[-2] == 1
         return self._prepared.get(names, sources, prepare, reuse=decoding)
 
@@ -298,6 +299,7 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SGRQLinear:
         self._forget()
+        self._unmerged_scales = tuple(self.backend.convert_stored(stored, fn) for stored in self._unmerged_scales)
         return super()._apply(fn, recurse)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

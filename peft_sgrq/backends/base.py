@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -139,6 +140,10 @@ class ScaleBackend(ABC):
     @abstractmethod
     def restore_scales(self, stored: Any) -> Any:
         """Puts back what `write_scales` returned, and returns what that replaced, in the same form."""
+
+    @abstractmethod
+    def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        """Applies to what `write_scales` returned what `nn.Module.to` and the like do by `fn` to the layer itself."""
 
     @abstractmethod
     def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:

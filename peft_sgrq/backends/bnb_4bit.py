@@ -6,8 +6,10 @@ rows, so `in_features` has to be a multiple of the block size.
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -144,6 +146,15 @@ class Bnb4bitBackend(ScaleBackend):
         replaced = _Stored(state.absmax, state.offset, state.state2, state.nested, weight.compress_statistics)
         state.absmax, state.offset, state.state2, state.nested, weight.compress_statistics = stored
         return replaced
+
+    def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        # As bitsandbytes does with the scales of the layer: they move, and keep their dtype.
+        device = fn(torch.empty(0, device=stored.absmax.device)).device
+        second = copy.copy(stored.state2)
+        if second is not None:
+            second.absmax, second.code = second.absmax.to(device), second.code.to(device)
+        offset = None if stored.offset is None else stored.offset.to(device)
+        return stored._replace(absmax=stored.absmax.to(device), offset=offset, state2=second)
 
     def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self._packed, self._state.absmax

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -93,6 +94,9 @@ class BnbInt8Backend(ScaleBackend):
         owner = self._owner
         replaced, owner.SCB = owner.SCB, stored
         return replaced
+
+    def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        return stored.to(fn(torch.empty(0, device=stored.device)).device)
 
     def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self._codes, self._owner.SCB

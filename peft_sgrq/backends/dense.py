@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -93,6 +94,11 @@ class DenseBackend(ScaleBackend):
     def restore_scales(self, stored: Any) -> Any:
         replaced, self.module.weight = self.module.weight, stored
         return replaced
+
+    def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        data = stored.data
+        converted = fn(data)
+        return stored if converted is data else nn.Parameter(converted, requires_grad=stored.requires_grad)
 
     def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         # bfloat16 makes the digest the same for a checkpoint loaded in float32, bfloat16 or float16.
