@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from bases import INT8, NF4_NESTED, Base, adapted, byte_tokenizer, logits
 from datasets import Dataset
+from packaging.version import Version
 from peft import PeftModel
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
 
@@ -165,6 +167,7 @@ def test_a_new_adapter_is_compared_with_the_base(make, llama_dir: Path, tmp_path
         assert torch.equal(outputs(trainer, ids, "default"), base)
 
 
+@pytest.mark.skipif(Version(trl.__version__) < Version("1.16"), reason="TRL 1.14 resumes DPO from the base, LoRA too")
 def test_a_resumed_dpo_has_the_bits_of_one_never_stopped(llama_dir: Path, tmp_path: Path):
     kwargs = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4}
     whole = dpo(adapted(NF4_NESTED, llama_dir), tmp_path, **kwargs)
