@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.utils.peft_types import TaskType
 from torch import nn
 
 from peft_sgrq.backends import ScaleBackend
@@ -24,6 +25,14 @@ _LOADING_FIELDS = (
     "llm_int8_threshold",
     "llm_int8_skip_modules",
 )
+
+_AUTO_CLASSES: dict[str, str] = {
+    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
+    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
+    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
+}
 
 
 def describe_quantization(model: nn.Module, backends: Mapping[str, ScaleBackend]) -> dict[str, Any] | None:
@@ -56,7 +65,14 @@ def loading_code(config: SGRQConfig) -> str:
         arguments.append(f"dtype={quantization['dtype']!r}")
     if quantization and not quantization.get("pre_quantized"):
         arguments.append(f"quantization_config={quantization_code(quantization)}")
-    return f"AutoModelForCausalLM.from_pretrained({', '.join(arguments)})"
+    if config.revision:
+        arguments.append(f"revision={config.revision!r}")
+    return f"{auto_class(config)}.from_pretrained({', '.join(arguments)})"
+
+
+def auto_class(config: SGRQConfig) -> str:
+    """The transformers class that loads a base for the adapter's task."""
+    return _AUTO_CLASSES.get(config.task_type or TaskType.CAUSAL_LM, "AutoModel")
 
 
 def quantization_code(quantization: Mapping[str, Any]) -> str:
@@ -70,25 +86,27 @@ def quantization_code(quantization: Mapping[str, Any]) -> str:
     return f"BitsAndBytesConfig({arguments})"
 
 
-def check_base(config: SGRQConfig, fingerprints: Mapping[str, str]) -> None:
+def check_base(config: SGRQConfig, fingerprints: Mapping[str, str], known: Collection[str]) -> None:
     """Compares the layers of a model with the fingerprints an adapter carries.
 
     Args:
         config (`SGRQConfig`): The adapter's config, with its `base_fingerprint`.
-        fingerprints (`dict[str, str]`): Layer name -> fingerprint of the model, for the layers the adapter targets.
+        fingerprints (`dict[str, str]`): Layer name -> fingerprint of the model, for the targeted layers that have
+            their weights.
+        known (`Collection[str]`): Names of all targeted layers of the model.
 
     Raises:
         ValueError: If a layer is missing, of another format, or has other codes or scales.
     """
     expected = config.base_fingerprint or {}
-    missing = sorted(set(expected) - set(fingerprints))
+    missing = sorted(set(expected) - set(known))
     if missing:
         raise ValueError(
             f"The adapter changes {len(missing)} layers that this model does not have or does not target (the first: "
             f"{missing[0]!r}), expected all {len(expected)} of them; load it on the base it was trained on: "
             f"{loading_code(config)}."
         )
-    differing = [name for name in expected if expected[name] != fingerprints[name]]
+    differing = [name for name in expected if expected[name] != fingerprints.get(name, expected[name])]
     if not differing:
         return
     name = differing[0]
@@ -98,7 +116,7 @@ def check_base(config: SGRQConfig, fingerprints: Mapping[str, str]) -> None:
     if old_format != new_format:
         reason = f"layer {name!r} is {_spoken(new_format)}, expected {_spoken(old_format)}"
     elif old_codes != new_codes:
-        reason = f"layer {name!r} has other weights than the one the adapter was trained on"
+        reason = f"layer {name!r} has other weights than the one the adapter was trained on (or another dtype of them)"
     else:
         reason = (
             f"layer {name!r} has the codes but not the scales the adapter was trained on: the base has an adapter "

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from peft_sgrq.base_check import loading_code, quantization_code
+from peft_sgrq.base_check import auto_class, loading_code, quantization_code
 
 if TYPE_CHECKING:
     from peft_sgrq.config import SGRQConfig
@@ -42,7 +42,7 @@ are those of the adapter, bit for bit.
 # pip install peft-sgrq
 import peft_sgrq  # registers SGRQ with PEFT
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import {auto_class}, BitsAndBytesConfig
 
 base = {loading}
 model = PeftModel.from_pretrained(base, "path or Hub name of this adapter")
@@ -111,6 +111,7 @@ def _section(weights: str, config: SGRQConfig) -> str:
         parameters=_count_parameters(weights),
         adapter_dtype=config.adapter_dtype,
         size=f"{os.path.getsize(weights) / 1e6:.2f} MB",
+        auto_class=auto_class(config),
         loading=loading_code(config),
         merged_format="quantized as the base is" if quantization else "dense, as the base is",
     )

@@ -12,11 +12,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 
-from peft_sgrq.backends import resolve_backend
+from peft_sgrq.backends import ScaleBackend, resolve_backend
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.delta import Delta
 from peft_sgrq.functional import effective_scales, scaled_linear
-from peft_sgrq.mixed_batch import BASE_ADAPTER
+from peft_sgrq.mixed_batch import check_rows, forward_mixed
 from peft_sgrq.prepared import PreparedScales
 
 
@@ -38,7 +38,7 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         # For PEFT's status and repr only: PEFT's own backends merge by quantizing again.
         self.quantization_backend = resolve_quantization_backend(base_layer)
-        self.backend = resolve_backend(base_layer, config.group_size)
+        self._backend = resolve_backend(base_layer, config.group_size)
         self.in_features, self.out_features = self.backend.in_features, self.backend.out_features
         self.sgrq_delta = nn.ModuleDict()
         self._disable_adapters = False
@@ -49,6 +49,14 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
         self._unions: dict[tuple[str, ...], torch.Tensor | None] = {}
         self.update_layer(adapter_name, config=config, groups=groups)
 
+    @property
+    def backend(self) -> ScaleBackend:
+        """The base layer seen as codes and scales; always that of the module which is `base_layer` now."""
+        if self._backend.module is not self.base_layer:
+            self._backend = resolve_backend(self.base_layer, self._backend.group_size)
+            self._forget()
+        return self._backend
+
     # adapters
 
     def update_layer(
@@ -57,18 +65,15 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
         config: SGRQConfig,
         groups: torch.Tensor,
         inference_mode: bool = False,
-        **kwargs: Any,
     ) -> None:
         """Adds an adapter, or replaces the one of that name.
 
-        Raises:
-            ValueError: If the layer has adapters with another group size already (dense layers only).
+        Args:
+            adapter_name (`str`): Its name.
+            config (`SGRQConfig`): Its config; the group size must be that of the layer's other adapters.
+            groups (`torch.Tensor`): The groups it selects, int64 `[n]`, ascending.
+            inference_mode (`bool`): Whether it starts frozen.
         """
-        if resolve_backend(self.get_base_layer(), config.group_size).group_size != self.backend.group_size:
-            raise ValueError(
-                f"`group_size` is {config.group_size}, but the adapters this layer has already use "
-                f"{self.backend.group_size} and adapters add scale by scale; give the new adapter that group size."
-            )
         backend = self.backend
         shape = backend.delta_shape(len(groups))
         dtype = getattr(torch, config.adapter_dtype)
@@ -131,13 +136,13 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is not None:
-            self._check_adapter_names(x, adapter_names)
+            check_rows(adapter_names, len(x), self.merged_adapters)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
-            return self._mixed_batch_forward(x, adapter_names)
+            return forward_mixed(adapter_names, x, self._present, self._adapted)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
         return self._adapted(x, self._present(self.active_adapters))
@@ -161,6 +166,9 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
             with torch.no_grad():
                 y = backend.linear(x_cast, self._prepared_scales(names, x_cast))
         y = backend.cast_output(y, x)
+        bias = backend.bias
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+            y = y + (bias - bias.detach()).to(y.dtype)  # zero: the kernel has added the bias, this is its gradient
         return y if hook is None else hook.post_forward(self.base_layer, y)
 
     def _needs_grad(self, x: torch.Tensor, names: tuple[str, ...]) -> bool:
@@ -180,28 +188,6 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
         decoding = x.dim() > 1 and x.shape[-2] == 1
         return self._prepared.get(names, sources, prepare, reuse=decoding)
 
-    def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str]) -> None:
-        if len(x) != len(adapter_names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively; give one name for each row of the batch."
-            )
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first; "
-                f"found {self.merged_adapters} merged."
-            )
-
-    def _mixed_batch_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
-        result: torch.Tensor | None = None
-        for name in dict.fromkeys(adapter_names):
-            rows = [row for row, other in enumerate(adapter_names) if other == name]
-            y = self._adapted(x[rows], () if name == BASE_ADAPTER else self._present([name]))
-            if result is None:
-                result = y.new_empty(len(adapter_names), *y.shape[1:])
-            result[rows] = y
-        return self.base_layer(x) if result is None else result  # an empty batch
-
     # merging and combining
 
     @torch.no_grad()
@@ -217,13 +203,17 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
 
     def check_finite(self, adapter_names: list[str] | None = None) -> None:
         """Raises a ValueError if merging the adapters (`None`: the active ones) would write NaN or infinite scales."""
-        for name in self._present(self.active_adapters if adapter_names is None else adapter_names):
+        names = self._present(self.active_adapters if adapter_names is None else adapter_names)
+        for checked in dict.fromkeys(
+            [*((name,) for name in names), *([names] if names else [])]
+        ):  # each, and their sum
             with self.original_scales():
-                scales = effective_scales(self.backend, *self.combined_delta((name,)))
+                scales = effective_scales(self.backend, *self.combined_delta(checked))
             if not torch.isfinite(scales).all():
                 raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken: its deltas give NaN "
-                    "or infinite scales, expected finite ones; load an earlier checkpoint of it. Nothing was merged."
+                    f"NaNs detected in the merged weights. The adapter {', '.join(checked)} seems to be broken: its "
+                    "deltas give NaN or infinite scales, expected finite ones; load an earlier checkpoint of it. "
+                    "Nothing was merged."
                 )
 
     @torch.no_grad()
@@ -248,10 +238,14 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
         if safe_merge:
             self.check_finite(names)
         merged = [*self.merged_adapters, *names]
-        if self.merged:
-            self.backend.restore_scales(*self._unmerged_scales)
-        scales = effective_scales(self.backend, *self.combined_delta(self._present(merged)))
-        self._unmerged_scales = (self.backend.write_scales(scales),)
+        before = [self.backend.restore_scales(stored) for stored in self._unmerged_scales]
+        try:
+            scales = effective_scales(self.backend, *self.combined_delta(self._present(merged)))
+            self._unmerged_scales = (self.backend.write_scales(scales),)
+        except Exception:
+            for stored in before:
+                self.backend.restore_scales(stored)
+            raise
         self.merged_adapters = merged
         self._prepared.clear()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.peft_types import TaskType
 from torch import nn
 
 from peft_sgrq.backends import ScaleBackend
@@ -22,7 +24,15 @@ from peft_sgrq.layer import SGRQLinear
 from peft_sgrq.mixed_batch import adapter_names_for, check_adapter_names
 from peft_sgrq.selection import count_selected, decode_mask, encode_mask, magnitude, select_top
 from peft_sgrq.selection.masks import unpack_mask
-from peft_sgrq.targets import backend_of, base_of, check_modules_to_save, find_targets, supported_layers
+from peft_sgrq.targets import (
+    TASK_HEADS,
+    backend_of,
+    base_of,
+    check_group_sizes,
+    check_modules_to_save,
+    find_targets,
+    supported_layers,
+)
 from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
 from peft_sgrq.upstream.transformers_save import drop_irreversible_conversions
 
@@ -60,7 +70,11 @@ class SGRQModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # The selection and the fingerprint are written into a copy, so that one config can serve several models.
-        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        # For these tasks PEFT names the heads in the config of the caller, and only after the injection.
+        if config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
+            heads = TASK_HEADS[config.task_type]
+            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: SGRQConfig, model_config: dict[str, Any]) -> SGRQConfig:
@@ -72,24 +86,26 @@ class SGRQModel(BaseTuner):
         # Everything that can be wrong is found here, before the first layer is replaced.
         check_modules_to_save(model, peft_config)
         backends = find_targets(model, peft_config, self._check_target_module_exists)
+        check_group_sizes(model, backends)
         disable_cpu_packing(model)
         with _original_scales(model):  # whatever is merged into the base
             self._complete_config(peft_config, model, backends)
 
     def _complete_config(self, peft_config: SGRQConfig, model: nn.Module, backends: dict[str, ScaleBackend]) -> None:
-        if any(backend.device.type == "meta" for backend in backends.values()):
-            self._check_selection(peft_config, backends)
-            return
-        fingerprints = {name: backend.fingerprint() for name, backend in backends.items()}
+        # Layers on the meta device have no weights to look at yet; all others are checked.
+        present = {name: backend for name, backend in backends.items() if backend.device.type != "meta"}
+        fingerprints = {name: backend.fingerprint() for name, backend in present.items()}
         if peft_config.base_fingerprint is not None:
-            check_base(peft_config, fingerprints)
+            check_base(peft_config, fingerprints, known=backends)
         selection = dict(peft_config.selection or {})
-        for name, backend in backends.items():
+        for name, backend in present.items():
             if name not in selection:
                 selection[name] = _select_by_magnitude(backend, peft_config.ratio)
         peft_config.selection = selection
         self._check_selection(peft_config, backends)
-        peft_config.base_fingerprint = fingerprints
+        if not present:
+            return
+        peft_config.base_fingerprint = (peft_config.base_fingerprint or {}) | fingerprints
         peft_config.base_quantization = describe_quantization(model, backends)
 
     @staticmethod
@@ -187,11 +203,12 @@ class SGRQModel(BaseTuner):
         Raises:
             ValueError: If an adapter does not exist, the new name does already, or the lengths differ.
         """
+        if not adapters:
+            raise ValueError(f"Found no adapters to add up, expected some of {sorted(self.peft_config)}; name them.")
         unknown = [name for name in adapters if name not in self.peft_config]
-        if unknown or not adapters:
+        if unknown:
             raise ValueError(
-                f"Adapter(s) {unknown or adapters} do not exist, expected names among {sorted(self.peft_config)}; "
-                "load them first."
+                f"Adapter(s) {unknown} do not exist, expected names among {sorted(self.peft_config)}; load them first."
             )
         if len(adapters) != len(weights):
             raise ValueError(f"Found {len(adapters)} adapters and {len(weights)} weights; give one weight for each.")
@@ -207,7 +224,7 @@ class SGRQModel(BaseTuner):
         selection = self._union_of_selections(adapters)
         self.peft_config[adapter_name] = replace(
             configs[0],
-            target_modules=set(selection),
+            target_modules="|".join(map(re.escape, selection)),  # a list would also match by the ends of names
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import TaskType
 from torch import nn
 
 from peft_sgrq.backends import ScaleBackend, is_quantized, is_supported, resolve_backend
 from peft_sgrq.config import SGRQConfig
+from peft_sgrq.layer import SGRQLinear
+
+# The heads PEFT trains whole for a task.
+TASK_HEADS: dict[str, list[str]] = {
+    TaskType.SEQ_CLS: list(SEQ_CLS_HEAD_NAMES),
+    TaskType.TOKEN_CLS: ["classifier", "score"],
+    TaskType.QUESTION_ANS: ["qa_outputs"],
+}
 
 
 def named_base_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -21,14 +30,14 @@ def named_base_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
             continue
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             inside += (name + ".",)
         yield name, base_of(module)
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    """The base layer of an adapted layer; any other module itself."""
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    """The base layer of a layer adapted by SGRQ; any other module itself."""
+    return module.get_base_layer() if isinstance(module, SGRQLinear) else module
 
 
 def find_targets(
@@ -54,9 +63,27 @@ def find_targets(
 def backend_of(name: str, layer: nn.Module, group_size: int) -> ScaleBackend:
     """The backend of a layer; a ValueError that names the layer if there is none."""
     try:
-        return resolve_backend(layer, group_size)
+        backend = resolve_backend(layer, group_size)
+        if backend.device.type == "meta" and getattr(layer, "_hf_hook", None) is not None:
+            raise ValueError(
+                "it is offloaded by accelerate, and its scales are needed outside of its forward pass, too; load the "
+                "model with a device_map that keeps the layers to adapt on a device"
+            )
     except ValueError as error:
         raise ValueError(f"Layer {name!r} cannot be adapted: {error}. The model was not changed.") from None
+    return backend
+
+
+def check_group_sizes(model: nn.Module, backends: Mapping[str, ScaleBackend]) -> None:
+    """Refuses a group size other than that of the adapters a layer has already: adapters add scale by scale."""
+    for name, module in model.named_modules():
+        if isinstance(module, SGRQLinear) and name in backends:
+            found, expected = backends[name].group_size, module.backend.group_size
+            if found != expected:
+                raise ValueError(
+                    f"`group_size` is {found} for layer {name!r}, but the adapters it has already use {expected} and "
+                    "adapters add scale by scale; give the new adapter that group size. The model was not changed."
+                )
 
 
 def supported_layers(model: nn.Module, config: SGRQConfig) -> set[str]:
@@ -71,8 +98,8 @@ def supported_layers(model: nn.Module, config: SGRQConfig) -> set[str]:
         get_head = getattr(model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
         names = {name for name, layer in layers.items() if name and is_supported(layer) and layer is not head}
-        if config.task_type == TaskType.SEQ_CLS:
-            names -= set(SEQ_CLS_HEAD_NAMES)
+        whole = (*TASK_HEADS.get(config.task_type or "", ()), *(config.modules_to_save or ()))
+        names = {name for name in names if not any(_is_within(name, module) for module in whole)}
     if names and config.layers_to_transform is not None:
         # PEFT looks at the index of a block only where a name is matched by its end.
         names = {
@@ -85,6 +112,10 @@ def supported_layers(model: nn.Module, config: SGRQConfig) -> set[str]:
             "BitsAndBytesConfig, or name its layers in `target_modules`."
         )
     return names
+
+
+def _is_within(name: str, module: str) -> bool:
+    return f".{module}." in f".{name}."
 
 
 def _end(name: str) -> str:

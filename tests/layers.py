@@ -23,11 +23,12 @@ def linear_4bit(
     bias: bool = True,
     dtype: torch.dtype = torch.float32,
     storage: torch.dtype = torch.uint8,
+    factor: float = 1.0,
 ) -> bnb.nn.Linear4bit:
     """A quantized bitsandbytes 4-bit layer with random weights; it computes in the dtype of its input."""
     layer = bnb.nn.Linear4bit(columns, rows, bias=bias, quant_type=quant_type, quant_storage=storage)
     layer.weight = bnb.nn.Params4bit(
-        torch.randn(rows, columns, dtype=dtype),
+        torch.randn(rows, columns, dtype=dtype) * factor,
         requires_grad=False,
         quant_type=quant_type,
         blocksize=block,

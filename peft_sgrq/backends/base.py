@@ -18,8 +18,8 @@ class ScaleBackend(ABC):
     """One linear layer seen as codes and scales: `W[o, c] = C[o, c] * S[r(o), k(c)]`.
 
     The backend owns the scales; nothing else keeps a copy of them. It holds the wrapped module and reads its tensors
-    anew each time, so the module may be moved, copied or loaded into underneath it. No method but `write_scales`,
-    and the undo it returns, changes the module.
+    anew each time, so the module may be moved, copied or loaded into underneath it. No method but `write_scales` and
+    `restore_scales` changes its weight.
 
     Attributes:
         module (`nn.Module`): The wrapped layer.
@@ -77,10 +77,12 @@ class ScaleBackend(ABC):
 
     @property
     @abstractmethod
-    def storage_dtype(self) -> torch.dtype: ...
+    def storage_dtype(self) -> torch.dtype:
+        """The dtype the format stores its scales in; for a dense layer, the dtype of its weight."""
 
     @property
     def bias(self) -> torch.Tensor | None:
+        """The bias of the layer, `[out_features]`, or `None`."""
         return self.module.bias  # type: ignore[return-value]
 
     @abstractmethod
@@ -156,11 +158,7 @@ class ScaleBackend(ABC):
 
     @abstractmethod
     def quantization(self) -> dict[str, Any] | None:
-        """How a base of this format is loaded: the fields of its transformers quantization config; `None` if dense."""
-
-    @abstractmethod
-    def file_keys(self) -> tuple[str, ...]:
-        """Names, relative to the layer, of the checkpoint tensors that hold the scales."""
+        """How a base of this format is loaded: `quant_method` and other fields of its config; `None` if dense."""
 
 
 def _gather_groups(values: torch.Tensor, groups: torch.Tensor | None, count: int, size: int) -> torch.Tensor:

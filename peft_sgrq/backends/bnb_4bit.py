@@ -62,7 +62,9 @@ class Bnb4bitBackend(ScaleBackend):
 
     @property
     def _state(self) -> Any:
-        return getattr(self.module.weight, "quant_state", None)
+        # A weight rebuilt by others (FSDP does so) may have lost its state; the layer has it too.
+        state = getattr(self.module.weight, "quant_state", None)
+        return getattr(self.module, "quant_state", None) if state is None else state
 
     @property
     def _packed(self) -> torch.Tensor:
@@ -114,6 +116,8 @@ class Bnb4bitBackend(ScaleBackend):
         return scales.reshape(-1)  # (N * G,)
 
     def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
+        if x.numel() == 0:  # as bitsandbytes does; its kernels are not made for it
+            return x.new_empty(*x.shape[:-1], self.out_features)
         bias = self.bias
         return torch.ops.bitsandbytes.gemm_4bit.default(
             x,
@@ -142,7 +146,7 @@ class Bnb4bitBackend(ScaleBackend):
 
     def restore_scales(self, stored: Any) -> Any:
         weight: Any = self.module.weight
-        state = weight.quant_state
+        state = self._state
         replaced = _Stored(state.absmax, state.offset, state.state2, state.nested, weight.compress_statistics)
         state.absmax, state.offset, state.state2, state.nested, weight.compress_statistics = stored
         return replaced
@@ -157,7 +161,11 @@ class Bnb4bitBackend(ScaleBackend):
         return stored._replace(absmax=stored.absmax.to(device), offset=offset, state2=second)
 
     def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._packed, self._state.absmax
+        state = self._state
+        if not state.nested:
+            return self._packed, state.absmax
+        levels = (state.absmax, state.state2.absmax, state.offset)
+        return self._packed, torch.cat([level.reshape(-1).contiguous().view(torch.uint8) for level in levels])
 
     def quantization(self) -> dict[str, Any] | None:
         state = self._state
@@ -170,9 +178,6 @@ class Bnb4bitBackend(ScaleBackend):
             "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
             "bnb_4bit_quant_storage": str(self.module.weight.dtype).removeprefix("torch."),
         }
-
-    def file_keys(self) -> tuple[str, ...]:
-        return ("weight.absmax",)
 
 
 def nested_layers(model: nn.Module) -> dict[str, int]:

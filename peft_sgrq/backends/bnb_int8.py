@@ -107,6 +107,3 @@ class BnbInt8Backend(ScaleBackend):
             "load_in_8bit": True,
             "llm_int8_threshold": float(self.module.state.threshold),  # type: ignore[union-attr, arg-type]
         }
-
-    def file_keys(self) -> tuple[str, ...]:
-        return ("SCB",)

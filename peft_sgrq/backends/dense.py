@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from peft_sgrq.backends.base import ScaleBackend, _gather_groups
@@ -33,6 +34,8 @@ class DenseBackend(ScaleBackend):
         weight = getattr(module, "weight", None)
         if not isinstance(module, (nn.Linear, Conv1D)) or not isinstance(weight, torch.Tensor):
             return False
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            return False  # the output projection of nn.MultiheadAttention, whose forward pass is never called
         # Tensor subclasses behind a plain nn.Linear (torchao's, DTensor) are formats of their own.
         return type(weight.data) is torch.Tensor and weight.dtype in _FLOAT_DTYPES
 
@@ -101,13 +104,10 @@ class DenseBackend(ScaleBackend):
         return stored if converted is data else nn.Parameter(converted, requires_grad=stored.requires_grad)
 
     def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        # bfloat16 makes the digest the same for a checkpoint loaded in float32, bfloat16 or float16.
+        # bfloat16 makes the digest the same for a checkpoint loaded in float32 or bfloat16.
         weight = self._parameter.detach()
         step = max(1, weight.numel() // 65536) | 1
         return weight.reshape(-1)[::step].to(torch.bfloat16), torch.empty(0, dtype=torch.uint8)
 
     def quantization(self) -> dict[str, Any] | None:
         return None
-
-    def file_keys(self) -> tuple[str, ...]:
-        return ("weight",)
