@@ -18,7 +18,7 @@ from torch import nn
 from peft_sgrq.backends import ScaleBackend
 from peft_sgrq.backends.bnb_4bit import nested_layers, note_unnested
 from peft_sgrq.base_check import check_base, describe_quantization
-from peft_sgrq.config import SGRQConfig
+from peft_sgrq.config import ADAPTER_DTYPES, SGRQConfig
 from peft_sgrq.delta import Delta
 from peft_sgrq.layer import SGRQLinear
 from peft_sgrq.mixed_batch import adapter_names_for, check_adapter_names
@@ -285,25 +285,30 @@ class SGRQModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SGRQConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """PEFT's renaming of the tensors of a file; here they are checked, and the config takes their selection over.
+        """PEFT's renaming of the tensors of a file; here they are checked, and the config takes over what they say.
 
         Raises:
             ValueError: If a tensor does not fit the layer it is for, before any of them is loaded.
         """
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        selection = dict(config.selection or {})
         suffix = f".{cls.prefix}delta.{adapter_name}"
-        errors: list[str] = []
-        for name, module in model.named_modules():
-            if isinstance(module, Delta) and name.endswith(suffix):
-                errors += module.find_errors(renamed, name + ".")
-                mask = renamed.get(name + ".selection")
-                layer_name = name.removesuffix(suffix).removeprefix("base_model.model.")
-                if not errors and mask is not None and layer_name in selection:
-                    selection[layer_name] = encode_mask(unpack_mask(mask), module.selectable)
+        deltas = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, Delta) and name.endswith(suffix)
+        }
+        errors = [error for name, delta in deltas.items() for error in delta.find_errors(renamed, name + ".")]
         if errors:
             raise ValueError(f"The adapter file does not fit ({len(errors)} tensors, the first:) {errors[0]}")
-        config.selection = selection or config.selection
+        # PEFT does not read the config of an adapter that replaces another in place.
+        for name, delta in deltas.items():
+            mask, weight = renamed.get(name + ".selection"), renamed.get(name + ".weight")
+            layer_name = name.removesuffix(suffix).removeprefix("base_model.model.")
+            if mask is not None and config.selection and layer_name in config.selection:
+                config.selection[layer_name] = encode_mask(unpack_mask(mask), delta.selectable)
+            if weight is not None and str(weight.dtype).removeprefix("torch.") in ADAPTER_DTYPES:
+                delta.dtype = weight.dtype
+                config.adapter_dtype = str(weight.dtype).removeprefix("torch.")
         return renamed
 
 

@@ -101,6 +101,19 @@ def test_a_replaced_adapter_merges_as_the_new_one(model, llama_dir: Path, tmp_pa
     assert torch.equal(logits(old.merge_and_unload().eval(), ids), logits(new, ids))
 
 
+@pytest.mark.parametrize(("old", "new"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_an_adapter_of_another_dtype_replaces_one_exactly(old, new, llama_dir: Path, tmp_path: Path, ids):
+    model = adapted(NF4, llama_dir, adapter_dtype=old)
+    other = adapted(NF4, llama_dir, adapter_dtype=new)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "sgrq_delta" in name:
+                parameter.mul_(-1.1)
+    model.load_adapter(save(other, tmp_path), "default")
+    assert model.peft_config["default"].adapter_dtype == new
+    assert torch.equal(logits(model, ids), logits(other, ids))
+
+
 def test_a_selection_of_another_size_cannot_replace_one(model, llama_dir: Path, tmp_path: Path, ids):
     before = logits(model, ids)
     larger = save(adapted(NF4, llama_dir, ratio=1.0), tmp_path / "larger")
