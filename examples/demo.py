@@ -28,7 +28,7 @@ from datasets import Dataset, load_dataset
 from demo_text import task_documents
 from peft import LoraConfig, PeftConfig, PeftModel
 from perplexity import keep_stored_layout, load, logits_of, perplexity, tokenize
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
+from transformers import AutoTokenizer, BitsAndBytesConfig, set_seed
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
@@ -77,10 +77,7 @@ def quantize(arguments: argparse.Namespace, directory: Path) -> None:
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     )
-    device_map = "auto" if torch.cuda.is_available() else None
-    model = AutoModelForCausalLM.from_pretrained(
-        arguments.model, dtype=torch.bfloat16, quantization_config=quantization, device_map=device_map
-    )
+    model = load(arguments.model, dtype=torch.bfloat16, quantization_config=quantization)
     model.save_pretrained(directory)
     AutoTokenizer.from_pretrained(arguments.model).save_pretrained(directory)
 
@@ -221,7 +218,7 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     windows = tokenize(tokenizer, held_out.read_text(), arguments.length, arguments.eval_windows)
-    full = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
+    full = load(arguments.model, dtype=torch.bfloat16)
     quantized = load(str(base))
     keep_stored_layout(quantized)
     shared = {

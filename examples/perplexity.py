@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,8 +54,10 @@ def keep_stored_layout(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def load(directory: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(directory, device_map="auto" if torch.cuda.is_available() else None)
+def load(model: str, **kwargs: Any) -> PreTrainedModel:
+    """A model on the GPU if there is one; `kwargs` as `from_pretrained` takes them."""
+    device_map = "auto" if torch.cuda.is_available() else None
+    return AutoModelForCausalLM.from_pretrained(model, device_map=device_map, **kwargs)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,11 +120,5 @@ def _section(weights: str, config: SGRQConfig) -> str:
 
 def _count_parameters(weights: str) -> int:
     with safe_open(weights, framework="pt") as file:
-        shapes = [file.get_slice(key).get_shape() for key in file.keys() if key.endswith(".weight")]  # noqa: SIM118
-    total = 0
-    for shape in shapes:
-        size = 1
-        for length in shape:
-            size *= length
-        total += size
-    return total
+        names = [name for name in file.keys() if not name.endswith(".selection")]  # noqa: SIM118
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)

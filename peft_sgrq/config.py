@@ -81,6 +81,11 @@ class SGRQConfig(PeftConfig):
         self._check_numbers()
         _check_string_dict("selection", self.selection, "layer names to hexadecimal masks")
         _check_string_dict("base_fingerprint", self.base_fingerprint, "layer names to digests")
+        if self.base_quantization is not None and not isinstance(self.base_quantization, dict):
+            raise TypeError(
+                f"`base_quantization` is {self.base_quantization!r}, expected a dict of the fields of a quantization "
+                "config, or None to have it written."
+            )
         for name, mask in (self.selection or {}).items():
             if not _is_hex(mask):
                 raise ValueError(
@@ -107,11 +112,6 @@ class SGRQConfig(PeftConfig):
             isinstance(indices, (list, tuple)) and all(type(index) is int for index in indices)
         ):
             raise TypeError(f"`layers_to_transform` is {indices!r}, expected the index of a block or a list of them.")
-        if self.base_quantization is not None and not isinstance(self.base_quantization, dict):
-            raise TypeError(
-                f"`base_quantization` is {self.base_quantization!r}, expected a dict of the fields of a quantization "
-                "config, or None to have it written."
-            )
         for field_name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, field_name) is not None:
                 raise ValueError(

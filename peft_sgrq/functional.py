@@ -50,6 +50,16 @@ def effective_scales(backend: ScaleBackend, delta: torch.Tensor, groups: torch.T
     return scales.index_copy(dim, groups, backend.round_to_storage(changed))
 
 
+def _select(values: torch.Tensor, groups: torch.Tensor | None, dim: int) -> torch.Tensor:
+    return values if groups is None else values.index_select(dim, groups)
+
+
+def _input_gradient(
+    dy: torch.Tensor, delta: torch.Tensor, groups: torch.Tensor | None, backend: ScaleBackend
+) -> torch.Tensor:
+    return dy @ backend.dequantize(effective_scales(backend, delta, groups), dy.dtype)  # (..., K)
+
+
 class _RoundSTE(torch.autograd.Function):
     """Rounds float32 values to another dtype's grid; the gradient passes unchanged."""
 
@@ -87,14 +97,12 @@ class _GroupScaledLinear(torch.autograd.Function):
         dy = grads[0].reshape(-1, grads[0].shape[-1])  # (T, N)
         dx = ddelta = None
         if ctx.needs_input_grad[0]:
-            weight = backend.dequantize(effective_scales(backend, delta, groups), dy.dtype)  # (N, K)
-            dx = (dy @ weight).reshape(ctx.x_shape)
+            dx = _input_gradient(dy, delta, groups, backend).reshape(ctx.x_shape)
         if ctx.needs_input_grad[1]:
             product = dy.t() @ x_selected  # (N, n * g)
             codes = backend.codes(groups, dy.dtype)  # (N, n * g)
             ddelta = group_reduce(product, codes, backend.group_size)  # (N, n) float32
-            scales = backend.scales()
-            ddelta = ddelta * (scales if groups is None else scales.index_select(1, groups))
+            ddelta = ddelta * _select(backend.scales(), groups, 1)
         return dx, ddelta, None, None
 
 
@@ -119,23 +127,20 @@ class _RowScaledLinear(torch.autograd.Function):
         dy = grads[0]
         dx = ddelta = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ backend.dequantize(effective_scales(backend, delta, groups), dy.dtype)
+            dx = _input_gradient(dy, delta, groups, backend)
         if ctx.needs_input_grad[1]:
-            dy_rows = dy.reshape(-1, dy.shape[-1])  # (T, N)
+            dy_rows = _select(dy.reshape(-1, dy.shape[-1]), groups, 1)  # (T, n)
             saved = saved.reshape(-1, saved.shape[-1])  # (T, N) or (T, K)
-            if groups is not None:
-                dy_rows = dy_rows.index_select(1, groups)  # (T, n)
             if ctx.product_known:
-                product = saved if groups is None else saved.index_select(1, groups)  # (T, n)
+                product = _select(saved, groups, 1)  # (T, n)
                 total = (dy_rows.float() * product.float()).sum(0).unsqueeze(1)  # (n, 1)
                 factor = 1 + delta
                 # Where the factor is zero the output does not tell the product any more.
                 ddelta = torch.where(factor == 0, 0.0, total / factor)
             else:
                 codes = backend.codes(groups, dy.dtype)  # (n, K)
-                scales = backend.scales()
-                scales = scales if groups is None else scales.index_select(0, groups)  # (n, 1)
-                ddelta = group_reduce(dy_rows.t() @ saved.to(dy.dtype), codes, backend.group_size) * scales
+                ddelta = group_reduce(dy_rows.t() @ saved.to(dy.dtype), codes, backend.group_size)  # (n, 1)
+                ddelta = ddelta * _select(backend.scales(), groups, 0)
         return dx, ddelta, None, None
 
 

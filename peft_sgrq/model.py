@@ -162,7 +162,7 @@ class SGRQModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         if safe_merge:
             self._check_finite(adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        super().merge_adapter(adapter_names=adapter_names)
 
     def _unload_and_optionally_merge(  # type: ignore[override]
         self,
@@ -176,7 +176,7 @@ class SGRQModel(BaseTuner):
         with _original_scales(self.model):
             nested = nested_layers(self.model)
         model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+            merge=merge, progressbar=progressbar, adapter_names=adapter_names
         )
         note_unnested(model, nested)
         drop_irreversible_conversions(model)

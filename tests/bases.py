@@ -71,6 +71,17 @@ INT8 = Base("int8", False, torch.float32)
 DENSE = Base("dense", False, torch.float32)
 
 
+TRAINING: dict[str, Any] = {  # arguments of every trainer in the tests
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+}
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer without merges: any text, 259 tokens, with a chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -40,12 +40,3 @@ def base(request: pytest.FixtureRequest) -> Base:
 def ids() -> torch.Tensor:
     """A batch of token ids, int64 `[3, 20]`."""
     return torch.randint(3, 256, (3, 20), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """Real models and texts, where the checkout lies beside them; tests that ask for them skip elsewhere."""
-    path = Path(__file__).resolve().parents[2] / "shared"
-    if not path.is_dir():
-        pytest.skip("no ../shared beside this checkout")
-    return path

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bases import INT8, NF4, NF4_NESTED, Base, adapted, byte_tokenizer, logits
+from bases import INT8, NF4, NF4_NESTED, TRAINING, Base, adapted, byte_tokenizer, logits
 from bitsandbytes.optim import AdamW8bit
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
@@ -30,14 +30,8 @@ def texts() -> Dataset:
 
 def arguments(directory: Path, cls: type = SFTConfig, **kwargs: Any) -> Any:
     settings: dict[str, Any] = {
+        **TRAINING,
         "output_dir": str(directory),
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
         "max_steps": 6,
         **({"max_length": 32} if cls is SFTConfig else {}),
         **kwargs,

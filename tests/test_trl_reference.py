@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import trl
-from bases import INT8, NF4_NESTED, Base, adapted, byte_tokenizer, logits
+from bases import INT8, NF4_NESTED, TRAINING, Base, adapted, byte_tokenizer, logits
 from datasets import Dataset
 from packaging.version import Version
 from peft import PeftModel
@@ -18,17 +18,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTr
 from peft_sgrq import SGRQConfig
 
 PROMPTS = [f"{i} plus {i + 1} is" for i in range(10, 22)]
-SETTINGS = {
-    "report_to": "none",
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "per_device_train_batch_size": 2,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "max_steps": 4,
-    "warmup_steps": 0,
-}
+SETTINGS = {**TRAINING, "max_steps": 4, "warmup_steps": 0}
 
 
 def dpo(model: Any, directory: Path, config: SGRQConfig | None = None, **kwargs: Any) -> DPOTrainer:

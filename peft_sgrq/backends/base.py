@@ -66,14 +66,14 @@ class ScaleBackend(ABC):
     def select_columns(self, x: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
         """Columns of the selected groups, `[..., K]` -> `[T, n * group_size]`; a partial group is padded by zeros."""
         x = x.reshape(-1, x.shape[-1])  # (T, K)
-        return _gather_groups(x, groups, self.scales_shape[1], self.group_size)
+        return gather_groups(x, groups, self.scales_shape[1], self.group_size)
 
     # numbers
 
     @property
-    @abstractmethod
     def device(self) -> torch.device:
         """Where the weight is."""
+        return self.module.weight.device  # type: ignore[return-value]
 
     @property
     @abstractmethod
@@ -161,7 +161,7 @@ class ScaleBackend(ABC):
         """How a base of this format is loaded: `quant_method` and other fields of its config; `None` if dense."""
 
 
-def _gather_groups(values: torch.Tensor, groups: torch.Tensor | None, count: int, size: int) -> torch.Tensor:
+def gather_groups(values: torch.Tensor, groups: torch.Tensor | None, count: int, size: int) -> torch.Tensor:
     """Columns of the selected groups of a matrix, `[M, K]` -> `[M, n * size]`; the last group padded by zeros."""
     missing = count * size - values.shape[1]
     if missing:

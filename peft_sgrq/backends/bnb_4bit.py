@@ -62,17 +62,11 @@ class Bnb4bitBackend(ScaleBackend):
 
     @property
     def _state(self) -> Any:
-        # A weight rebuilt by others (FSDP does so) may have lost its state; the layer has it too.
-        state = getattr(self.module.weight, "quant_state", None)
-        return getattr(self.module, "quant_state", None) if state is None else state
+        return _quant_state(self.module)
 
     @property
     def _packed(self) -> torch.Tensor:
         return self.module.weight.data.view(-1, 1)  # type: ignore[operator]
-
-    @property
-    def device(self) -> torch.device:
-        return self.module.weight.device  # type: ignore[return-value]
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -180,13 +174,15 @@ class Bnb4bitBackend(ScaleBackend):
         }
 
 
+def _quant_state(module: nn.Module) -> Any:
+    # A weight rebuilt by others (FSDP does so) may have lost its state; the layer has it too.
+    state = getattr(module.weight, "quant_state", None)
+    return getattr(module, "quant_state", None) if state is None else state
+
+
 def nested_layers(model: nn.Module) -> dict[str, int]:
     """Names of the 4-bit layers with nested scales, as they are without adapters, and how many scales each has."""
-    states = {
-        name: getattr(getattr(module, "weight", None), "quant_state", None)
-        for name, module in model.named_modules()
-        if Bnb4bitBackend.matches(module)
-    }
+    states = {name: _quant_state(module) for name, module in model.named_modules() if Bnb4bitBackend.matches(module)}
     return {
         name.removesuffix(".base_layer"): state.absmax.numel()
         for name, state in states.items()

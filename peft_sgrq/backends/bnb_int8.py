@@ -52,10 +52,6 @@ class BnbInt8Backend(ScaleBackend):
         return self.module.weight.data  # type: ignore[return-value]
 
     @property
-    def device(self) -> torch.device:
-        return self.module.weight.device  # type: ignore[return-value]
-
-    @property
     def storage_dtype(self) -> torch.dtype:
         return torch.float32
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from peft_sgrq.backends.base import ScaleBackend, _gather_groups
+from peft_sgrq.backends.base import ScaleBackend, gather_groups
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -52,10 +52,6 @@ class DenseBackend(ScaleBackend):
         return weight.t() if self._transposed else weight  # (N, K)
 
     @property
-    def device(self) -> torch.device:
-        return self._parameter.device
-
-    @property
     def storage_dtype(self) -> torch.dtype:
         return self._parameter.dtype
 
@@ -70,7 +66,7 @@ class DenseBackend(ScaleBackend):
         return [self._parameter]
 
     def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return _gather_groups(self._weight(), groups, self.scales_shape[1], self.group_size).to(dtype)
+        return gather_groups(self._weight(), groups, self.scales_shape[1], self.group_size).to(dtype)
 
     def _scaled_weight(self, scales: torch.Tensor) -> torch.Tensor:
         weight = self._weight()
