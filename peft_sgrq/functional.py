@@ -10,8 +10,9 @@ scales, and `r`, `k` the maps from rows and columns to rows and groups of `S`::
     dL/ddelta[r, k] = S[r, k] * sum_{o in r, c in k} C[o, c] (dy^T x)[o, c]
 
 The rounding is straight-through: its derivative is taken as one. The sum needs `x` only at the selected columns, so
-only those are kept for the backward pass. Where there is one scale per output row, the sum over all columns is the
-product the forward pass has made already and, without a bias, no second product is needed::
+only those are kept for the backward pass, once for all layers with the same `x` (`saved_inputs.py`). Where there is
+one scale per output row, the sum over all columns is the product the forward pass has made already and, without a
+bias, no second product is needed::
 
     dL/ddelta[o] = sum_t dy[t, o] y[t, o] / (1 + delta[o])
 
@@ -26,10 +27,16 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from peft_sgrq.backends.base import ScaleBackend
-from peft_sgrq.kernels import group_reduce
+from peft_sgrq.saved_inputs import SavedInput, columns_of
+
+# On CPUs the backward pass makes its large temporaries, the dequantized weight and the product `dy^T x`, a part of
+# this size at a time. Fresh memory costs page faults, which take as long as dequantizing does; small memory is reused.
+_TEMPORARY_BYTES = 16 << 20
 
 
-def effective_scales(backend: ScaleBackend, delta: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
+def effective_scales(
+    backend: ScaleBackend, delta: torch.Tensor, groups: torch.Tensor | None, scales: torch.Tensor | None = None
+) -> torch.Tensor:
     """The scales a layer computes with: `round_to_storage(S * (1 + delta))` at the selected groups, `S` elsewhere.
 
     Args:
@@ -38,11 +45,12 @@ def effective_scales(backend: ScaleBackend, delta: torch.Tensor, groups: torch.T
             format, `n` the number of selected groups or rows.
         groups (`torch.Tensor` or `None`): Indices of the selected groups (rows in a row format), int64 `[n]`,
             ascending; `None` selects all of them.
+        scales (`torch.Tensor` or `None`): `backend.scales()`, if the caller has them already.
 
     Returns:
         `torch.Tensor`: float32 `[rows, groups]`, every value representable in the format's storage dtype.
     """
-    scales = backend.scales()  # (R, G)
+    scales = backend.scales() if scales is None else scales  # (R, G)
     if groups is None:
         return backend.round_to_storage(scales * (1 + delta))
     dim = backend.selected_dim
@@ -54,10 +62,24 @@ def _select(values: torch.Tensor, groups: torch.Tensor | None, dim: int) -> torc
     return values if groups is None else values.index_select(dim, groups)
 
 
-def _input_gradient(
-    dy: torch.Tensor, delta: torch.Tensor, groups: torch.Tensor | None, backend: ScaleBackend
-) -> torch.Tensor:
-    return dy @ backend.dequantize(effective_scales(backend, delta, groups), dy.dtype)  # (..., K)
+def _ranges(total: int, bytes_each: int, device: torch.device) -> list[slice]:
+    step = total
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        step = max(1, min(total, _TEMPORARY_BYTES // max(1, bytes_each)))
+    return [slice(start, min(start + step, total)) for start in range(0, total, step)]
+
+
+def _input_gradient(dy: torch.Tensor, scales: torch.Tensor, backend: ScaleBackend) -> torch.Tensor:
+    """`dy W'` for the scales in effect, `[T, N]` to `[T, K]`, some groups of columns at a time."""
+    size = backend.group_size if backend.granularity == "group" else 1
+    steps = _ranges(-(-backend.in_features // size), dy.shape[1] * size * dy.element_size(), dy.device)
+    if len(steps) == 1:
+        return dy @ backend.dequantize(scales, dy.dtype)
+    dx = dy.new_empty(dy.shape[0], backend.in_features)
+    for step in steps:
+        columns = slice(step.start * size, min(step.stop * size, backend.in_features))
+        dx[:, columns] = dy @ backend.dequantize(scales, dy.dtype, columns)
+    return dx
 
 
 class _RoundSTE(torch.autograd.Function):
@@ -77,75 +99,119 @@ def round_straight_through(values: torch.Tensor, dtype: torch.dtype) -> torch.Te
     return values if dtype == values.dtype else _RoundSTE.apply(values, dtype)
 
 
+def _unit_gradient(
+    dy: torch.Tensor, x: torch.Tensor, groups: torch.Tensor | None, backend: ScaleBackend
+) -> torch.Tensor:
+    """`sum_{c in k} C[o, c] (dy^T x)[o, c]` for the selected groups or rows.
+
+    Args:
+        dy (`torch.Tensor`): Gradient of the output, `[T, N]`, of the selected rows in a row format.
+        x (`torch.Tensor`): Input, `[T, n * g]`, the columns of the selected groups.
+        groups (`torch.Tensor` or `None`): The selected groups or rows, int64 `[n]`; `None` for all.
+        backend (`ScaleBackend`): The layer.
+
+    Returns:
+        `torch.Tensor`: float32 `[N, n]`, or `[n, 1]` in a row format.
+    """
+    steps = _ranges(dy.shape[1], x.shape[1] * x.element_size(), dy.device)
+    sums = [backend.reduce(dy[:, rows].t() @ x, groups, rows) for rows in steps]
+    return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+
 class _GroupScaledLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, delta: torch.Tensor, groups: torch.Tensor | None, backend: ScaleBackend
+        ctx: Any,
+        x: torch.Tensor,
+        delta: torch.Tensor,
+        groups: torch.Tensor | None,
+        backend: ScaleBackend,
+        saved_input: SavedInput,
     ) -> torch.Tensor:
         y = backend.linear(x, backend.prepare(effective_scales(backend, delta, groups)))  # (..., N)
-        x_selected = backend.select_columns(x, groups).to(y.dtype) if ctx.needs_input_grad[1] else None  # (T, n * g)
-        ctx.save_for_backward(x_selected, delta, groups)
+        pieces: list[torch.Tensor] = []
+        ctx.parts = ()
+        if ctx.needs_input_grad[1]:
+            pieces, ctx.parts = saved_input.save(x, groups, backend, y.dtype)
+        ctx.save_for_backward(delta, groups, *pieces)
         ctx.backend = backend
         ctx.x_shape = x.shape
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        x_selected, delta, groups = ctx.saved_tensors
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
+        delta, groups, *pieces = ctx.saved_tensors
         backend: ScaleBackend = ctx.backend
+        scales = backend.scales()  # (R, G)
         dy = grads[0].reshape(-1, grads[0].shape[-1])  # (T, N)
         dx = ddelta = None
         if ctx.needs_input_grad[0]:
-            dx = _input_gradient(dy, delta, groups, backend).reshape(ctx.x_shape)
-        if ctx.needs_input_grad[1]:
-            product = dy.t() @ x_selected  # (N, n * g)
-            codes = backend.codes(groups, dy.dtype)  # (N, n * g)
-            ddelta = group_reduce(product, codes, backend.group_size)  # (N, n) float32
-            ddelta = ddelta * _select(backend.scales(), groups, 1)
-        return dx, ddelta, None, None
+            changed = effective_scales(backend, delta, groups, scales)
+            dx = _input_gradient(dy, changed, backend).reshape(ctx.x_shape)
+        for part in ctx.parts:
+            sums = _unit_gradient(dy, columns_of(part, pieces[part.piece], backend), part.groups, backend)
+            if part.targets is None:
+                ddelta = sums
+            else:
+                ddelta = delta.new_empty(delta.shape) if ddelta is None else ddelta
+                ddelta.index_copy_(1, part.targets, sums)
+        if ddelta is not None:
+            ddelta = ddelta * _select(scales, groups, 1)
+        return dx, ddelta, None, None, None
 
 
 class _RowScaledLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, delta: torch.Tensor, groups: torch.Tensor | None, backend: ScaleBackend
+        ctx: Any,
+        x: torch.Tensor,
+        delta: torch.Tensor,
+        groups: torch.Tensor | None,
+        backend: ScaleBackend,
+        saved_input: SavedInput,
     ) -> torch.Tensor:
         y = backend.linear(x, backend.prepare(effective_scales(backend, delta, groups)))  # (..., N)
         # A bias much larger than the product would leave few digits of y - b.
-        product_known = backend.bias is None
-        ctx.save_for_backward((y if product_known else x) if ctx.needs_input_grad[1] else None, delta, groups)
+        ctx.product_known = backend.bias is None
+        saved = None
+        if ctx.needs_input_grad[1]:
+            saved = _select(y.reshape(-1, y.shape[-1]), groups, 1) if ctx.product_known else x  # (T, n) or (..., K)
+        ctx.save_for_backward(saved, delta, groups)
         ctx.backend = backend
-        ctx.product_known = product_known
+        ctx.x_shape = x.shape
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
         saved, delta, groups = ctx.saved_tensors
         backend: ScaleBackend = ctx.backend
-        dy = grads[0]
+        scales = backend.scales()  # (R, G)
+        dy = grads[0].reshape(-1, grads[0].shape[-1])  # (T, N)
         dx = ddelta = None
         if ctx.needs_input_grad[0]:
-            dx = _input_gradient(dy, delta, groups, backend)
+            changed = effective_scales(backend, delta, groups, scales)
+            dx = _input_gradient(dy, changed, backend).reshape(ctx.x_shape)
         if ctx.needs_input_grad[1]:
-            dy_rows = _select(dy.reshape(-1, dy.shape[-1]), groups, 1)  # (T, n)
-            saved = saved.reshape(-1, saved.shape[-1])  # (T, N) or (T, K)
+            dy_rows = _select(dy, groups, 1)  # (T, n)
             if ctx.product_known:
-                product = _select(saved, groups, 1)  # (T, n)
-                total = (dy_rows.float() * product.float()).sum(0).unsqueeze(1)  # (n, 1)
+                total = (dy_rows.float() * saved.float()).sum(0).unsqueeze(1)  # (n, 1)
                 factor = 1 + delta
                 # Where the factor is zero the output does not tell the product any more.
                 ddelta = torch.where(factor == 0, 0.0, total / factor)
             else:
-                codes = backend.codes(groups, dy.dtype)  # (n, K)
-                ddelta = group_reduce(dy_rows.t() @ saved.to(dy.dtype), codes, backend.group_size)  # (n, 1)
-                ddelta = ddelta * _select(backend.scales(), groups, 0)
-        return dx, ddelta, None, None
+                ddelta = _unit_gradient(dy_rows, saved.reshape(-1, saved.shape[-1]).to(dy.dtype), groups, backend)
+                ddelta = ddelta * _select(scales, groups, 0)
+        return dx, ddelta, None, None, None
 
 
 def scaled_linear(
-    x: torch.Tensor, delta: torch.Tensor, groups: torch.Tensor | None, backend: ScaleBackend
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    groups: torch.Tensor | None,
+    backend: ScaleBackend,
+    saved_input: SavedInput | None = None,
 ) -> torch.Tensor:
     """The layer's output with its scales changed by `delta`, differentiable in `x` and `delta`.
 
@@ -156,9 +222,10 @@ def scaled_linear(
         delta (`torch.Tensor`): Relative scale changes, float32, shaped as in `effective_scales`.
         groups (`torch.Tensor` or `None`): Selected groups or rows, int64 `[n]`; `None` for all.
         backend (`ScaleBackend`): The quantized (or dense) layer.
+        saved_input (`SavedInput` or `None`): What other layers with the same input have saved of it.
 
     Returns:
         `torch.Tensor`: `[..., out_features]`, the bias included.
     """
     function = _RowScaledLinear if backend.granularity == "row" else _GroupScaledLinear
-    return function.apply(x, delta, groups, backend)
+    return function.apply(x, delta, groups, backend, saved_input or SavedInput())

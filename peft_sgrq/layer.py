@@ -18,6 +18,7 @@ from peft_sgrq.delta import Delta
 from peft_sgrq.functional import effective_scales, scaled_linear
 from peft_sgrq.mixed_batch import check_rows, forward_mixed
 from peft_sgrq.prepared import PreparedScales
+from peft_sgrq.saved_inputs import SavedInput
 
 
 class SGRQLinear(nn.Module, BaseTunerLayer):
@@ -161,7 +162,7 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
         x_cast = backend.cast_input(x)
         if self._needs_grad(x_cast, names):
             self._prepared.clear()
-            y = scaled_linear(x_cast, *self.combined_delta(names), backend)
+            y = scaled_linear(x_cast, *self.combined_delta(names), backend, SavedInput.of(x))
         else:
             with torch.no_grad():
                 y = backend.linear(x_cast, self._prepared_scales(names, x_cast))

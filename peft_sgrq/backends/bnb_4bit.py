@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from peft_sgrq.backends.base import ScaleBackend
+from peft_sgrq.backends.base import ALL, ScaleBackend
+from peft_sgrq.kernels import decodes_4bit, group_reduce_4bit
 
 logger = logging.getLogger(__name__)
 
@@ -86,18 +87,31 @@ class Bnb4bitBackend(ScaleBackend):
     def sources(self) -> list[torch.Tensor]:
         return [self._state.absmax]
 
-    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        rows, count = self.scales_shape
-        packed = self._packed.view(torch.uint8).view(rows, count, -1)  # (N, G, g / 2)
+    @property
+    def _packed_groups(self) -> torch.Tensor:
+        return self._packed.view(torch.uint8).view(*self.scales_shape, -1)  # (N, G, g / 2)
+
+    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype, rows: slice = ALL) -> torch.Tensor:
+        packed = self._packed_groups[rows]
         if groups is not None:
             packed = packed.index_select(1, groups)  # (N, n, g / 2)
-            count = groups.shape[0]
-        ones = torch.ones(rows * count, dtype=torch.float32, device=packed.device)
-        shape = (rows, count * self.group_size)
+        count, selected = packed.shape[:2]
+        ones = torch.ones(count * selected, dtype=torch.float32, device=packed.device)
+        shape = (count, selected * self.group_size)
         return self._dequantize(packed.reshape(-1, 1), ones, shape, dtype)
 
-    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return self._dequantize(self._packed, self.prepare(scales), (self.out_features, self.in_features), dtype)
+    def reduce(self, product: torch.Tensor, groups: torch.Tensor | None, rows: slice = ALL) -> torch.Tensor:
+        if decodes_4bit(product):
+            return group_reduce_4bit(product, self._packed_groups[rows], groups, self._state.code)
+        return super().reduce(product, groups, rows)
+
+    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice = ALL) -> torch.Tensor:
+        packed, width = self._packed, self.in_features
+        if columns != ALL:
+            groups = slice(columns.start // self.group_size, columns.stop // self.group_size)
+            packed = self._packed_groups[:, groups].reshape(-1, 1)
+            scales, width = scales[:, groups], columns.stop - columns.start
+        return self._dequantize(packed, self.prepare(scales), (self.out_features, width), dtype)
 
     def _dequantize(
         self, packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype

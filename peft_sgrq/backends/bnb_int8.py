@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_sgrq.backends.base import ScaleBackend
+from peft_sgrq.backends.base import ALL, ScaleBackend
 
 _CODE_RANGE = 1.0 / 127.0  # W = CB * SCB / 127
 
@@ -61,12 +61,12 @@ class BnbInt8Backend(ScaleBackend):
     def sources(self) -> list[torch.Tensor]:
         return [self._owner.SCB]
 
-    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        codes = self._codes if groups is None else self._codes.index_select(0, groups)
+    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype, rows: slice = ALL) -> torch.Tensor:
+        codes = self._codes[rows] if groups is None else self._codes.index_select(0, groups[rows])
         return codes.to(dtype) * _CODE_RANGE
 
-    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return self._codes.to(dtype, copy=True).mul_(scales * _CODE_RANGE)
+    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice = ALL) -> torch.Tensor:
+        return self._codes[:, columns].to(dtype, copy=True).mul_(scales * _CODE_RANGE)
 
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
         return scales.reshape(-1)  # (N,)

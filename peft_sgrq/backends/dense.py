@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from peft_sgrq.backends.base import ScaleBackend, gather_groups
+from peft_sgrq.backends.base import ALL, ScaleBackend, gather_groups
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -65,16 +65,18 @@ class DenseBackend(ScaleBackend):
     def sources(self) -> list[torch.Tensor]:
         return [self._parameter]
 
-    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return gather_groups(self._weight(), groups, self.scales_shape[1], self.group_size).to(dtype)
+    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype, rows: slice = ALL) -> torch.Tensor:
+        return gather_groups(self._weight()[rows], groups, self.scales_shape[1], self.group_size).to(dtype)
 
-    def _scaled_weight(self, scales: torch.Tensor) -> torch.Tensor:
-        weight = self._weight()
-        columns = scales.repeat_interleave(self.group_size, dim=1)[:, : self.in_features]  # (N, K)
-        return (weight * columns).to(weight.dtype)
+    def _scaled_weight(self, scales: torch.Tensor, columns: slice = ALL) -> torch.Tensor:
+        weight = self._weight()[:, columns]
+        first, last, _ = columns.indices(self.in_features)
+        scales = scales[:, first // self.group_size : -(-last // self.group_size)]
+        factors = scales.repeat_interleave(self.group_size, dim=1)[:, : last - first]  # (N, K)
+        return (weight * factors).to(weight.dtype)
 
-    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return self._scaled_weight(scales).to(dtype)
+    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice = ALL) -> torch.Tensor:
+        return self._scaled_weight(scales, columns).to(dtype)
 
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
         weight = self._scaled_weight(scales)
