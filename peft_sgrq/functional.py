@@ -62,9 +62,9 @@ def _select(values: torch.Tensor, groups: torch.Tensor | None, dim: int) -> torc
     return values if groups is None else values.index_select(dim, groups)
 
 
-def _ranges(total: int, bytes_each: int, device: torch.device) -> list[slice]:
+def _ranges(total: int, bytes_each: int, backend: ScaleBackend) -> list[slice]:
     step = total
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if backend.in_parts and backend.device.type == "cpu" and not torch.compiler.is_compiling():
         step = max(1, min(total, _TEMPORARY_BYTES // max(1, bytes_each)))
     return [slice(start, min(start + step, total)) for start in range(0, total, step)]
 
@@ -72,13 +72,13 @@ def _ranges(total: int, bytes_each: int, device: torch.device) -> list[slice]:
 def _input_gradient(dy: torch.Tensor, scales: torch.Tensor, backend: ScaleBackend) -> torch.Tensor:
     """`dy W'` for the scales in effect, `[T, N]` to `[T, K]`, some groups of columns at a time."""
     size = backend.group_size if backend.granularity == "group" else 1
-    steps = _ranges(-(-backend.in_features // size), dy.shape[1] * size * dy.element_size(), dy.device)
+    steps = _ranges(-(-backend.in_features // size), dy.shape[1] * size * dy.element_size(), backend)
     if len(steps) == 1:
         return dy @ backend.dequantize(scales, dy.dtype)
     dx = dy.new_empty(dy.shape[0], backend.in_features)
     for step in steps:
         columns = slice(step.start * size, min(step.stop * size, backend.in_features))
-        dx[:, columns] = dy @ backend.dequantize(scales, dy.dtype, columns)
+        dx[:, columns] = dy @ backend.dequantize_columns(scales, dy.dtype, columns)
     return dx
 
 
@@ -113,7 +113,7 @@ def _unit_gradient(
     Returns:
         `torch.Tensor`: float32 `[N, n]`, or `[n, 1]` in a row format.
     """
-    steps = _ranges(dy.shape[1], x.shape[1] * x.element_size(), dy.device)
+    steps = _ranges(dy.shape[1], x.shape[1] * x.element_size(), backend)
     sums = [backend.reduce(dy[:, rows].t() @ x, groups, rows) for rows in steps]
     return sums[0] if len(sums) == 1 else torch.cat(sums)
 

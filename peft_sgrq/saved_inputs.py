@@ -7,6 +7,7 @@ than the input itself, whatever each selects.
 
 from __future__ import annotations
 
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -49,12 +50,21 @@ class Plan(NamedTuple):
     parts: tuple[Part, ...]
 
 
+class _Piece(NamedTuple):
+    groups: torch.Tensor | None
+    columns: weakref.ref[torch.Tensor]
+
+
 class SavedInput:
-    """The pieces of one input tensor that layers have saved for their backward passes."""
+    """The pieces of one input tensor that layers have saved for their backward passes.
+
+    Only the graph keeps the pieces. Where hooks decide what it keeps (activation checkpointing, offloading) each
+    layer saves its own: checkpointing compares what is saved by the first pass with what is saved by the second.
+    """
 
     def __init__(self, version: int = 0) -> None:
         self.version = version
-        self._pieces: dict[tuple[int, torch.dtype], list[tuple[torch.Tensor | None, torch.Tensor]]] = {}
+        self._pieces: dict[tuple[int, torch.dtype], list[_Piece]] = {}
 
     @classmethod
     def of(cls, x: torch.Tensor) -> SavedInput:
@@ -82,14 +92,22 @@ class SavedInput:
         Returns:
             The saved pieces, `[T, columns]` each, and where the layer's groups are in them.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _hooks_are_active():
             return [backend.select_columns(x, groups).to(dtype)], (Part(0, None, groups, None),)
         pieces = self._pieces.setdefault((backend.group_size, dtype), [])
-        plan = _plan([kept for kept, _ in pieces], groups, backend.selectable)
+        kept = [(piece.groups, columns) for piece in pieces if (columns := piece.columns()) is not None]
+        plan = _plan([there for there, _ in kept], groups, backend.selectable)
         if plan.saves:
             rows = x.detach().reshape(-1, x.shape[-1])  # (T, K)
-            pieces.append((plan.new, _columns(rows, plan.new, backend).to(dtype)))
-        return [piece for _, piece in pieces], plan.parts
+            kept.append((plan.new, _columns(rows, plan.new, backend).to(dtype)))
+        pieces[:] = [_Piece(there, weakref.ref(columns)) for there, columns in kept]
+        return [columns for _, columns in kept], plan.parts
+
+
+def _hooks_are_active() -> bool:
+    # A function torch uses itself and does not document; without it nothing is shared.
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(False) is not None
 
 
 def columns_of(part: Part, piece: torch.Tensor, backend: ScaleBackend) -> torch.Tensor:

@@ -119,3 +119,26 @@ def reference_gradients(
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference over the largest expected value."""
     return float((found.double() - expected).abs().max() / expected.abs().max())
+
+
+def kept_tensors(output: torch.Tensor) -> list[torch.Tensor]:
+    """What the graph of an output keeps for the backward passes of SGRQ layers.
+
+    Read from the graph: with hooks on saved tensors the layers would not share what they save.
+    """
+    nodes, seen, kept = [output.grad_fn], set(), []
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [parent for parent, _ in node.next_functions]
+        if "ScaledLinear" in type(node).__name__:
+            kept += [tensor for tensor in node.saved_tensors if tensor is not None]
+    return kept
+
+
+def storage_bytes(tensors: list[torch.Tensor]) -> int:
+    """Bytes of the storages of some tensors, each storage counted once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())

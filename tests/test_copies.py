@@ -131,3 +131,19 @@ def test_a_whole_model_compiles_without_graph_breaks(llama_dir, ids):
         model.zero_grad()
     torch.testing.assert_close(losses[0], losses[1])
     assert all(gradient.abs().max() > 0 for gradient in losses[0][1])
+
+
+@pytest.mark.parametrize("base", [NF4, INT8], ids=lambda base: base.name)
+def test_steps_after_the_first_are_not_compiled_again(llama_dir, ids, base):
+    model = adapted(base, llama_dir).train()
+    step = compiled(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for stance in ("default", "fail_on_recompile", "fail_on_recompile"):
+        with torch.compiler.set_stance(stance):
+            loss = step()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]

@@ -192,10 +192,27 @@ def test_only_the_selected_columns_are_kept_for_the_backward_pass(kind, needs_dx
     assert saved_bytes(model, x) == columns + adapter
 
 
-def test_row_formats_keep_the_output_and_no_input():
+def test_row_formats_keep_the_selected_outputs_and_no_input():
     model = adapt(linear_8bit(8, 1024, bias=False), [1, 5])
     x = torch.randn(50, 1024, requires_grad=True)
-    assert saved_bytes(model, x) == 50 * 8 * 4 + 2 * 4 + 2 * 8
+    assert saved_bytes(model, x) == 50 * 2 * 4 + 2 * 4 + 2 * 8
+
+
+@pytest.mark.parametrize("temporary", [1, 1000, 5000], ids=lambda size: f"{size}-bytes")
+@pytest.mark.parametrize("groups", [[0], [2], [0, 2], [0, 1, 2]], ids=str)
+@pytest.mark.parametrize("kind", ["nf4", "nf4-nested", "int8", "int8-no-bias", "dense", "ragged", "conv1d"])
+def test_gradients_made_in_parts_equal_the_reference(monkeypatch, kind, groups, temporary):
+    layer = {
+        "nf4": lambda: linear_4bit(12, 192),
+        "nf4-nested": lambda: linear_4bit(12, 192, nested=True),
+        "int8": lambda: linear_8bit(12, 50),
+        "int8-no-bias": lambda: linear_8bit(12, 50, bias=False),
+        "dense": lambda: linear_dense(12, 192),
+        "ragged": lambda: linear_dense(12, 150),
+        "conv1d": lambda: conv1d(12, 150),
+    }[kind]()
+    monkeypatch.setattr("peft_sgrq.functional._TEMPORARY_BYTES", temporary)
+    check_gradients(adapt(layer, groups), 7)
 
 
 @pytest.mark.parametrize("make", [linear_4bit, linear_8bit, linear_dense])

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from peft_sgrq.kernels import group_reduce
 
-ALL = slice(None)
 _SAMPLES = 4096
 
 
@@ -32,8 +31,10 @@ class ScaleBackend(ABC):
         in_features, out_features (`int`): Shape of the weight, `[out_features, in_features]` = `[N, K]`.
         group_size (`int`): Columns per scale, `g`. The last group of a dense layer may hold fewer.
         storage_dtype (`torch.dtype`): The dtype the format stores its scales in (a dense layer: its weight).
+        in_parts (`bool`): Whether rows of the codes and columns of the weight can be made without making all of them.
     """
 
+    in_parts: ClassVar[bool] = False
     granularity: ClassVar[Literal["group", "row"]] = "group"
 
     name: str
@@ -97,39 +98,34 @@ class ScaleBackend(ABC):
         """The stored tensors that prepared scales are made of, so that a change of them can be seen."""
 
     @abstractmethod
-    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype, rows: slice = ALL) -> torch.Tensor:
-        """Unit-scale values `C` at the columns of the selected groups, `[N, n * group_size]`.
-
-        Args:
-            groups (`torch.Tensor` or `None`): The selected groups (rows in a row format), int64 `[n]`; `None` for all.
-            dtype (`torch.dtype`): The dtype to return.
-            rows (`slice`): Rows of that to return; a range with both ends given, or `ALL`.
-        """
-
-    def reduce(self, product: torch.Tensor, groups: torch.Tensor | None, rows: slice = ALL) -> torch.Tensor:
-        """Sums `product * C` over the columns of each scale, in float32: from a gradient of weights to one of scales.
-
-        Args:
-            product (`torch.Tensor`): `(dy^T x)` at `rows` and at the columns of the selected groups,
-                `[N, n * group_size]`.
-            groups (`torch.Tensor` or `None`): As in `codes`.
-            rows (`slice`): As in `codes`.
-
-        Returns:
-            `torch.Tensor`: float32 `[N, n]`, or `[n, 1]` in a row format.
-        """
-        return group_reduce(product, self.codes(groups, product.dtype, rows), self.group_size)
+    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """Unit-scale values `C` at the columns of the selected groups, `[N, n * group_size]`."""
 
     @abstractmethod
-    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice = ALL) -> torch.Tensor:
-        """The weight `C * S` for given `scales` (float32 `[rows, groups]`), `[N, K]`.
+    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The weight `C * S` for given `scales` (float32 `[rows, groups]`), `[N, K]`."""
+
+    def codes_of_rows(self, groups: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
+        """Some rows of what `codes` returns; formats that work in parts decode no others."""
+        return self.codes(groups, dtype)[rows]
+
+    def dequantize_columns(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice) -> torch.Tensor:
+        """Some columns of what `dequantize` returns, of whole groups; formats that work in parts decode no others."""
+        return self.dequantize(scales, dtype)[:, columns]
+
+    def reduce(self, product: torch.Tensor, groups: torch.Tensor | None, rows: slice) -> torch.Tensor:
+        """Sums `product * C` over the columns of each scale: from a gradient of weights to one of scales.
 
         Args:
-            scales (`torch.Tensor`): float32 `[rows, groups]`, all of them.
-            dtype (`torch.dtype`): The dtype to return.
-            columns (`slice`): Columns of the weight to return: `ALL`, or a range with both ends given that begins at
-                a group and ends with one.
+            product (`torch.Tensor`): `dy^T x` at `rows` and at the columns of the selected groups,
+                `[N, n * group_size]`.
+            groups (`torch.Tensor` or `None`): The selected groups, int64 `[n]`; `None` for all.
+            rows (`slice`): Which rows of the weight these are, both ends given.
+
+        Returns:
+            `torch.Tensor`: float32 `[N, n]`.
         """
+        return group_reduce(product, self.codes_of_rows(groups, product.dtype, rows), self.group_size)
 
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
         """Makes of float32 scales `[rows, groups]` what the kernel of `linear` takes; inference does it once."""

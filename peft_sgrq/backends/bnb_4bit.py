@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from peft_sgrq.backends.base import ALL, ScaleBackend
+from peft_sgrq.backends.base import ScaleBackend
 from peft_sgrq.kernels import decodes_4bit, group_reduce_4bit
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ class _Stored(NamedTuple):
 
 class Bnb4bitBackend(ScaleBackend):
     """`bitsandbytes.nn.Linear4bit`. Scales are float32; nested ones stay so until a merge un-nests them exactly."""
+
+    in_parts = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -91,7 +93,10 @@ class Bnb4bitBackend(ScaleBackend):
     def _packed_groups(self) -> torch.Tensor:
         return self._packed.view(torch.uint8).view(*self.scales_shape, -1)  # (N, G, g / 2)
 
-    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype, rows: slice = ALL) -> torch.Tensor:
+    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        return self.codes_of_rows(groups, dtype, slice(None))
+
+    def codes_of_rows(self, groups: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
         packed = self._packed_groups[rows]
         if groups is not None:
             packed = packed.index_select(1, groups)  # (N, n, g / 2)
@@ -100,18 +105,19 @@ class Bnb4bitBackend(ScaleBackend):
         shape = (count, selected * self.group_size)
         return self._dequantize(packed.reshape(-1, 1), ones, shape, dtype)
 
-    def reduce(self, product: torch.Tensor, groups: torch.Tensor | None, rows: slice = ALL) -> torch.Tensor:
+    def reduce(self, product: torch.Tensor, groups: torch.Tensor | None, rows: slice) -> torch.Tensor:
         if decodes_4bit(product):
             return group_reduce_4bit(product, self._packed_groups[rows], groups, self._state.code)
         return super().reduce(product, groups, rows)
 
-    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice = ALL) -> torch.Tensor:
-        packed, width = self._packed, self.in_features
-        if columns != ALL:
-            groups = slice(columns.start // self.group_size, columns.stop // self.group_size)
-            packed = self._packed_groups[:, groups].reshape(-1, 1)
-            scales, width = scales[:, groups], columns.stop - columns.start
-        return self._dequantize(packed, self.prepare(scales), (self.out_features, width), dtype)
+    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self._dequantize(self._packed, self.prepare(scales), (self.out_features, self.in_features), dtype)
+
+    def dequantize_columns(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice) -> torch.Tensor:
+        groups = slice(columns.start // self.group_size, columns.stop // self.group_size)
+        packed = self._packed_groups[:, groups].reshape(-1, 1)
+        shape = (self.out_features, columns.stop - columns.start)
+        return self._dequantize(packed, self.prepare(scales[:, groups]), shape, dtype)
 
     def _dequantize(
         self, packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
@@ -121,7 +127,7 @@ class Bnb4bitBackend(ScaleBackend):
         )
 
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
-        return scales.reshape(-1)  # (N * G,)
+        return scales.reshape(-1).contiguous()  # (N * G,)
 
     def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
         if x.numel() == 0:  # as bitsandbytes does; its kernels are not made for it

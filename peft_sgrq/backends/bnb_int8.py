@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_sgrq.backends.base import ALL, ScaleBackend
+from peft_sgrq.backends.base import ScaleBackend
 
 _CODE_RANGE = 1.0 / 127.0  # W = CB * SCB / 127
 
@@ -17,6 +17,7 @@ _CODE_RANGE = 1.0 / 127.0  # W = CB * SCB / 127
 class BnbInt8Backend(ScaleBackend):
     """`bitsandbytes.nn.Linear8bitLt`. Rows are selected; outlier decomposition works as in the base."""
 
+    in_parts = True
     granularity = "row"
 
     def __init__(self, module: nn.Module) -> None:
@@ -61,11 +62,17 @@ class BnbInt8Backend(ScaleBackend):
     def sources(self) -> list[torch.Tensor]:
         return [self._owner.SCB]
 
-    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype, rows: slice = ALL) -> torch.Tensor:
+    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        return self.codes_of_rows(groups, dtype, slice(None))
+
+    def codes_of_rows(self, groups: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
         codes = self._codes[rows] if groups is None else self._codes.index_select(0, groups[rows])
         return codes.to(dtype) * _CODE_RANGE
 
-    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice = ALL) -> torch.Tensor:
+    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self.dequantize_columns(scales, dtype, slice(None))
+
+    def dequantize_columns(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice) -> torch.Tensor:
         return self._codes[:, columns].to(dtype, copy=True).mul_(scales * _CODE_RANGE)
 
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from peft_sgrq.backends.base import ALL, ScaleBackend, gather_groups
+from peft_sgrq.backends.base import ScaleBackend, gather_groups
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -22,6 +22,8 @@ class DenseBackend(ScaleBackend):
     Merging multiplies the selected columns and rounds them to the dtype of the weight; the forward pass of the
     unmerged layer does the same, so both give the same bits.
     """
+
+    in_parts = True
 
     def __init__(self, module: nn.Module, group_size: int) -> None:
         super().__init__(module)
@@ -65,21 +67,27 @@ class DenseBackend(ScaleBackend):
     def sources(self) -> list[torch.Tensor]:
         return [self._parameter]
 
-    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype, rows: slice = ALL) -> torch.Tensor:
+    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        return self.codes_of_rows(groups, dtype, slice(None))
+
+    def codes_of_rows(self, groups: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
         return gather_groups(self._weight()[rows], groups, self.scales_shape[1], self.group_size).to(dtype)
 
-    def _scaled_weight(self, scales: torch.Tensor, columns: slice = ALL) -> torch.Tensor:
+    def _scaled_weight(self, scales: torch.Tensor, columns: slice) -> torch.Tensor:
         weight = self._weight()[:, columns]
         first, last, _ = columns.indices(self.in_features)
         scales = scales[:, first // self.group_size : -(-last // self.group_size)]
         factors = scales.repeat_interleave(self.group_size, dim=1)[:, : last - first]  # (N, K)
         return (weight * factors).to(weight.dtype)
 
-    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice = ALL) -> torch.Tensor:
+    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self.dequantize_columns(scales, dtype, slice(None))
+
+    def dequantize_columns(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice) -> torch.Tensor:
         return self._scaled_weight(scales, columns).to(dtype)
 
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
-        weight = self._scaled_weight(scales)
+        weight = self._scaled_weight(scales, slice(None))
         return weight.t().contiguous() if self._transposed else weight
 
     def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
