@@ -17,7 +17,7 @@ from peft_sgrq.config import SGRQConfig
 from peft_sgrq.delta import Delta
 from peft_sgrq.functional import effective_scales, scaled_linear
 from peft_sgrq.mixed_batch import check_rows, forward_mixed
-from peft_sgrq.prepared import PreparedScales
+from peft_sgrq.prepared import Decoder, PreparedScales
 from peft_sgrq.saved_inputs import SavedInput
 
 
@@ -47,6 +47,7 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unmerged_scales: tuple[Any, ...] = ()  # in a tuple, lest a parameter in it is registered
         self._prepared = PreparedScales()
+        self._decoder: Decoder | None = None
         self._unions: dict[tuple[str, ...], torch.Tensor | None] = {}
         self.update_layer(adapter_name, config=config, groups=groups)
 
@@ -129,12 +130,21 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
         return self._unions[adapter_names]
 
     def _forget(self) -> None:
-        self._prepared.clear()
+        self._forget_prepared()
         self._unions.clear()
+
+    def _forget_prepared(self) -> None:
+        self._prepared.clear()
+        self._decoder = None
 
     # forward
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        decoder = self._decoder
+        if decoder is not None:
+            if not kwargs and self._is_decoding(x) and decoder.is_current(*self._decoding_state()):
+                return decoder.run(x)
+            self._decoder = None
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is not None:
             check_rows(adapter_names, len(x), self.merged_adapters)
@@ -161,16 +171,32 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
         backend = self.backend
         x_cast = backend.cast_input(x)
         if self._needs_grad(x_cast, names):
-            self._prepared.clear()
+            self._forget_prepared()
             y = scaled_linear(x_cast, *self.combined_delta(names), backend, SavedInput.of(x))
         else:
             with torch.no_grad():
-                y = backend.linear(x_cast, self._prepared_scales(names, x_cast))
+                prepared = self._prepared_scales(names, x_cast)
+                y = backend.linear(x_cast, prepared)
+            if hook is None and self._is_decoding(x):
+                self._decoder = Decoder(backend.bind(prepared), *self._decoding_state())
         y = backend.cast_output(y, x)
         bias = backend.bias
         if bias is not None and bias.requires_grad and torch.is_grad_enabled():
             y = y + (bias - bias.detach()).to(y.dtype)  # zero: the kernel has added the bias, this is its gradient
         return y if hook is None else hook.post_forward(self.base_layer, y)
+
+    def _is_decoding(self, x: torch.Tensor) -> bool:
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        return x.dim() > 1 and x.shape[-2] == 1
+
+    def _decoding_state(self) -> tuple[tuple[object, ...], list[torch.Tensor]]:
+        """All that decides what a forward pass computes, as `Decoder` compares it."""
+        module, deltas = self._modules["base_layer"], self._modules["sgrq_delta"]._modules  # type: ignore[union-attr]
+        active = self._active_adapter if isinstance(self._active_adapter, str) else tuple(self._active_adapter)
+        state = (module, active, self._disable_adapters, len(self.merged_adapters), "_hf_hook" in module.__dict__)
+        weights = [delta._parameters["weight"] for delta in deltas.values()]  # type: ignore[union-attr]
+        return state, [*weights, *self._backend.sources()]  # type: ignore[list-item]
 
     def _needs_grad(self, x: torch.Tensor, names: tuple[str, ...]) -> bool:
         if not torch.is_grad_enabled():
@@ -200,7 +226,7 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
                 positions = torch.searchsorted(target.groups, self._delta(name).groups)
                 values = self._delta(name).values() * weight
                 target.weight.index_add_(self.backend.selected_dim, positions, values)
-        self._prepared.clear()
+        self._forget_prepared()
 
     def check_finite(self, adapter_names: list[str] | None = None) -> None:
         """Raises a ValueError if merging the adapters (`None`: the active ones) would write NaN or infinite scales."""
@@ -248,7 +274,7 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
                 self.backend.restore_scales(stored)
             raise
         self.merged_adapters = merged
-        self._prepared.clear()
+        self._forget_prepared()
 
     def unmerge(self) -> None:
         """Puts the original scale tensors back."""
@@ -283,7 +309,7 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
     # module
 
     def train(self, mode: bool = True) -> SGRQLinear:
-        self._prepared.clear()
+        self._forget_prepared()
         for name in self.sgrq_delta:
             self._delta(name).restore_precision()
         return super().train(mode)

@@ -1,4 +1,4 @@
-"""Scales made ready for inference: computed once for a set of adapters, not at every token."""
+"""What inference looks up once: the scales of a set of adapters, and all that a layer needs to decode a token."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+
+
+def _version(tensor: torch.Tensor) -> int:
+    # Tensors made in inference mode have no version counter; they cannot be written to outside of it either.
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class _Entry(NamedTuple):
@@ -41,8 +46,7 @@ class PreparedScales:
             reuse (`bool`): Whether to return what is there; `False` computes it anew.
         """
         entry = self._entries.get(names)
-        # Tensors made in inference mode have no version counter; they cannot be written to outside of it either.
-        versions = [0 if source.is_inference() else source._version for source in sources]
+        versions = [_version(source) for source in sources]
         if reuse and entry is not None and entry.versions == versions:
             # The entry's aliases keep their storages alive, so that an equal address means the same storage.
             same = (old.data_ptr() == new.data_ptr() for old, new in zip(entry.sources, sources, strict=True))
@@ -57,3 +61,38 @@ class PreparedScales:
 
     def __getstate__(self) -> dict[str, object]:
         return {"_entries": {}}
+
+
+class Decoder:
+    """The forward pass of a layer for one token, valid as long as nothing it was made of changes.
+
+    A token takes so little arithmetic that looking up adapters, scales and codes anew would show.
+
+    Args:
+        run (`Callable`): Takes the input and returns the output.
+        state (`tuple`): What is compared as a whole: flags and names.
+        sources (`Sequence[torch.Tensor]`): The tensors it was made of.
+    """
+
+    __slots__ = ("pointers", "run", "sources", "state", "versions")
+
+    def __init__(
+        self,
+        run: Callable[[torch.Tensor], torch.Tensor],
+        state: tuple[object, ...],
+        sources: Sequence[torch.Tensor],
+    ) -> None:
+        self.run = run
+        self.state = state
+        self.sources = list(sources)
+        self.versions = [_version(source) for source in sources]
+        self.pointers = [source.data_ptr() for source in sources]
+
+    def is_current(self, state: tuple[object, ...], sources: Sequence[torch.Tensor]) -> bool:
+        """Whether it may run, given what state and sources are now."""
+        if state != self.state:
+            return False
+        for now, then, version, pointer in zip(sources, self.sources, self.versions, self.pointers, strict=True):
+            if now is not then or _version(now) != version or now.data_ptr() != pointer:
+                return False
+        return True

@@ -189,6 +189,43 @@ def test_scales_are_never_stale(base, llama_dir, ids, tmp_path, change, trained)
     assert torch.equal(found, computed_anew(model, ids))
 
 
+def by_merging(model: PeftModel, directory: Path) -> None:
+    model.merge_adapter()
+    for module in model.modules():
+        if isinstance(module, SGRQLinear):
+            module.merged_adapters = []  # as if the merged scales were those of the base, under the same adapter
+            module._unmerged_scales = ()
+
+
+DECODING = [change for change in (*OPTIMIZERS, *OTHERS) if change is not by_averaging] + [by_merging]
+
+
+@kinds
+@pytest.mark.parametrize("change", DECODING, ids=lambda change: change.__name__)
+def test_decoding_is_never_stale(base, llama_dir, ids, tmp_path, change):
+    model, token = adapted(base, llama_dir), ids[:, :1]
+    before = logits(model, token)
+    assert torch.equal(logits(model, token), before)
+    change(model, tmp_path)
+    found = logits(model, token)
+    assert not torch.equal(found, before)
+    assert torch.equal(found, computed_anew(model, token))
+
+
+@kinds
+def test_decoding_sees_that_adapters_are_disabled_or_merged(base, llama_dir, ids):
+    model, token = adapted(base, llama_dir), ids[:, :1]
+    before = logits(model, token)
+    assert torch.equal(logits(model, token), before)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, token), logits(base.load(llama_dir), token))
+    assert torch.equal(logits(model, token), before)
+    model.merge_adapter()
+    assert torch.equal(logits(model, token), before)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, token), before)
+
+
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 def test_dense_weights_are_never_stale(llama_dir, ids, trained):
     # A dense layer prepares its whole weight, so a new weight of the base must count too.

@@ -95,7 +95,7 @@ class ScaleBackend(ABC):
 
     @abstractmethod
     def sources(self) -> list[torch.Tensor]:
-        """The stored tensors that prepared scales are made of, so that a change of them can be seen."""
+        """The stored tensors that the weight is made of, so that a change of them can be seen."""
 
     @abstractmethod
     def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -139,6 +139,14 @@ class ScaleBackend(ABC):
             x (`torch.Tensor`): `[..., K]`, as `cast_input` returns it.
             prepared (`torch.Tensor`): What `prepare` made of the scales.
         """
+
+    def bind(self, prepared: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The whole forward pass, casts included, as one function of the input; decoding calls it for each token.
+
+        Args:
+            prepared (`torch.Tensor`): What `prepare` made of the scales.
+        """
+        return lambda x: self.cast_output(self.linear(self.cast_input(x), prepared), x)
 
     def cast_input(self, x: torch.Tensor) -> torch.Tensor:
         """The cast the format's forward pass begins with."""

@@ -87,7 +87,8 @@ class Bnb4bitBackend(ScaleBackend):
         return absmax.view(self.scales_shape)
 
     def sources(self) -> list[torch.Tensor]:
-        return [self._state.absmax]
+        weight: Any = self.module._parameters["weight"]
+        return [weight, (getattr(weight, "quant_state", None) or self._state).absmax]
 
     @property
     def _packed_groups(self) -> torch.Tensor:
@@ -142,6 +143,22 @@ class Bnb4bitBackend(ScaleBackend):
             self._state.quant_type,
             bias=None if bias is None else bias.to(x.dtype),
         )
+
+    def bind(self, prepared: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        gemm = torch.ops.bitsandbytes.gemm_4bit.default
+        packed, shape, bias = self._packed, (self.out_features, self.in_features), self.bias
+        size, quant_type = self.group_size, self._state.quant_type
+        compute_dtype: Any = self.module.compute_dtype
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            cast = x if compute_dtype is None or x.dtype == compute_dtype else x.to(compute_dtype)
+            if not cast.numel():
+                return self.cast_output(self.linear(cast, prepared), x)
+            own = None if bias is None else bias.to(cast.dtype)
+            y = gemm(cast, packed, shape, prepared, size, quant_type, bias=own)
+            return y if y.dtype == x.dtype else y.to(x.dtype)
+
+        return run
 
     # bitsandbytes computes in `compute_dtype` and returns the dtype of the input.
 

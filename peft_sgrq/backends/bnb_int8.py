@@ -60,7 +60,7 @@ class BnbInt8Backend(ScaleBackend):
         return self._owner.SCB.view(self.scales_shape)
 
     def sources(self) -> list[torch.Tensor]:
-        return [self._owner.SCB]
+        return [self.module.weight, self._owner.SCB]
 
     def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         return self.codes_of_rows(groups, dtype, slice(None))

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m examples.benchmarks --help`, from the root of the repository."""

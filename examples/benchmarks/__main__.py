@@ -1,0 +1,119 @@
+"""Speed and memory of SGRQ, LoRA and the bare base, in turn in one process: tables, JSON and a plot.
+
+    python -m examples.benchmarks layers --shapes 2048x2048 4096x11008 --tokens 512 2048
+    python -m examples.benchmarks training --model examples/demo_model
+    python -m examples.benchmarks decoding --model examples/demo_model
+    python -m examples.benchmarks startup
+
+Each writes what it measured into `--out` (docs/results/speed-<device>.json), beside what is there already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from examples.benchmarks import layers, report, startup, training
+from examples.benchmarks.methods import RATIOS, sgrq_name
+
+PACKAGES = ("torch", "bitsandbytes", "peft", "transformers", "trl", "peft_sgrq")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where it was measured."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    extensions = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in flags]
+    return {
+        "device": name,
+        "CPU": next((line.split(":")[1].strip() for line in flags.splitlines() if "model name" in line), ""),
+        "CPU extensions": extensions,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "date": date.today().isoformat(),
+        "versions": {package: version(package) for package in PACKAGES},
+        "command": "python -m examples.benchmarks " + " ".join(sys.argv[1:]),
+    }
+
+
+def run_layers(args: argparse.Namespace, device: torch.device) -> tuple[Any, str]:
+    reached = layers.ceilings(device)
+    entries, texts = [], []
+    for shape in args.shapes:
+        for tokens in args.tokens:
+            size = layers.SHAPES.get(shape) or tuple(int(part) for part in shape.split("x"))
+            result = layers.measure_layer(size, tokens, device, args.repeats, args.quant)
+            floors = {"base": layers.floor(size, tokens, 0.0, reached)}
+            if args.quant == "nf4":
+                floors |= {sgrq_name(ratio): layers.floor(size, tokens, ratio, reached) for ratio in RATIOS}
+            entry = {"shape": shape, "tokens": tokens, "quant": args.quant, "floors": floors, "result": result}
+            entries.append(entry)
+            texts.append(f"{shape}, {tokens} tokens, {args.quant}\n\n{report.layer_table(entry)}\n")
+            print(texts[-1], flush=True)
+    if args.plot:
+        report.plot(entries, args.plot)
+    return {"ceilings": reached, "entries": entries}, ""
+
+
+def run_training(args: argparse.Namespace, device: torch.device) -> tuple[Any, str]:
+    result = training.measure_training(
+        args.model, device, args.repeats, args.batch, args.tokens[0], args.checkpointing
+    )
+    return {"model": training.local(args.model), "result": result}, report.training_table(result)
+
+
+def run_decoding(args: argparse.Namespace, device: torch.device) -> tuple[Any, str]:
+    result = training.measure_decoding(args.model, device, args.repeats, args.tokens[0])
+    return {"model": training.local(args.model), "result": result}, report.decoding_table(result)
+
+
+def run_startup(args: argparse.Namespace, device: torch.device) -> tuple[Any, str]:
+    result = startup.measure_startup(device, args.blocks)
+    imported = startup.measure_import()
+    text = f"{report.startup_table(result)}\n\nimport peft_sgrq, after peft: {imported['seconds']:.3f} s"
+    return {"result": result, "import": imported}, text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = {"layers": run_layers, "training": run_training, "decoding": run_decoding, "startup": run_startup}
+    parser.add_argument("what", choices=commands)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; one by default, times are CPU times")
+    parser.add_argument("--shapes", nargs="+", default=["2048x2048", "4096x11008"], help=f"of {list(layers.SHAPES)}")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[512])
+    parser.add_argument("--quant", choices=("nf4", "int8"), default="nf4")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--model", default="examples/demo_model")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--blocks", type=int, default=startup.BLOCKS)
+    parser.add_argument("--plot", type=Path, help="PNG file, of `layers`")
+    parser.add_argument("--name", help="what to call the results in the file")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    out = args.out or Path(f"docs/results/speed-{device.type}.json")
+    results, text = commands[args.what](args, device)
+    print(text)
+    known = json.loads(out.read_text()) if out.exists() else {}
+    known[args.name or args.what] = {"machine": machine(device), "results": results}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_suffix(".tmp")
+    beside.write_text(json.dumps(known, indent=1) + "\n")
+    beside.replace(out)
+
+
+if __name__ == "__main__":
+    main()

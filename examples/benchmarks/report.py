@@ -1,0 +1,121 @@
+"""Results as tables and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from examples.benchmarks.layers import ratios
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A markdown table, the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+
+    def line(cells: list[str]) -> str:
+        aligned = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
+        return f"| {' | '.join(aligned)} |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([line(head), line(rule), *map(line, rows)])
+
+
+def megabytes(value: float) -> str:
+    return f"{value / 1e6:.2f}"
+
+
+def milliseconds(values: Mapping[str, float]) -> str:
+    return f"{values['median'] * 1e3:.1f} ({values['low'] * 1e3:.1f}-{values['high'] * 1e3:.1f})"
+
+
+def layer_table(entry: Mapping[str, Any]) -> str:
+    compared = ratios(entry["result"])
+    rows = []
+    for name, values in entry["result"].items():
+        floor = entry["floors"].get(name)
+        rows.append(
+            [
+                name,
+                milliseconds(values["forward"]),
+                milliseconds(values["step"]),
+                f"{compared[name]['over base']:.2f}",
+                f"{compared[name]['over LoRA']:.2f}",
+                "" if floor is None else f"{values['step']['median'] / floor:.2f}",
+                megabytes(values["kept"]),
+                megabytes(values["peak"]),
+                f"{values['parameters']:,}",
+            ]
+        )
+    head = ["", "forward ms", "step ms", "/ base", "/ LoRA", "/ floor", "kept MB", "peak MB", "parameters"]
+    return table(head, rows)
+
+
+def training_table(result: Mapping[str, Any]) -> str:
+    lora = result["LoRA r=16"]
+    rows = [
+        [
+            name,
+            milliseconds(values["step"]),
+            f"{values['step']['median'] / lora['step']['median']:.2f}",
+            megabytes(values["kept"]),
+            f"{values['kept'] / lora['kept']:.2f}",
+            megabytes(values["peak"]),
+            f"{values['peak'] / lora['peak']:.2f}",
+            megabytes(values["optimizer state"]),
+        ]
+        for name, values in result.items()
+    ]
+    return table(["", "step ms", "/ LoRA", "kept MB", "/ LoRA", "peak MB", "/ LoRA", "optimizer MB"], rows)
+
+
+def decoding_table(result: Mapping[str, Any]) -> str:
+    base = result["base"]["seconds"]["median"]
+    rows = [
+        [name, f"{values['tokens per second']:.1f}", f"{values['seconds']['median'] / base:.3f}"]
+        for name, values in result.items()
+    ]
+    return table(["", "tokens a second", "time / base"], rows)
+
+
+def startup_table(result: Mapping[str, Any]) -> str:
+    size = result["model"]["bytes"]
+    rows = [
+        [name, step, f"{v['seconds']:.2f}", f"{v['CPU seconds']:.2f}", megabytes(v["peak"]), f"{v['peak'] / size:.1%}"]
+        for name, steps in result.items()
+        if name != "model"
+        for step, v in steps.items()
+    ]
+    return table(["", "", "seconds", "CPU seconds", "peak MB", "of the model"], rows)
+
+
+def plot(layers: list[Mapping[str, Any]], path: Path) -> None:
+    """Step time over the bare base's, by layer, one point a method, with the spread of the quartiles."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise ValueError("A plot needs matplotlib, found none; install it with `pip install matplotlib`.") from None
+    names = list(layers[0]["result"])
+    figure, axes = pyplot.subplots(figsize=(1.6 * len(layers) + 3, 4.5), layout="constrained")
+    markers = "osD^v<>P"
+    for index, name in enumerate(names[1:]):
+        xs, ys, low, high = [], [], [], []
+        for place, entry in enumerate(layers):
+            base = entry["result"]["base"]["step"]["median"]
+            step = entry["result"][name]["step"]
+            xs.append(place + (index - len(names) / 2 + 1) * 0.09)
+            ys.append(step["median"] / base)
+            low.append((step["median"] - step["low"]) / base)
+            high.append((step["high"] - step["median"]) / base)
+        color = pyplot.get_cmap("cividis")(index / max(1, len(names) - 2))
+        axes.errorbar(xs, ys, [low, high], fmt=markers[index % len(markers)], color=color, label=name, capsize=2)
+    axes.axhline(1.0, color="0.6", linewidth=1)
+    axes.set_xticks(range(len(layers)), [f"{e['shape']}\n{e['tokens']} tokens, {e['quant']}" for e in layers])
+    axes.set_ylabel("training step, time over the bare base's")
+    axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
