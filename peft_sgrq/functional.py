@@ -26,14 +26,15 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from peft_sgrq.backends.base import ScaleBackend
+from peft_sgrq.backends.scales import ScaleMatrix
 from peft_sgrq.kernels import group_reduce
 
 
-def effective_scales(backend: ScaleBackend, delta: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
+def effective_scales(backend: ScaleMatrix, delta: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
     """The scales a layer computes with: `round_to_storage(S * (1 + delta))` at the selected groups, `S` elsewhere.
 
     Args:
-        backend (`ScaleBackend`): Owner of the scales `S`, float32 `[rows, groups]`.
+        backend (`ScaleMatrix`): Owner of the scales `S`, float32 `[rows, groups]`.
         delta (`torch.Tensor`): Relative changes, float32, `[rows, n]` for a group format and `[n, 1]` for a row
             format, `n` the number of selected groups or rows.
         groups (`torch.Tensor` or `None`): Indices of the selected groups (rows in a row format), int64 `[n]`,
@@ -101,7 +102,7 @@ class _GroupScaledLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             product = dy.t() @ x_selected  # (N, n * g)
             codes = backend.codes(groups, dy.dtype)  # (N, n * g)
-            ddelta = group_reduce(product, codes, backend.group_size)  # (N, n) float32
+            ddelta = backend.reduce_rows(group_reduce(product, codes, backend.group_size))  # (R, n) float32
             ddelta = ddelta * _select(backend.scales(), groups, 1)
         return dx, ddelta, None, None
 

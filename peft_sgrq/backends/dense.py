@@ -68,16 +68,11 @@ class DenseBackend(ScaleBackend):
     def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         return gather_groups(self._weight(), groups, self.scales_shape[1], self.group_size).to(dtype)
 
-    def _scaled_weight(self, scales: torch.Tensor) -> torch.Tensor:
-        weight = self._weight()
-        columns = scales.repeat_interleave(self.group_size, dim=1)[:, : self.in_features]  # (N, K)
-        return (weight * columns).to(weight.dtype)
-
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return self._scaled_weight(scales).to(dtype)
+        return scaled_weight(self._weight(), scales, self.group_size).to(dtype)
 
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
-        weight = self._scaled_weight(scales)
+        weight = scaled_weight(self._weight(), scales, self.group_size)
         return weight.t().contiguous() if self._transposed else weight
 
     def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
@@ -100,10 +95,22 @@ class DenseBackend(ScaleBackend):
         return stored if converted is data else nn.Parameter(converted, requires_grad=stored.requires_grad)
 
     def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        # bfloat16 makes the digest the same for a checkpoint loaded in float32 or bfloat16.
-        weight = self._parameter.detach()
-        step = max(1, weight.numel() // 65536) | 1
-        return weight.reshape(-1)[::step].to(torch.bfloat16), torch.empty(0, dtype=torch.uint8)
+        return digest_tensors(self._parameter.detach())
 
     def quantization(self) -> dict[str, Any] | None:
         return None
+
+
+def scaled_weight(weight: torch.Tensor, scales: torch.Tensor, group_size: int) -> torch.Tensor:
+    """A dense weight `[N, K]` with its columns scaled by group, rounded to its dtype; `scales` is `[N, groups]`."""
+    columns = scales.repeat_interleave(group_size, dim=1)[:, : weight.shape[1]]  # (N, K)
+    return (weight * columns).to(weight.dtype)
+
+
+def digest_tensors(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What identifies a dense weight: samples of it, and no scales.
+
+    bfloat16 makes the digest the same for a checkpoint loaded in float32 or bfloat16.
+    """
+    step = max(1, weight.numel() // 65536) | 1
+    return weight.reshape(-1)[::step].to(torch.bfloat16), torch.empty(0, dtype=torch.uint8)
