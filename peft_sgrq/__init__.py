@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft_sgrq.checkpoint.merge import merge_checkpoint
+    from peft_sgrq.checkpoint.restore import restore_codes
     from peft_sgrq.checkpoint.verify import verify_checkpoint
     from peft_sgrq.config import SGRQConfig
     from peft_sgrq.layer import SGRQLinear
@@ -19,7 +20,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["SGRQConfig", "SGRQLinear", "SGRQModel", "merge_checkpoint", "register", "verify_checkpoint"]
+__all__ = [
+    "SGRQConfig",
+    "SGRQLinear",
+    "SGRQModel",
+    "merge_checkpoint",
+    "register",
+    "restore_codes",
+    "verify_checkpoint",
+]
 
 _HOMES = {
     "SGRQConfig": "config",
@@ -27,6 +36,7 @@ _HOMES = {
     "SGRQModel": "model",
     "merge_checkpoint": "checkpoint.merge",
     "register": "registration",
+    "restore_codes": "checkpoint.restore",
     "verify_checkpoint": "checkpoint.verify",
 }
 

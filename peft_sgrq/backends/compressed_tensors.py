@@ -101,7 +101,7 @@ class CompressedTensorsBackend(ScaleBackend):
     @property
     def _codes(self) -> torch.Tensor:
         packed = getattr(self.module, "weight_packed", None)
-        return (self.module.weight if packed is None else packed).data  # type: ignore[union-attr, return-value]
+        return (self.module.weight if packed is None else packed).data  # type: ignore[return-value]
 
     @property
     def _stored(self) -> nn.Parameter:

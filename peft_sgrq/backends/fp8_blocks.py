@@ -71,6 +71,7 @@ class Fp8BlockLinear(nn.Module):
         bias: nn.Parameter | None,
     ) -> None:
         super().__init__()
+        geometry(codes, scales, block)
         self.out_features, self.in_features = codes.shape
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.weight_scale_inv = nn.Parameter(scales, requires_grad=False)
@@ -112,7 +113,8 @@ class Fp8BlocksBackend(ScaleBackend):
             return True
         fp8 = sys.modules.get("transformers.integrations.finegrained_fp8")
         # The same class holds dense weights where the kernels cannot run.
-        return fp8 is not None and type(module) is fp8.FP8Linear and module.weight.element_size() == 1
+        weight: Any = module.weight if fp8 is not None and type(module) is fp8.FP8Linear else None
+        return weight is not None and weight.element_size() == 1
 
     @property
     def _codes(self) -> torch.Tensor:

@@ -13,6 +13,8 @@ from peft_sgrq.checkpoint.sources import base_of, find_folder, other_files
 
 # What transformers writes anew whenever it saves.
 _VOLATILE = ("transformers_version", "_name_or_path")
+# And what it leaves out then: empty values, and the version of the package that quantized the base.
+_PACKAGE_VERSIONS = {"compressed-tensors": "version"}
 
 
 class VerifyReport(NamedTuple):
@@ -128,5 +130,15 @@ def _compare_fields(file: str, expected: Any, found: Any) -> list[str]:
     return [
         f"{file} has {key} = {found.get(key)!r}, expected {expected.get(key)!r}."
         for key in keys
-        if expected.get(key) != found.get(key)
+        if _stripped(expected.get(key)) != _stripped(found.get(key))
     ]
+
+
+def _stripped(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_stripped(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    version = _PACKAGE_VERSIONS.get(value.get("quant_method", ""))
+    items = ((key, _stripped(item)) for key, item in value.items() if key != version)
+    return {key: item for key, item in items if item not in (None, {}, [])}
