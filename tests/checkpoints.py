@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peft_sgrq import SGRQConfig, restore_codes
+from peft_sgrq.selection.masks import pack_mask
 from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
 
 BLOCK = 128
@@ -221,3 +222,16 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
+
+
+def write_adapter(directory: Path, deltas: dict[str, tuple[torch.Tensor, list[int], int]], **config: Any) -> Path:
+    """An adapter made by hand: layer name -> its deltas, the groups they belong to, and how many groups there are."""
+    directory.mkdir()
+    tensors = {}
+    for name, (values, groups, selectable) in deltas.items():
+        prefix = f"base_model.model.{name}.sgrq_delta"
+        tensors[f"{prefix}.weight"] = values
+        tensors[f"{prefix}.selection"] = pack_mask(torch.tensor(groups), selectable)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    SGRQConfig(target_modules=sorted(deltas), **config).save_pretrained(str(directory))
+    return directory

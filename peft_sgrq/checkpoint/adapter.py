@@ -10,6 +10,7 @@ import torch
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
+from peft_sgrq.checkpoint.adapter_file import check_adapter_file
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.selection.masks import unpack_mask
 
@@ -57,6 +58,7 @@ def read_adapter(path: Path) -> StoredAdapter:
             f"{path} holds no adapter, expected adapter_config.json and {SAFETENSORS_WEIGHTS_NAME}; give the folder "
             "`save_pretrained` wrote them to."
         )
+    check_adapter_file(str(path))
     config = PeftConfig.from_pretrained(str(path))
     if not isinstance(config, SGRQConfig):
         raise ValueError(

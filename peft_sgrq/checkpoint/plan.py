@@ -64,7 +64,7 @@ def _find_layers(folder: CheckpointFolder, stored: StoredAdapter) -> dict[str, S
     for name in stored.deltas:
         try:
             prefix = names.find(name)
-            layer = None if prefix is None else find_layer(folder, prefix, stored.config.group_size)
+            layer = None if prefix is None else find_layer(folder, prefix, stored.config)
             if layer is None:
                 raise ValueError(_why_missing(folder, name))
             if name.rpartition(".")[2] == "lm_head" and _is_tied(folder):

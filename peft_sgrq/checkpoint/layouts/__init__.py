@@ -11,6 +11,7 @@ from peft_sgrq.checkpoint.layouts.dense import DenseLayer
 from peft_sgrq.checkpoint.layouts.fp8_blocks import Fp8BlocksLayer
 from peft_sgrq.checkpoint.layouts.int32_packed import AwqLayer, GptqLayer
 from peft_sgrq.checkpoint.layouts.torchao import TorchaoLayer
+from peft_sgrq.config import SGRQConfig
 
 LAYOUTS: tuple[type[StoredLayer], ...] = (
     Bnb4bitLayer,
@@ -24,14 +25,14 @@ LAYOUTS: tuple[type[StoredLayer], ...] = (
 )
 
 
-def find_layer(folder: CheckpointFolder, prefix: str, group_size: int) -> StoredLayer | None:
+def find_layer(folder: CheckpointFolder, prefix: str, config: SGRQConfig) -> StoredLayer | None:
     """The layer whose tensors have names with this prefix, as the first layout that knows it; `None` if none does.
 
     Raises:
         ValueError: If its format is known but its scales cannot be tuned; a clause about the layer.
     """
     for layout in LAYOUTS:
-        layer = layout.find(folder, prefix, group_size)
+        layer = layout.find(folder, prefix, config)
         if layer is not None:
             return layer
     return None

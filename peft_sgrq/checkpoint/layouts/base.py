@@ -10,6 +10,7 @@ import torch
 
 from peft_sgrq.backends.scales import ScaleMatrix
 from peft_sgrq.checkpoint.folder import Change, Changes, CheckpointFolder
+from peft_sgrq.config import SGRQConfig
 
 
 class StoredLayer(ScaleMatrix):
@@ -29,13 +30,13 @@ class StoredLayer(ScaleMatrix):
 
     @classmethod
     @abstractmethod
-    def find(cls, folder: CheckpointFolder, prefix: str, group_size: int) -> StoredLayer | None:
+    def find(cls, folder: CheckpointFolder, prefix: str, config: SGRQConfig) -> StoredLayer | None:
         """The layer, if its tensors are those of this format.
 
         Args:
             folder (`CheckpointFolder`): The checkpoint.
             prefix (`str`): The name of the layer in it.
-            group_size (`int`): Columns per scale if the layer turns out to be dense.
+            config (`SGRQConfig`): The adapter's config, which says what a file cannot.
 
         Raises:
             ValueError: If it is of this format but its scales cannot be tuned; a clause about the layer.

@@ -11,6 +11,7 @@ import torch
 from peft_sgrq.backends.bnb_4bit import absmax_of, digest_tensors
 from peft_sgrq.checkpoint.folder import Change, Changes, CheckpointFolder
 from peft_sgrq.checkpoint.layouts.base import StoredLayer
+from peft_sgrq.config import SGRQConfig
 
 _STATE = "weight.quant_state.bitsandbytes__"
 _NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
@@ -27,7 +28,7 @@ class Bnb4bitLayer(StoredLayer):
         self.name = f"bnb-{kind}-{self.group_size}"
 
     @classmethod
-    def find(cls, folder: CheckpointFolder, prefix: str, group_size: int) -> StoredLayer | None:
+    def find(cls, folder: CheckpointFolder, prefix: str, config: SGRQConfig) -> StoredLayer | None:
         for kind in ("nf4", "fp4"):
             if f"{prefix}.{_STATE}{kind}" in folder:
                 return cls(folder, prefix, kind)

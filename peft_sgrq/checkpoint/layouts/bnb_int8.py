@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peft_sgrq.checkpoint.folder import CheckpointFolder
 from peft_sgrq.checkpoint.layouts.base import PlainScales, StoredLayer
+from peft_sgrq.config import SGRQConfig
 
 
 class BnbInt8Layer(PlainScales):
@@ -14,7 +15,7 @@ class BnbInt8Layer(PlainScales):
     scale_name = "SCB"
 
     @classmethod
-    def find(cls, folder: CheckpointFolder, prefix: str, group_size: int) -> StoredLayer | None:
+    def find(cls, folder: CheckpointFolder, prefix: str, config: SGRQConfig) -> StoredLayer | None:
         if f"{prefix}.SCB" not in folder or f"{prefix}.weight" not in folder:
             return None
         layer = cls(folder, prefix)

@@ -7,6 +7,7 @@ from typing import Any
 from peft_sgrq.backends.compressed_tensors import geometry
 from peft_sgrq.checkpoint.folder import CheckpointFolder
 from peft_sgrq.checkpoint.layouts.base import PlainScales, StoredLayer
+from peft_sgrq.config import SGRQConfig
 
 
 class CompressedTensorsLayer(PlainScales):
@@ -15,7 +16,7 @@ class CompressedTensorsLayer(PlainScales):
     scale_name = "weight_scale"
 
     @classmethod
-    def find(cls, folder: CheckpointFolder, prefix: str, group_size: int) -> StoredLayer | None:
+    def find(cls, folder: CheckpointFolder, prefix: str, config: SGRQConfig) -> StoredLayer | None:
         scale, packed, plain = (f"{prefix}.{name}" for name in ("weight_scale", "weight_packed", "weight"))
         if scale not in folder or (packed not in folder and plain not in folder):
             return None

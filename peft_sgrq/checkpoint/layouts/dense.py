@@ -9,6 +9,7 @@ import torch
 from peft_sgrq.backends.dense import digest_tensors, scaled_weight
 from peft_sgrq.checkpoint.folder import Change, Changes, CheckpointFolder
 from peft_sgrq.checkpoint.layouts.base import StoredLayer
+from peft_sgrq.config import SGRQConfig
 
 _FLOAT = ("F64", "F32", "F16", "BF16")
 # The model types of transformers whose linear layers are Conv1D.
@@ -27,12 +28,12 @@ class DenseLayer(StoredLayer):
         self.name = f"dense-{self.group_size}"
 
     @classmethod
-    def find(cls, folder: CheckpointFolder, prefix: str, group_size: int) -> StoredLayer | None:
+    def find(cls, folder: CheckpointFolder, prefix: str, config: SGRQConfig) -> StoredLayer | None:
         name = f"{prefix}.weight"
         if name not in folder:
             return None
         entry = folder.entry(name)
-        return cls(folder, prefix, group_size) if entry.dtype in _FLOAT and len(entry.shape) == 2 else None
+        return cls(folder, prefix, config.group_size) if entry.dtype in _FLOAT and len(entry.shape) == 2 else None
 
     @property
     def storage_dtype(self) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from peft_sgrq.backends.fp8_blocks import geometry
 from peft_sgrq.checkpoint.folder import CheckpointFolder
 from peft_sgrq.checkpoint.layouts.base import PlainScales, StoredLayer
+from peft_sgrq.config import SGRQConfig
 
 
 class Fp8BlocksLayer(PlainScales):
@@ -13,7 +14,7 @@ class Fp8BlocksLayer(PlainScales):
     scale_name = "weight_scale_inv"
 
     @classmethod
-    def find(cls, folder: CheckpointFolder, prefix: str, group_size: int) -> StoredLayer | None:
+    def find(cls, folder: CheckpointFolder, prefix: str, config: SGRQConfig) -> StoredLayer | None:
         if f"{prefix}.weight_scale_inv" not in folder or f"{prefix}.weight" not in folder:
             return None
         layer = cls(folder, prefix)
