@@ -9,10 +9,11 @@ import pytest
 import torch
 from bases import logits, train_steps
 from checkpoints import FORMATS, Format, same_bytes, tensors_of
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from test_saved_merged import logits_where_not_installed
+from transformers import AutoModelForCausalLM
 
-from peft_sgrq import merge_checkpoint, verify_checkpoint
+from peft_sgrq import SGRQConfig, merge_checkpoint, verify_checkpoint
 
 
 @dataclass
@@ -144,3 +145,16 @@ def test_disabling_and_unmerging_give_the_base_back(merged, form, ids):
         with model.disable_adapter():
             assert torch.equal(logits(model, ids), merged.plain)
     assert torch.equal(logits(model, ids), merged.unmerged)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["compressed-tensors-W4A16", "compressed-tensors-FP8_DYNAMIC"])
+def test_scales_are_written_in_the_dtype_they_were_trained_in(name, dtype, merged_formats, tmp_path, ids):
+    pytest.importorskip("compressed_tensors")
+    base = merged_formats[name].base  # its scales are bfloat16; transformers casts them to the dtype of the model
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), SGRQConfig(init_weights=False))
+    expected = logits(model.eval(), ids)
+    model.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    assert verify_checkpoint(base, tmp_path / "adapter", tmp_path / "out").ok
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype), ids), expected)

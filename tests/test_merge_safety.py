@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from bases import NF4, adapted, train_steps
@@ -303,6 +304,25 @@ def test_folders_without_an_adapter_or_a_checkpoint_are_named(nested, tmp_path):
     with pytest.raises(ValueError, match=r"does not name its base"):
         nameless = edited(adapter, tmp_path / "nameless", base_model_name_or_path=None)
         merge_checkpoint(None, nameless, tmp_path / "out")
+
+
+def test_the_base_is_found_in_the_cache_of_the_hub(nested, tmp_path, monkeypatch):
+    base, adapter = nested
+    cached = tmp_path / "cache" / "models--org--base"
+    (cached / "snapshots").mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    blobs = cached / "blobs"
+    shutil.copytree(base, blobs)
+    (cached / "snapshots" / ("0" * 40)).mkdir()
+    for blob in blobs.iterdir():  # the cache has links to blobs
+        (cached / "snapshots" / ("0" * 40) / blob.name).symlink_to(blob)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    merge_checkpoint("org/base", adapter, tmp_path / "out")
+    assert verify_checkpoint("org/base", adapter, tmp_path / "out").ok
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    with pytest.raises(ValueError, match=r"'org/base' is no folder here and could not be had from the Hub"):
+        merge_checkpoint("org/base", adapter, tmp_path / "other", revision="v2")
 
 
 # the config, names, and what else an adapter may bring

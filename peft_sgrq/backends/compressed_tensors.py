@@ -158,10 +158,18 @@ class CompressedTensorsBackend(ScaleBackend):
         return stored if converted is stored.data else nn.Parameter(converted, requires_grad=False)
 
     def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._codes, self._stored.detach()
+        return digest_tensors(self._codes, self._stored.detach())
 
     def quantization(self) -> dict[str, Any] | None:
-        return {"quant_method": "compressed-tensors", "format": str(getattr(self._scheme.format, "value", ""))}
+        return {"quant_method": "compressed-tensors", "scale_dtype": str(self.storage_dtype).removeprefix("torch.")}
+
+
+def digest_tensors(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What identifies a layer: its codes, and its scales in bfloat16.
+
+    transformers casts scales to the dtype a model is loaded in; rounded to bfloat16 they are those of the file.
+    """
+    return codes, scales.to(torch.bfloat16)
 
 
 def keep_compressed(model: nn.Module) -> None:

@@ -71,18 +71,21 @@ class PlainScales(StoredLayer):
         scale_name (`str`): Name of that tensor within the layer.
         code_name (`str`): Name of the tensor of codes.
         transposed (`bool`): Whether the scales are stored as `[groups, rows]`.
+        trained_dtype (`torch.dtype` or `None`): The dtype of the scales in memory, which training rounded to, where a
+            loader may cast them; it is what is written. `None` if it is that of the file.
     """
 
     scale_name: str
     code_name: str = "weight"
     transposed: bool = False
+    trained_dtype: torch.dtype | None = None
 
     @property
     def storage_dtype(self) -> torch.dtype:
-        return self.tensor(self.scale_name).dtype
+        return self.trained_dtype or self.tensor(self.scale_name).dtype
 
     def scales(self) -> torch.Tensor:
-        stored = self.tensor(self.scale_name).float()
+        stored = self.tensor(self.scale_name).to(self.storage_dtype).float()
         return (stored.t() if self.transposed else stored).reshape(self.scales_shape)
 
     def changes(self, scales: Callable[[], torch.Tensor]) -> Changes:
@@ -94,6 +97,11 @@ class PlainScales(StoredLayer):
             return (made.t() if self.transposed else made).reshape(shape)
 
         return {self.key(self.scale_name): Change(dtype, shape, make)}
+
+    def set_trained_dtype(self, config: SGRQConfig) -> None:
+        """Takes `trained_dtype` from what the adapter's config says of its base."""
+        name = (config.base_quantization or {}).get("scale_dtype")
+        self.trained_dtype = None if name is None else getattr(torch, name)
 
     def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.tensor(self.code_name), self.tensor(self.scale_name)

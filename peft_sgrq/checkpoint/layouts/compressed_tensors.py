@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft_sgrq.backends.compressed_tensors import geometry
+import torch
+
+from peft_sgrq.backends.compressed_tensors import digest_tensors, geometry
 from peft_sgrq.checkpoint.folder import CheckpointFolder
 from peft_sgrq.checkpoint.layouts.base import PlainScales, StoredLayer
 from peft_sgrq.config import SGRQConfig
@@ -21,6 +23,7 @@ class CompressedTensorsLayer(PlainScales):
         if scale not in folder or (packed not in folder and plain not in folder):
             return None
         layer = cls(folder, prefix)
+        layer.set_trained_dtype(config)
         layer.code_name = "weight_packed" if packed in folder else "weight"
         stored = layer.tensor(layer.code_name)
         if f"{prefix}.weight_shape" in folder:
@@ -29,6 +32,9 @@ class CompressedTensorsLayer(PlainScales):
             shape = tuple(stored.shape)
         layer._set_geometry(geometry(shape, stored, layer.tensor("weight_scale"), _blocks(folder.quantization)))
         return layer
+
+    def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return digest_tensors(self.tensor(self.code_name), self.tensor(self.scale_name))
 
 
 def _blocks(quantization: dict[str, Any]) -> list[tuple[int, int]]:

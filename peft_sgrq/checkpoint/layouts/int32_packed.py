@@ -7,12 +7,10 @@ file: the adapter's config says which one training rounded to (`scale_dtype`), a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from peft_sgrq.backends.scales import Geometry
-from peft_sgrq.checkpoint.folder import Change, Changes, CheckpointFolder
+from peft_sgrq.checkpoint.folder import CheckpointFolder
 from peft_sgrq.checkpoint.layouts.base import PlainScales, StoredLayer
 from peft_sgrq.config import SGRQConfig
 
@@ -21,21 +19,6 @@ class _PackedLayer(PlainScales):
     scale_name = "scales"
     code_name = "qweight"
     transposed = True
-
-    def __init__(self, folder: CheckpointFolder, prefix: str, config: SGRQConfig) -> None:
-        super().__init__(folder, prefix)
-        self._dtype = getattr(torch, (config.base_quantization or {}).get("scale_dtype", "float16"))
-
-    @property
-    def storage_dtype(self) -> torch.dtype:
-        return self._dtype
-
-    def scales(self) -> torch.Tensor:
-        return self.tensor("scales").to(self._dtype).float().t()
-
-    def changes(self, scales: Callable[[], torch.Tensor]) -> Changes:
-        shape = self.folder.entry(self.key("scales")).shape
-        return {self.key("scales"): Change(self._dtype, shape, lambda: scales().to(self._dtype).t())}
 
     def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         # bfloat16 makes the digest the same whichever half-precision dtype the scales are held in. Zero points are
@@ -59,7 +42,8 @@ class GptqLayer(_PackedLayer):
         parts = [f"{prefix}.{name}" for name in ("qweight", "scales", "qzeros")]
         if not all(part in folder for part in parts) or _is_awq(folder):
             return None
-        layer = cls(folder, prefix, config)
+        layer = cls(folder, prefix)
+        layer.set_trained_dtype(config)
         words, rows = folder.entry(parts[0]).shape
         bits = folder.entry(parts[2]).shape[1] * 32 // rows
         indices = f"{prefix}.g_idx"
@@ -77,7 +61,8 @@ class AwqLayer(_PackedLayer):
         parts = [f"{prefix}.{name}" for name in ("qweight", "scales")]
         if not all(part in folder for part in parts) or not _is_awq(folder):
             return None
-        layer = cls(folder, prefix, config)
+        layer = cls(folder, prefix)
+        layer.set_trained_dtype(config)
         columns, words = folder.entry(parts[0]).shape
         groups, rows = folder.entry(parts[1]).shape
         bits = words * 32 // rows
