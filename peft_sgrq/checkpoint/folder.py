@@ -15,7 +15,7 @@ from safetensors import safe_open
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20
 _NAMES = {
     torch.float64: "F64",
     torch.int64: "I64",
