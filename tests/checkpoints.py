@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,17 +212,6 @@ def in_shards(directory: Path, out: Path, count: int = 3) -> Path:
     return out
 
 
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """While this is open an attribute has another value."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
 def write_adapter(directory: Path, deltas: dict[str, tuple[torch.Tensor, list[int], int]], **config: Any) -> Path:
     """An adapter made by hand: layer name -> its deltas, the groups they belong to, and how many groups there are."""
     directory.mkdir()
@@ -235,3 +223,24 @@ def write_adapter(directory: Path, deltas: dict[str, tuple[torch.Tensor, list[in
     save_file(tensors, directory / "adapter_model.safetensors")
     SGRQConfig(target_modules=sorted(deltas), **config).save_pretrained(str(directory))
     return directory
+
+
+def base_and_adapter(form: Format, root: Path, **config: Any) -> tuple[Path, Path]:
+    """A base and an adapter with random deltas."""
+    torch.manual_seed(0)
+    base = form.make(root)
+    form.adapted(base, init_weights=False, **config).save_pretrained(root / "adapter")
+    return base, root / "adapter"
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    """All files below a directory, with what is in them."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def edited(adapter: Path, out: Path, **fields: Any) -> Path:
+    """A copy of an adapter with fields of its config changed."""
+    shutil.copytree(adapter, out)
+    path = out / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    return out

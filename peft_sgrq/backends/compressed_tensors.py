@@ -176,6 +176,7 @@ def keep_compressed(model: nn.Module) -> None:
     """Keeps the layers of a model compressed that compressed-tensors would decompress at its first forward pass."""
     if "compressed_tensors" not in sys.modules:
         return
+    from compressed_tensors.compressors import decompress_module
     from compressed_tensors.offload import unwrap_offload_forward
 
     for module in model.modules():
@@ -185,6 +186,8 @@ def keep_compressed(model: nn.Module) -> None:
         if CompressedTensorsBackend.matches(module) and _is_compressed(module):
             with unwrap_offload_forward(module):
                 module.forward = types.MethodType(_compressed_forward, module)
+        elif _is_compressed(module):  # an embedding
+            decompress_module(module)
 
 
 def _is_compressed(module: nn.Module) -> bool:
