@@ -115,6 +115,17 @@ def add_adapter_of(model: PeftModel, name: str) -> None:
     model.base_model.set_adapter(list(model.peft_config))
 
 
+def test_the_codes_of_some_groups_are_those_of_all(layer):
+    backend = resolve_backend(layer, 64)
+    groups = torch.arange(0, backend.selectable, 2)
+    every = backend.codes(None, torch.float32)
+    if backend.granularity == "row":
+        expected = every[groups]
+    else:
+        expected = every.view(-1, backend.selectable, backend.group_size)[:, groups].flatten(1)
+    assert torch.equal(backend.codes(groups, torch.float32), expected)
+
+
 def test_merged_equals_unmerged_and_codes_stay(layer):
     model, x = adapt(layer).eval(), torch.randn(5, layer.in_features)
     base = the_layer(model).base_layer

@@ -122,11 +122,20 @@ class CompressedTensorsBackend(ScaleBackend):
         return [self._stored]
 
     def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        ones = torch.ones_like(self._stored, requires_grad=False)
-        codes = _decompress(self.module, ones).to(dtype)
-        if self.granularity == "row":
-            return codes if groups is None else codes.index_select(0, groups)
-        return gather_groups(codes, groups, self.scales_shape[1], self.group_size)
+        stored, packed, count = self._stored.detach(), self._codes, self.scales_shape[1]
+        words = packed.shape[1] // count
+        # Only what is selected is unpacked, where that is whole words.
+        if groups is not None and self.granularity == "row":
+            part, shape = packed.index_select(0, groups), (len(groups), self.in_features)
+            ones = torch.ones_like(stored[: len(groups)])
+        elif groups is not None and self.rows_per_scale == 1 and words * count == packed.shape[1]:
+            part = packed.view(-1, count, words).index_select(1, groups).flatten(1)  # (N, n * words)
+            shape = (self.out_features, len(groups) * self.group_size)
+            ones = torch.ones_like(stored[:, : len(groups)])
+        else:
+            codes = _decompress(self.module, torch.ones_like(stored)).to(dtype)
+            return gather_groups(codes, groups, count, self.group_size)
+        return _decompress(self.module, ones, part, shape).to(dtype)
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self.prepare(scales).to(dtype)
@@ -202,13 +211,25 @@ def _compressed_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _decompress(module: Any, scale: torch.Tensor) -> torch.Tensor:
-    """The dense weight `[N, K]` for a given `weight_scale`, by compressed-tensors' own function."""
+def _decompress(
+    module: Any, scale: torch.Tensor, codes: torch.Tensor | None = None, shape: tuple[int, int] = (0, 0)
+) -> torch.Tensor:
+    """The dense weight for a given `weight_scale`, by compressed-tensors' own function.
+
+    Args:
+        module (`nn.Linear`): The layer.
+        scale (`torch.Tensor`): In the shape and the dtype of `weight_scale`.
+        codes (`torch.Tensor` or `None`): A part of the layer's codes, to be decompressed in place of all.
+        shape (`tuple[int, int]`): The shape of that part of the weight.
+    """
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.utils import get_direct_state_dict
 
     scheme = module.quantization_scheme
     state = get_direct_state_dict(module) | {"weight_scale": scale}
+    if codes is not None:
+        packed = "weight_packed" in state
+        state |= {"weight_packed": codes, "weight_shape": torch.tensor(shape)} if packed else {"weight": codes}
     return BaseCompressor.get_value_from_registry(scheme.format.value).decompress(state, scheme)["weight"]
 
 
