@@ -10,6 +10,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peft_sgrq.checkpoint.merge import merge_checkpoint
+    from peft_sgrq.checkpoint.restore import restore_codes
+    from peft_sgrq.checkpoint.verify import verify_checkpoint
     from peft_sgrq.config import SGRQConfig
     from peft_sgrq.layer import SGRQLinear
     from peft_sgrq.model import SGRQModel
@@ -17,9 +20,25 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["SGRQConfig", "SGRQLinear", "SGRQModel", "register"]
+__all__ = [
+    "SGRQConfig",
+    "SGRQLinear",
+    "SGRQModel",
+    "merge_checkpoint",
+    "register",
+    "restore_codes",
+    "verify_checkpoint",
+]
 
-_HOMES = {"SGRQConfig": "config", "SGRQLinear": "layer", "SGRQModel": "model", "register": "registration"}
+_HOMES = {
+    "SGRQConfig": "config",
+    "SGRQLinear": "layer",
+    "SGRQModel": "model",
+    "merge_checkpoint": "checkpoint.merge",
+    "register": "registration",
+    "restore_codes": "checkpoint.restore",
+    "verify_checkpoint": "checkpoint.verify",
+}
 
 
 def __getattr__(name: str) -> Any:

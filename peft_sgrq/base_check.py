@@ -26,6 +26,9 @@ _LOADING_FIELDS = (
     "llm_int8_skip_modules",
 )
 
+# The first word of a format's name -> what quantizes to it.
+_PACKAGES = {"bnb": "bitsandbytes", "ct": "compressed-tensors"}
+
 _AUTO_CLASSES: dict[str, str] = {
     TaskType.CAUSAL_LM: "AutoModelForCausalLM",
     TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
@@ -63,7 +66,8 @@ def loading_code(config: SGRQConfig) -> str:
     quantization = config.base_quantization or {}
     if quantization.get("dtype"):
         arguments.append(f"dtype={quantization['dtype']!r}")
-    if quantization and not quantization.get("pre_quantized"):
+    on_the_fly = not quantization.get("pre_quantized") and quantization.get("quant_method") == "bitsandbytes"
+    if on_the_fly:
         arguments.append(f"quantization_config={quantization_code(quantization)}")
     if config.revision:
         arguments.append(f"revision={config.revision!r}")
@@ -133,7 +137,9 @@ def _spoken(name: str) -> str:
     kind, _, rest = name.partition("-")
     if kind == "dense":
         return f"not quantized (dense, group size {rest})"
-    return f"quantized with bitsandbytes ({rest})"
+    if kind == "fp8":
+        return f"in fine-grained fp8 ({rest}; `peft_sgrq.restore_codes(model)` where transformers dequantized it)"
+    return f"quantized with {_PACKAGES.get(kind, kind)} ({rest})"
 
 
 def _is_json(value: Any) -> bool:

@@ -11,7 +11,7 @@ from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
 from peft_sgrq.card import write_model_card
-from peft_sgrq.checkpoint import check_adapter_file
+from peft_sgrq.checkpoint.adapter_file import check_adapter_file
 
 FORMAT_VERSION = 1
 ADAPTER_DTYPES = ("float32", "bfloat16")

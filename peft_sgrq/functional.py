@@ -27,6 +27,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from peft_sgrq.backends.base import ScaleBackend
+from peft_sgrq.backends.scales import ScaleMatrix
 from peft_sgrq.saved_inputs import SavedInput, columns_of
 
 # On CPUs the backward pass makes its large temporaries, the dequantized weight and the product `dy^T x`, a part of
@@ -35,12 +36,12 @@ _TEMPORARY_BYTES = 16 << 20
 
 
 def effective_scales(
-    backend: ScaleBackend, delta: torch.Tensor, groups: torch.Tensor | None, scales: torch.Tensor | None = None
+    backend: ScaleMatrix, delta: torch.Tensor, groups: torch.Tensor | None, scales: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The scales a layer computes with: `round_to_storage(S * (1 + delta))` at the selected groups, `S` elsewhere.
 
     Args:
-        backend (`ScaleBackend`): Owner of the scales `S`, float32 `[rows, groups]`.
+        backend (`ScaleMatrix`): Owner of the scales `S`, float32 `[rows, groups]`.
         delta (`torch.Tensor`): Relative changes, float32, `[rows, n]` for a group format and `[n, 1]` for a row
             format, `n` the number of selected groups or rows.
         groups (`torch.Tensor` or `None`): Indices of the selected groups (rows in a row format), int64 `[n]`,
@@ -151,6 +152,7 @@ class _GroupScaledLinear(torch.autograd.Function):
             dx = _input_gradient(dy, changed, backend).reshape(ctx.x_shape)
         for part in ctx.parts:
             sums = _unit_gradient(dy, columns_of(part, pieces[part.piece], backend), part.groups, backend)
+            sums = backend.reduce_rows(sums)  # (R, n)
             if part.targets is None:
                 ddelta = sums
             else:

@@ -17,6 +17,7 @@ from torch import nn
 
 from peft_sgrq.backends import ScaleBackend
 from peft_sgrq.backends.bnb_4bit import nested_layers, note_unnested
+from peft_sgrq.backends.compressed_tensors import keep_compressed
 from peft_sgrq.base_check import check_base, describe_quantization
 from peft_sgrq.config import ADAPTER_DTYPES, SGRQConfig
 from peft_sgrq.delta import Delta
@@ -90,6 +91,7 @@ class SGRQModel(BaseTuner):
         disable_cpu_packing(model)
         with _original_scales(model):  # whatever is merged into the base
             self._complete_config(peft_config, model, backends)
+        keep_compressed(model)
 
     def _complete_config(self, peft_config: SGRQConfig, model: nn.Module, backends: dict[str, ScaleBackend]) -> None:
         # Layers on the meta device have no weights to look at yet; all others are checked.

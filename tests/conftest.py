@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from bases import BASES, Base, save_tiny_gpt2, save_tiny_llama
+from checkpoints import DENSE_FILES, NF4_NESTED_FILES, base_and_adapter
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +42,15 @@ def base(request: pytest.FixtureRequest) -> Base:
 def ids() -> torch.Tensor:
     """A batch of token ids, int64 `[3, 20]`."""
     return torch.randint(3, 256, (3, 20), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def nested(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folders of a nested nf4 base and of an adapter with random deltas; not to be written to."""
+    return base_and_adapter(NF4_NESTED_FILES, tmp_path_factory.mktemp("nested"))
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same, not quantized, in float32."""
+    return base_and_adapter(DENSE_FILES, tmp_path_factory.mktemp("dense"))

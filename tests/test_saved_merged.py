@@ -39,7 +39,8 @@ def logits_where_not_installed(directories: list[Path], ids: torch.Tensor, scrat
     """Logits of saved models, computed by an interpreter that has all packages but peft_sgrq."""
     site = scratch / "site-packages"
     site.mkdir()
-    for place in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+    own = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    for place in dict.fromkeys([*own, *(path for path in sys.path if path.endswith("site-packages"))]):
         for entry in Path(place).iterdir():
             if "peft_sgrq" not in entry.name and not (site / entry.name).exists():
                 (site / entry.name).symlink_to(entry)

@@ -7,11 +7,16 @@ from torch import nn
 from peft_sgrq.backends.base import ScaleBackend
 from peft_sgrq.backends.bnb_4bit import Bnb4bitBackend
 from peft_sgrq.backends.bnb_int8 import BnbInt8Backend
+from peft_sgrq.backends.compressed_tensors import CompressedTensorsBackend
 from peft_sgrq.backends.dense import DenseBackend
+from peft_sgrq.backends.fp8_blocks import Fp8BlocksBackend
 
-SUPPORTED_LAYERS = "torch.nn.Linear, transformers' Conv1D, bitsandbytes.nn.Linear4bit and bitsandbytes.nn.Linear8bitLt"
+SUPPORTED_LAYERS = (
+    "torch.nn.Linear, transformers' Conv1D, bitsandbytes.nn.Linear4bit and bitsandbytes.nn.Linear8bitLt, "
+    "compressed-tensors' layers and fine-grained fp8"
+)
 
-_QUANTIZED = (Bnb4bitBackend, BnbInt8Backend)
+_QUANTIZED = (Bnb4bitBackend, BnbInt8Backend, CompressedTensorsBackend, Fp8BlocksBackend)
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from peft_sgrq.backends.scales import ScaleMatrix
 from peft_sgrq.kernels import group_reduce
 
-_SAMPLES = 4096
 
-
-class ScaleBackend(ABC):
+class ScaleBackend(ScaleMatrix):
     """One linear layer seen as codes and scales: `W[o, c] = C[o, c] * S[r(o), k(c)]`.
 
     The backend owns the scales; nothing else keeps a copy of them. It holds the wrapped module and reads its tensors
@@ -25,52 +23,26 @@ class ScaleBackend(ABC):
 
     Attributes:
         module (`nn.Module`): The wrapped layer.
-        name (`str`): The format, as it stands in fingerprints, e.g. `"bnb-nf4-64"`.
-        granularity (`"group"` or `"row"`): Whether a scale serves a group of columns of one row, or one whole row.
-            In a group format columns are selected by group; in a row format rows are selected.
-        in_features, out_features (`int`): Shape of the weight, `[out_features, in_features]` = `[N, K]`.
-        group_size (`int`): Columns per scale, `g`. The last group of a dense layer may hold fewer.
-        storage_dtype (`torch.dtype`): The dtype the format stores its scales in (a dense layer: its weight).
         in_parts (`bool`): Whether rows of the codes and columns of the weight can be made without making all of them.
     """
 
     in_parts: ClassVar[bool] = False
-    granularity: ClassVar[Literal["group", "row"]] = "group"
-
-    name: str
-    in_features: int
-    out_features: int
-    group_size: int
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-
-    # geometry
-
-    @property
-    def selected_dim(self) -> int:
-        """The dimension of `S` along which scales are selected: 1 (groups of columns) or 0 (rows)."""
-        return 0 if self.granularity == "row" else 1
-
-    @property
-    def scales_shape(self) -> tuple[int, int]:
-        """Shape `(rows, groups)` of the scale matrix `S`."""
-        return self.out_features, -(-self.in_features // self.group_size)
-
-    @property
-    def selectable(self) -> int:
-        """How many groups (rows in a row format) there are to select from."""
-        return self.scales_shape[self.selected_dim]
-
-    def delta_shape(self, selected: int) -> tuple[int, int]:
-        """Shape of the deltas when `selected` groups or rows are tuned."""
-        rows, groups = self.scales_shape
-        return (selected, groups) if self.granularity == "row" else (rows, selected)
 
     def select_columns(self, x: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
         """Columns of the selected groups, `[..., K]` -> `[T, n * group_size]`; a partial group is padded by zeros."""
         x = x.reshape(-1, x.shape[-1])  # (T, K)
         return gather_groups(x, groups, self.scales_shape[1], self.group_size)
+
+    def reduce_rows(self, sums: torch.Tensor) -> torch.Tensor:
+        """Adds up the rows that share a scale, `[N, n]` -> `[rows, n]`; the sums themselves where none do."""
+        if self.rows_per_scale == 1:
+            return sums
+        rows = self.scales_shape[0]
+        padded = F.pad(sums, (0, 0, 0, rows * self.rows_per_scale - sums.shape[0]))
+        return padded.view(rows, self.rows_per_scale, -1).sum(1)
 
     # numbers
 
@@ -80,18 +52,9 @@ class ScaleBackend(ABC):
         return self.module.weight.device  # type: ignore[return-value]
 
     @property
-    @abstractmethod
-    def storage_dtype(self) -> torch.dtype:
-        """The dtype the format stores its scales in; for a dense layer, the dtype of its weight."""
-
-    @property
     def bias(self) -> torch.Tensor | None:
         """The bias of the layer, `[out_features]`, or `None`."""
         return self.module.bias  # type: ignore[return-value]
-
-    @abstractmethod
-    def scales(self) -> torch.Tensor:
-        """The scales `S`, float32 `[rows, groups]`. Not to be written to."""
 
     @abstractmethod
     def sources(self) -> list[torch.Tensor]:
@@ -156,10 +119,6 @@ class ScaleBackend(ABC):
         """The cast the format's forward pass ends with; `x` is the input before `cast_input`."""
         return y
 
-    def round_to_storage(self, scales: torch.Tensor) -> torch.Tensor:
-        """Rounds float32 scales to the grid of the storage dtype; the identity where they are stored in float32."""
-        return scales if self.storage_dtype == torch.float32 else scales.to(self.storage_dtype).float()
-
     # state
 
     @abstractmethod
@@ -182,15 +141,6 @@ class ScaleBackend(ABC):
         """Applies to what `write_scales` returned what `nn.Module.to` and the like do by `fn` to the layer itself."""
 
     @abstractmethod
-    def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The stored codes and the stored scales, in any shape, as they identify the base."""
-
-    def fingerprint(self) -> str:
-        """A cheap digest of the layer, `format:codes:scales`, from samples of the stored bytes."""
-        codes, scales = self.fingerprint_tensors()
-        return f"{self.name}:{_digest(codes, self.out_features, self.in_features)}:{_digest(scales)}"
-
-    @abstractmethod
     def quantization(self) -> dict[str, Any] | None:
         """How a base of this format is loaded: `quant_method` and other fields of its config; `None` if dense."""
 
@@ -203,11 +153,3 @@ def gather_groups(values: torch.Tensor, groups: torch.Tensor | None, count: int,
     if groups is None:
         return values
     return values.view(-1, count, size).index_select(1, groups).flatten(1)
-
-
-def _digest(tensor: torch.Tensor, *shape: int) -> str:
-    raw = tensor.detach().reshape(-1)
-    raw = raw.contiguous().view(torch.uint8)
-    step = max(1, raw.numel() // _SAMPLES) | 1  # odd, so that no column or byte position is favoured
-    sample = raw[::step][:_SAMPLES].cpu().numpy().tobytes()
-    return hashlib.blake2b(sample + repr((raw.numel(), *shape)).encode(), digest_size=4).hexdigest()

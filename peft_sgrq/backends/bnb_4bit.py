@@ -76,15 +76,7 @@ class Bnb4bitBackend(ScaleBackend):
         return torch.float32
 
     def scales(self) -> torch.Tensor:
-        state = self._state
-        absmax = state.absmax
-        if state.nested:
-            second = state.state2
-            absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
-                absmax, second.absmax, second.code, second.blocksize, torch.float32
-            )
-            absmax = absmax + state.offset
-        return absmax.view(self.scales_shape)
+        return absmax_of(self._state).view(self.scales_shape)
 
     def sources(self) -> list[torch.Tensor]:
         weight: Any = self.module._parameters["weight"]
@@ -192,11 +184,7 @@ class Bnb4bitBackend(ScaleBackend):
         return stored._replace(absmax=stored.absmax.to(device), offset=offset, state2=second)
 
     def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        state = self._state
-        if not state.nested:
-            return self._packed, state.absmax
-        levels = (state.absmax, state.state2.absmax, state.offset)
-        return self._packed, torch.cat([level.reshape(-1).contiguous().view(torch.uint8) for level in levels])
+        return digest_tensors(self._packed, self._state)
 
     def quantization(self) -> dict[str, Any] | None:
         state = self._state
@@ -209,6 +197,25 @@ class Bnb4bitBackend(ScaleBackend):
             "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
             "bnb_4bit_quant_storage": str(self.module.weight.dtype).removeprefix("torch."),
         }
+
+
+def absmax_of(state: Any) -> torch.Tensor:
+    """The scales of a bitsandbytes quantization state, float32 `[rows * groups]`; nested ones un-nested exactly."""
+    if not state.nested:
+        return state.absmax
+    second = state.state2
+    absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
+        state.absmax, second.absmax, second.code, second.blocksize, torch.float32
+    )
+    return absmax + state.offset
+
+
+def digest_tensors(packed: torch.Tensor, state: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What identifies a 4-bit weight: its packed codes, and its scales as they are stored."""
+    if not state.nested:
+        return packed, state.absmax
+    levels = (state.absmax, state.state2.absmax, state.offset)
+    return packed, torch.cat([level.reshape(-1).contiguous().view(torch.uint8) for level in levels])
 
 
 def _quant_state(module: nn.Module) -> Any:

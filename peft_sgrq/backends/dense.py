@@ -73,21 +73,15 @@ class DenseBackend(ScaleBackend):
     def codes_of_rows(self, groups: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
         return gather_groups(self._weight()[rows], groups, self.scales_shape[1], self.group_size).to(dtype)
 
-    def _scaled_weight(self, scales: torch.Tensor, columns: slice) -> torch.Tensor:
-        weight = self._weight()[:, columns]
-        first, last, _ = columns.indices(self.in_features)
-        scales = scales[:, first // self.group_size : -(-last // self.group_size)]
-        factors = scales.repeat_interleave(self.group_size, dim=1)[:, : last - first]  # (N, K)
-        return (weight * factors).to(weight.dtype)
-
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return self.dequantize_columns(scales, dtype, slice(None))
+        return scaled_weight(self._weight(), scales, self.group_size).to(dtype)
 
     def dequantize_columns(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice) -> torch.Tensor:
-        return self._scaled_weight(scales, columns).to(dtype)
+        groups = slice(columns.start // self.group_size, -(-columns.stop // self.group_size))
+        return scaled_weight(self._weight()[:, columns], scales[:, groups], self.group_size).to(dtype)
 
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
-        weight = self._scaled_weight(scales, slice(None))
+        weight = scaled_weight(self._weight(), scales, self.group_size)
         return weight.t().contiguous() if self._transposed else weight
 
     def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
@@ -110,10 +104,22 @@ class DenseBackend(ScaleBackend):
         return stored if converted is data else nn.Parameter(converted, requires_grad=stored.requires_grad)
 
     def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        # bfloat16 makes the digest the same for a checkpoint loaded in float32 or bfloat16.
-        weight = self._parameter.detach()
-        step = max(1, weight.numel() // 65536) | 1
-        return weight.reshape(-1)[::step].to(torch.bfloat16), torch.empty(0, dtype=torch.uint8)
+        return digest_tensors(self._parameter.detach())
 
     def quantization(self) -> dict[str, Any] | None:
         return None
+
+
+def scaled_weight(weight: torch.Tensor, scales: torch.Tensor, group_size: int) -> torch.Tensor:
+    """A dense weight `[N, K]` with its columns scaled by group, rounded to its dtype; `scales` is `[N, groups]`."""
+    columns = scales.repeat_interleave(group_size, dim=1)[:, : weight.shape[1]]  # (N, K)
+    return (weight * columns).to(weight.dtype)
+
+
+def digest_tensors(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What identifies a dense weight: samples of it, and no scales.
+
+    bfloat16 makes the digest the same for a checkpoint loaded in float32 or bfloat16.
+    """
+    step = max(1, weight.numel() // 65536) | 1
+    return weight.reshape(-1)[::step].to(torch.bfloat16), torch.empty(0, dtype=torch.uint8)

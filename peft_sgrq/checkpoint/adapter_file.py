@@ -1,4 +1,4 @@
-"""Checks on adapter files, without a model in memory."""
+"""Is the weights file of an adapter whole? Asked before its config is used."""
 
 from __future__ import annotations
 

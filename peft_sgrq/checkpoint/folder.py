@@ -1,0 +1,288 @@
+"""A checkpoint folder in safetensors: which tensors it has, where their bytes are, and how to write it anew."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from safetensors import safe_open
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_CHUNK = 1 << 20
+_NAMES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+
+
+class Entry(NamedTuple):
+    """A tensor of a file: its dtype as safetensors names it, its shape, and its bytes `[start, end)` in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class Change(NamedTuple):
+    """A tensor to be written in place of a stored one: what it will be, and how to make it when its turn comes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def tensor(self) -> torch.Tensor:
+        """The tensor, checked to be the one that was announced."""
+        tensor = self.make().contiguous()
+        if tensor.dtype != self.dtype or tuple(tensor.shape) != self.shape:
+            raise RuntimeError(f"made {tensor.dtype} {tuple(tensor.shape)}, announced {self.dtype} {self.shape}")
+        return tensor
+
+
+Changes = dict[str, "Change | None"]  # None: the tensor is dropped
+
+
+class Shard:
+    """One safetensors file: its header, read and checked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        size = path.stat().st_size
+        try:
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if not 0 < length <= size - 8:
+                    raise ValueError(f"a header of {length} bytes")
+                header: dict[str, Any] = json.loads(file.read(length))
+            self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+            body = 8 + length
+            self.entries = {
+                name: Entry(item["dtype"], tuple(item["shape"]), *(body + offset for offset in item["data_offsets"]))
+                for name, item in header.items()
+            }
+            end = max((entry.end for entry in self.entries.values()), default=body)
+            if end != size:
+                raise ValueError(f"tensors up to byte {end}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is truncated or corrupt: found {size} bytes with {error}, expected a whole safetensors file; "
+                "copy or download it again."
+            ) from error
+
+
+class CheckpointFolder:
+    """The tensors of a model checkpoint in safetensors, in one file or in shards.
+
+    Tensors are read one at a time and stay on the disk otherwise.
+
+    Args:
+        path (`Path`): The folder.
+
+    Raises:
+        ValueError: If it has no safetensors weights, a shard is missing, or a file is truncated.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config: dict[str, Any] = _read_json(path / "config.json") if (path / "config.json").is_file() else {}
+        self.index: dict[str, Any] | None = None
+        if (path / INDEX).is_file():
+            self.index = _read_json(path / INDEX)
+            files = sorted(set(self.index.get("weight_map", {}).values()))
+        elif (path / SINGLE).is_file():
+            files = [SINGLE]
+        else:
+            files = []
+        if not files:
+            raise ValueError(
+                f"{path} holds no checkpoint in safetensors, expected {SINGLE} or {INDEX}; save the model with "
+                "`save_pretrained`, which writes them."
+            )
+        missing = [name for name in files if not (path / name).is_file()]
+        if missing:
+            raise ValueError(
+                f"{path} lacks {len(missing)} of the {len(files)} files that {INDEX} names (the first: {missing[0]}), "
+                "expected all of them; copy or download the checkpoint again."
+            )
+        self.shards = {name: Shard(path / name) for name in files}
+        self.where = {tensor: name for name, shard in self.shards.items() for tensor in shard.entries}
+        absent = sorted(set((self.index or {}).get("weight_map", {})) - set(self.where))
+        if absent:
+            raise ValueError(
+                f"{path / INDEX} names {len(absent)} tensors that no file holds (the first: {absent[0]}), expected "
+                "all of them; copy or download the checkpoint again."
+            )
+        self._open: dict[str, Any] = {}
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """The quantization config, empty if the checkpoint has none."""
+        text_config = self.config.get("text_config") or {}
+        return self.config.get("quantization_config") or text_config.get("quantization_config") or {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.where
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.where)
+
+    def entry(self, name: str) -> Entry:
+        """What the header says about a tensor."""
+        return self.shards[self.where[name]].entries[name]
+
+    def metadata(self, name: str) -> dict[str, str]:
+        """The metadata of the file a tensor is in."""
+        return self.shards[self.where[name]].metadata
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor, mapped from its file."""
+        shard = self.where[name]
+        if shard not in self._open:
+            self._open[shard] = safe_open(self.path / shard, framework="pt")
+        return self._open[shard].get_tensor(name)
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The stored bytes of a tensor, piece by piece."""
+        entry = self.entry(name)
+        with open(self.shards[self.where[name]].path, "rb") as file:
+            file.seek(entry.start)
+            left = entry.end - entry.start
+            while left:
+                piece = file.read(min(_CHUNK, left))
+                if not piece:
+                    raise ValueError(f"{self.where[name]} ends within {name!r}; copy or download it again.")
+                left -= len(piece)
+                yield piece
+
+    def same_bytes(self, name: str, other: CheckpointFolder) -> bool:
+        """Whether a tensor has the same dtype, shape and bytes in another checkpoint."""
+        mine, theirs = self.entry(name), other.entry(name)
+        if mine[:2] != theirs[:2]:
+            return False
+        return all(a == b for a, b in zip(self.chunks(name), other.chunks(name), strict=True))
+
+    def has(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether the stored tensor is this one: dtype, shape and bytes."""
+        entry = self.entry(name)
+        if (entry.dtype, entry.shape) != (_NAMES[tensor.dtype], tuple(tensor.shape)):
+            return False
+        view, position = memoryview(to_bytes(tensor)), 0
+        for piece in self.chunks(name):
+            if piece != view[position : position + len(piece)]:
+                return False
+            position += len(piece)
+        return True
+
+    def write(self, out: Path, changes: Mapping[str, Change | None]) -> int:
+        """Writes the weights files and the index with some tensors replaced or dropped; all other bytes are copied.
+
+        Args:
+            out (`Path`): An existing folder.
+            changes (`Mapping[str, Change | None]`): By tensor name.
+
+        Returns:
+            `int`: How many bytes were replaced.
+        """
+        total = 0
+        for name in self.shards:
+            os.makedirs((out / name).parent, exist_ok=True)
+            total += self._write_shard(name, out / name, changes)
+        if self.index is not None:
+            index = dict(self.index)
+            index["weight_map"] = {
+                tensor: shard for tensor, shard in self.index["weight_map"].items() if changes.get(tensor, True)
+            }
+            metadata = dict(self.index.get("metadata") or {})
+            if "total_size" in metadata:
+                metadata["total_size"] += self._growth(changes)
+            index["metadata"] = metadata
+            write_json(out / INDEX, index)
+        return total
+
+    def _growth(self, changes: Mapping[str, Change | None]) -> int:
+        growth = 0
+        for name, change in changes.items():
+            entry = self.entry(name)
+            growth += (0 if change is None else change.nbytes) - (entry.end - entry.start)
+        return growth
+
+    def _write_shard(self, name: str, target: Path, changes: Mapping[str, Change | None]) -> int:
+        shard = self.shards[name]
+        if not any(tensor in changes for tensor in shard.entries):
+            with open(target, "wb") as file, open(shard.path, "rb") as source:
+                while piece := source.read(_CHUNK):
+                    file.write(piece)
+                _sync(file)
+            return 0
+        planned: list[tuple[int, str, str, tuple[int, ...], int]] = []
+        for tensor, entry in shard.entries.items():
+            change = changes.get(tensor)
+            if change is not None:
+                planned.append((change.dtype.itemsize, tensor, _NAMES[change.dtype], change.shape, change.nbytes))
+            elif tensor not in changes:
+                size = entry.end - entry.start
+                planned.append((size // max(1, math.prod(entry.shape)), tensor, entry.dtype, entry.shape, size))
+        # The order of the safetensors library: wide dtypes first, so that every tensor is aligned.
+        planned.sort(key=lambda item: (-item[0], item[1]))
+        header: dict[str, Any] = {"__metadata__": shard.metadata} if shard.metadata else {}
+        offset = 0
+        for _, tensor, dtype, shape, size in planned:
+            header[tensor] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+        replaced = 0
+        with open(target, "wb") as file:
+            text = json.dumps(header, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)
+            file.write(len(text).to_bytes(8, "little") + text)
+            for _, tensor, _, _, size in planned:
+                change = changes.get(tensor)
+                if change is None:
+                    file.writelines(self.chunks(tensor))
+                else:
+                    file.write(to_bytes(change.tensor()))
+                    replaced += size
+            _sync(file)
+        return replaced
+
+
+def to_bytes(tensor: torch.Tensor) -> bytes:
+    """The bytes of a tensor, as safetensors stores them."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON as transformers does, and syncs it."""
+    with open(path, "wb") as file:
+        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+        _sync(file)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy or download it again.") from error
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,138 @@
+"""Merging an adapter into the files of a checkpoint: no model, no GPU, memory for one tensor."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from peft_sgrq.checkpoint.folder import INDEX, write_json
+from peft_sgrq.checkpoint.plan import MergePlan, plan_merge
+from peft_sgrq.checkpoint.sources import base_of, find_folder, other_files
+
+logger = logging.getLogger(__name__)
+
+
+class MergeReport(NamedTuple):
+    """What a merge wrote.
+
+    Attributes:
+        out (`Path`): The merged checkpoint.
+        layers (`int`): How many layers were changed.
+        bytes_changed (`int`): How many bytes of the weights were written anew; all others were copied.
+        left_out (`list[str]`): Files of the base that were not carried over: weights in other forms, adapters.
+    """
+
+    out: Path
+    layers: int
+    bytes_changed: int
+    left_out: list[str]
+
+
+def merge_checkpoint(
+    base: str | os.PathLike[str] | None,
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    overwrite: bool = False,
+    check_base: bool = True,
+) -> MergeReport:
+    """Merges an adapter into a checkpoint on the disk: only scale tensors change, all other bytes are copied.
+
+    The scales are those `merge_and_unload` writes in memory. Shards, index, config, tokenizer and all other files
+    are carried over. The result is written beside `out` and renamed, so `out` is whole or not there.
+
+    Args:
+        base (`str`, path or `None`): Folder or Hub id of the base the adapter was trained on, in safetensors; `None`
+            takes the one the adapter names.
+        adapter (`str` or path): Folder or Hub id of the adapter.
+        out (`str` or path): Folder to make.
+        revision (`str` or `None`): Revision of the base on the Hub; the one the adapter names if not given.
+        overwrite (`bool`): Replace `out` if it exists.
+        check_base (`bool`): Refuse a base that is not the one the adapter was trained on.
+
+    Returns:
+        `MergeReport`: What was written.
+
+    Raises:
+        ValueError: If `out` exists, the adapter or the base is broken, or they do not belong together. Nothing is
+            written then.
+
+    Example:
+        ```py
+        >>> from peft_sgrq import merge_checkpoint
+        >>> merge_checkpoint("unsloth/Llama-3.2-1B-Instruct-bnb-4bit", "llama-sgrq", "llama-merged")
+        ```
+    """
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists already, expected a folder to be made; choose another, or pass `overwrite`.")
+    adapter_folder = find_folder(adapter, "adapter")
+    if base is None:
+        base, named_revision = base_of(adapter_folder)
+        revision = revision or named_revision
+    base_folder = find_folder(base, "base model", revision)
+    for path, what in ((base_folder, "base"), (adapter_folder, "adapter")):
+        if path.resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"{out} holds the {what}, expected another folder: the {what} would be lost.")
+    plan = plan_merge(base_folder, adapter_folder, check=check_base)
+    return _write(plan, out)
+
+
+def _write(plan: MergePlan, out: Path) -> MergeReport:
+    base = plan.base
+    carried, left = other_files(base.path, {*base.shards, INDEX})
+    carried = [path for path in carried if not (base.path / path).resolve().is_relative_to(out.resolve())]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _check_space(plan, out.parent)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{out.name}.tmp-", dir=out.parent))
+    try:
+        for path in carried:
+            (scratch / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(base.path / path, scratch / path)
+        if plan.config is not None:
+            write_json(scratch / "config.json", plan.config)
+        changed = base.write(scratch, plan.changes)
+        scratch.chmod(0o777 & ~_umask())
+        _rename(scratch, out)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    if left:
+        logger.warning("Not carried over, as they hold other weights: %s.", ", ".join(map(str, left)))
+    return MergeReport(out, len(plan.layers), changed, [path.as_posix() for path in left])
+
+
+def _rename(scratch: Path, out: Path) -> None:
+    if not out.exists():
+        os.rename(scratch, out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f"{out.name}.old-", dir=out.parent))
+    os.rename(out, old / out.name)
+    try:
+        os.rename(scratch, out)
+    except BaseException:
+        os.rename(old / out.name, out)
+        old.rmdir()
+        raise
+    shutil.rmtree(old)
+
+
+def _check_space(plan: MergePlan, place: Path) -> None:
+    needed = sum(shard.path.stat().st_size for shard in plan.base.shards.values())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ValueError(
+            f"{place} has {free / 1e9:.1f} GB free, expected at least {needed / 1e9:.1f} GB for the merged "
+            "checkpoint; choose another disk. Nothing was written."
+        )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

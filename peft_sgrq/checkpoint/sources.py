@@ -1,0 +1,75 @@
+"""Where a base and an adapter are: a local folder, or a repository of the Hub in the local cache or downloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+# Weights in other forms would hold the unmerged model, or are not needed beside safetensors.
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")
+_OTHER_INDEXES = ("pytorch_model.bin.index.json", "adapter_config.json")
+
+
+def find_folder(name: str | os.PathLike[str], what: str, revision: str | None = None) -> Path:
+    """The local folder of a model or an adapter; from the Hub it is downloaded, or taken from the cache offline.
+
+    Args:
+        name (`str` or path): A folder, or the id of a repository on the Hub.
+        what (`str`): What is looked for, for the error.
+        revision (`str` or `None`): Branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = [f"*{ending}" for ending in _OTHER_WEIGHTS if ending != ".safetensors"]
+        return Path(snapshot_download(str(name), revision=revision, ignore_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"The {what} {str(name)!r} is no folder here and could not be had from the Hub ({reason}); give the path "
+            "of its folder, or download it first with `hf download`."
+        ) from error
+
+
+def base_of(adapter: Path) -> tuple[str, str | None]:
+    """The base an adapter names, and the revision of it.
+
+    Raises:
+        ValueError: If it names none.
+    """
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    name = config.get("base_model_name_or_path")
+    if not name:
+        raise ValueError(f"{adapter} does not name its base; give the folder or the Hub id of the base (`--base`).")
+    return name, config.get("revision")
+
+
+def other_files(folder: Path, weights: set[str]) -> tuple[list[Path], list[Path]]:
+    """The files of a checkpoint besides its weights, as relative paths: those to carry over, and those to leave.
+
+    Left are hidden files, weights in another form (they would be those of the unmerged model) and adapters.
+
+    Args:
+        folder (`Path`): The checkpoint.
+        weights (`set[str]`): The files of its weights and their index.
+    """
+    carried: list[Path] = []
+    left: list[Path] = []
+    for root, directories, files in os.walk(folder):
+        directories[:] = sorted(name for name in directories if not name.startswith("."))
+        for name in sorted(files):
+            path = (Path(root) / name).relative_to(folder)
+            if path.as_posix() in weights or name.startswith("."):
+                continue
+            is_weight = name.endswith(_OTHER_WEIGHTS) or name in _OTHER_INDEXES
+            (left if is_weight else carried).append(path)
+    return carried, left

@@ -1,0 +1,144 @@
+"""Checking a merged checkpoint against its base and its adapter, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peft_sgrq.checkpoint.folder import INDEX, CheckpointFolder
+from peft_sgrq.checkpoint.plan import MergePlan, plan_merge
+from peft_sgrq.checkpoint.sources import base_of, find_folder, other_files
+
+# What transformers writes anew whenever it saves.
+_VOLATILE = ("transformers_version", "_name_or_path")
+# And what it leaves out then: empty values, and the version of the package that quantized the base.
+_PACKAGE_VERSIONS = {"compressed-tensors": "version"}
+
+
+class VerifyReport(NamedTuple):
+    """What a comparison found.
+
+    Attributes:
+        same (`int`): Tensors with the bytes of the base.
+        merged (`int`): Tensors with the scales the adapter makes.
+        errors (`list[str]`): What is wrong, a sentence each; empty if the checkpoint is the merged base.
+        notes (`list[str]`): What is missing beside the weights, and does no harm.
+    """
+
+    same: int
+    merged: int
+    errors: list[str]
+    notes: list[str]
+
+    @property
+    def ok(self) -> bool:
+        return not self.errors
+
+
+def verify_checkpoint(
+    base: str | os.PathLike[str] | None,
+    adapter: str | os.PathLike[str],
+    merged: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    check_base: bool = True,
+) -> VerifyReport:
+    """Checks that a checkpoint is a base with an adapter merged into it, and nothing else.
+
+    Every tensor must have the bytes of the base, or, where the adapter changes it, the bytes the adapter makes of it.
+    It does not matter which files the tensors are in, so a model merged in memory and saved can be checked too.
+
+    Args:
+        base (`str`, path or `None`): Folder or Hub id of the base; `None` takes the one the adapter names.
+        adapter (`str` or path): Folder or Hub id of the adapter.
+        merged (`str` or path): Folder or Hub id of the merged checkpoint.
+        revision (`str` or `None`): Revision of the base on the Hub; the one the adapter names if not given.
+        check_base (`bool`): Refuse a base that is not the one the adapter was trained on.
+
+    Returns:
+        `VerifyReport`: What was found.
+
+    Raises:
+        ValueError: If there is nothing to compare: a folder is missing or broken, or the adapter is of another base.
+    """
+    adapter_folder = find_folder(adapter, "adapter")
+    if base is None:
+        base, named_revision = base_of(adapter_folder)
+        revision = revision or named_revision
+    plan = plan_merge(find_folder(base, "base model", revision), adapter_folder, check=check_base)
+    result = CheckpointFolder(find_folder(merged, "merged model"))
+    errors: list[str] = []
+    same, changed = _compare_tensors(plan, result, errors)
+    notes = _compare_files(plan, result, errors)
+    return VerifyReport(same, changed, errors, notes)
+
+
+def _compare_tensors(plan: MergePlan, result: CheckpointFolder, errors: list[str]) -> tuple[int, int]:
+    same = changed = 0
+    for name in plan.base:
+        change = plan.changes.get(name)
+        if name in plan.changes and change is None:
+            if name in result:
+                errors.append(f"{name} is there, expected it to be dropped (its scales are un-nested).")
+        elif name not in result:
+            errors.append(f"{name} is missing.")
+        elif change is not None:
+            if result.has(name, change.tensor()):
+                changed += 1
+            elif plan.base.same_bytes(name, result):
+                errors.append(f"{name} is that of the base, expected the adapter merged into it.")
+            else:
+                errors.append(f"{name} holds other values than the base with the adapter merged.")
+        elif plan.base.same_bytes(name, result):
+            same += 1
+        else:
+            errors.append(f"{name} differs from the base, which the adapter does not change.")
+    errors.extend(f"{name} is not in the base." for name in result if name not in plan.base)
+    return same, changed
+
+
+def _compare_files(plan: MergePlan, result: CheckpointFolder, errors: list[str]) -> list[str]:
+    carried, _ = other_files(plan.base.path, {*plan.base.shards, INDEX})
+    missing = []
+    for path in carried:
+        source, target = plan.base.path / path, result.path / path
+        if not target.is_file():
+            missing.append(path.as_posix())
+        elif path.name == "config.json" and len(path.parts) == 1:
+            expected = plan.base.config if plan.config is None else plan.config
+            errors.extend(_compare_fields(str(path), expected, result.config))
+        elif path.suffix == ".json":
+            try:
+                errors.extend(_compare_fields(str(path), _load(source), _load(target)))
+            except ValueError:
+                errors.append(f"{path} is not JSON in the base or in the merged checkpoint.")
+        elif source.read_bytes() != target.read_bytes():
+            errors.append(f"{path} differs from the file of the base.")
+    return [f"Not in the merged checkpoint: {', '.join(missing)}."] if missing else []
+
+
+def _load(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _compare_fields(file: str, expected: Any, found: Any) -> list[str]:
+    if not isinstance(expected, dict) or not isinstance(found, dict):
+        return [] if expected == found else [f"{file} differs from the file of the base."]
+    keys = sorted({*expected, *found} - set(_VOLATILE))
+    return [
+        f"{file} has {key} = {found.get(key)!r}, expected {expected.get(key)!r}."
+        for key in keys
+        if _stripped(expected.get(key)) != _stripped(found.get(key))
+    ]
+
+
+def _stripped(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_stripped(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    version = _PACKAGE_VERSIONS.get(value.get("quant_method", ""))
+    items = ((key, _stripped(item)) for key, item in value.items() if key != version)
+    return {key: item for key, item in items if item not in (None, {}, [])}

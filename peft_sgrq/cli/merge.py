@@ -1,0 +1,29 @@
+"""Merge an adapter into the files of its base: no model in memory, only scale tensors change."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id of the adapter")
+    parser.add_argument("out", metavar="OUT", help="folder to make")
+    parser.add_argument("--base", help="folder or Hub id of the base; the one the adapter names if not given")
+    parser.add_argument("--revision", help="revision of the base on the Hub")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--no-check", action="store_true", help="merge even if the base is not the adapter's")
+
+
+def run(args: argparse.Namespace) -> int:
+    from peft_sgrq.checkpoint.merge import merge_checkpoint
+
+    report = merge_checkpoint(
+        args.base,
+        args.adapter,
+        args.out,
+        revision=args.revision,
+        overwrite=args.overwrite,
+        check_base=not args.no_check,
+    )
+    print(f"{report.out}: {report.layers} layers merged, {report.bytes_changed / 1e6:.2f} MB of scales written")
+    return 0
