@@ -13,7 +13,7 @@ The rounding is straight-through: its derivative is taken as one. The sum needs 
 only those are kept for the backward pass. Where there is one scale per output row, the sum over all columns is the
 product the forward pass has made already and, without a bias, no second product is needed::
 
-    dL/ddelta[o] = sum_t dy[t, o] y[t, o] / (1 + delta[o])
+    dL/ddelta[o] = sum_t dy[t, o] y[t, o] S[o] / S'[o]
 
 Training all scales is PEQA (Kim et al. 2023, arXiv 2305.14152); selecting salient columns is SGR-Q.
 """
@@ -83,7 +83,9 @@ class _GroupScaledLinear(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, delta: torch.Tensor, groups: torch.Tensor | None, backend: ScaleBackend
     ) -> torch.Tensor:
         y = backend.linear(x, backend.prepare(effective_scales(backend, delta, groups)))  # (..., N)
-        x_selected = backend.select_columns(x, groups).to(y.dtype) if ctx.needs_input_grad[1] else None  # (T, n * g)
+        x_selected = None
+        if ctx.needs_input_grad[1]:
+            x_selected = backend.select_columns(backend.computed_input(x), groups).to(y.dtype)  # (T, n * g)
         ctx.save_for_backward(x_selected, delta, groups)
         ctx.backend = backend
         ctx.x_shape = x.shape
@@ -101,7 +103,7 @@ class _GroupScaledLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             product = dy.t() @ x_selected  # (N, n * g)
             codes = backend.codes(groups, dy.dtype)  # (N, n * g)
-            ddelta = group_reduce(product, codes, backend.group_size)  # (N, n) float32
+            ddelta = backend.reduce_rows(group_reduce(product, codes, backend.group_size))  # (R, n) float32
             ddelta = ddelta * _select(backend.scales(), groups, 1)
         return dx, ddelta, None, None
 
@@ -134,12 +136,14 @@ class _RowScaledLinear(torch.autograd.Function):
             if ctx.product_known:
                 product = _select(saved, groups, 1)  # (T, n)
                 total = (dy_rows.float() * product.float()).sum(0).unsqueeze(1)  # (n, 1)
-                factor = 1 + delta
-                # Where the factor is zero the output does not tell the product any more.
-                ddelta = torch.where(factor == 0, 0.0, total / factor)
+                scales, effective = _select(backend.scales(), groups, 0), effective_scales(backend, delta, groups)
+                effective = _select(effective, groups, 0)
+                # Where the scale in effect is zero the output does not tell the product any more.
+                ddelta = torch.where(effective == 0, 0.0, total * (scales / effective))
             else:
                 codes = backend.codes(groups, dy.dtype)  # (n, K)
-                ddelta = group_reduce(dy_rows.t() @ saved.to(dy.dtype), codes, backend.group_size)  # (n, 1)
+                x = backend.computed_input(saved).to(dy.dtype)
+                ddelta = group_reduce(dy_rows.t() @ x, codes, backend.group_size)  # (n, 1)
                 ddelta = ddelta * _select(backend.scales(), groups, 0)
         return dx, ddelta, None, None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,14 +24,14 @@ class ScaleBackend(ABC):
     Attributes:
         module (`nn.Module`): The wrapped layer.
         name (`str`): The format, as it stands in fingerprints, e.g. `"bnb-nf4-64"`.
-        granularity (`"group"` or `"row"`): Whether a scale serves a group of columns of one row, or one whole row.
-            In a group format columns are selected by group; in a row format rows are selected.
+        granularity (`"group"` or `"row"`): Whether a scale serves a group of columns, of one row or of several, or
+            one whole row. In a group format columns are selected by group; in a row format rows are selected.
         in_features, out_features (`int`): Shape of the weight, `[out_features, in_features]` = `[N, K]`.
         group_size (`int`): Columns per scale, `g`. The last group of a dense layer may hold fewer.
         storage_dtype (`torch.dtype`): The dtype the format stores its scales in (a dense layer: its weight).
     """
 
-    granularity: ClassVar[Literal["group", "row"]] = "group"
+    granularity: Literal["group", "row"] = "group"
 
     name: str
     in_features: int
@@ -40,6 +40,11 @@ class ScaleBackend(ABC):
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+
+    @staticmethod
+    @abstractmethod
+    def matches(module: nn.Module) -> bool:
+        """Whether a module is a layer of this format. Imports nothing: a library not imported has no layers."""
 
     # geometry
 
@@ -50,7 +55,7 @@ class ScaleBackend(ABC):
 
     @property
     def scales_shape(self) -> tuple[int, int]:
-        """Shape `(rows, groups)` of the scale matrix `S`."""
+        """Shape `(rows, groups)` of the scale matrix `S`; `rows` is N unless rows share scales (see `reduce_rows`)."""
         return self.out_features, -(-self.in_features // self.group_size)
 
     @property
@@ -67,6 +72,17 @@ class ScaleBackend(ABC):
         """Columns of the selected groups, `[..., K]` -> `[T, n * group_size]`; a partial group is padded by zeros."""
         x = x.reshape(-1, x.shape[-1])  # (T, K)
         return gather_groups(x, groups, self.scales_shape[1], self.group_size)
+
+    def reduce_rows(self, sums: torch.Tensor) -> torch.Tensor:
+        """Sums a value of each output row over the rows that share a scale, `[N, n]` -> `[rows, n]`.
+
+        The map `r(o)` of the format, as far as gradients need it; where each row has its own scales, the identity.
+        """
+        return sums
+
+    def computed_input(self, x: torch.Tensor) -> torch.Tensor:
+        """The input the product is made with: a format that quantizes activations rounds it, others leave it alone."""
+        return x
 
     # numbers
 
@@ -159,6 +175,21 @@ class ScaleBackend(ABC):
     @abstractmethod
     def quantization(self) -> dict[str, Any] | None:
         """How a base of this format is loaded: `quant_method` and other fields of its config; `None` if dense."""
+
+
+def rescaled_offset(offset: torch.Tensor, scales: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    """What becomes of a stored offset, which is zero point times scale, when the scale changes.
+
+    In `W = q * S + offset` the offset belongs to the scale: only if both change alike is `W'` the weight times
+    `1 + delta`, with the zero point where it was, as in all other formats. Where the scale is the same, so is the
+    offset, bit for bit.
+
+    Args:
+        offset (`torch.Tensor`): Stored offsets, float32.
+        scales (`torch.Tensor`): The new scales, same shape.
+        original (`torch.Tensor`): The stored scales, same shape.
+    """
+    return torch.where(original == 0, offset, offset * (scales / original))
 
 
 def gather_groups(values: torch.Tensor, groups: torch.Tensor | None, count: int, size: int) -> torch.Tensor:
