@@ -42,9 +42,7 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         # For PEFT's status and repr only: PEFT's own backends merge by quantizing again.
-        self.quantization_backend = resolve_quantization_backend(
-            base_layer, get_apply_tensor_subclass=_quantize_again
-        )
+        self.quantization_backend = resolve_quantization_backend(base_layer, get_apply_tensor_subclass=_quantize_again)
         self._backend = resolve_backend(base_layer, config.group_size)
         self.in_features, self.out_features = self.backend.in_features, self.backend.out_features
         self.sgrq_delta = nn.ModuleDict()
