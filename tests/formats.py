@@ -58,9 +58,8 @@ class Format:
         layer (`Callable` or `None`): `(dense layer) -> quantized layer`, for tests of single layers.
         weight (`Callable`): The library's own dequantized weight of a layer, float32.
         block (`tuple[int, int]`): Rows and columns that share a scale; 0 stands for all of them.
-        lossy_file (`str`): Why its own file does not hold what the model computes with, if so; "" otherwise.
         strided (`bool`): Whether the rows that share a scale lie a stride apart instead of side by side (HQQ axis 0).
-        rounded_input (`Callable` or `None`): `(layer, x) -> x` as a format that quantizes activations computes with it.
+        rounded_input (`Callable` or `None`): `(layer, x) -> x` as a format that rounds activations computes with it.
     """
 
     name: str
@@ -72,7 +71,6 @@ class Format:
     reload: str = _AUTO
     layer: Callable[[nn.Linear], nn.Module] | None = None
     block: tuple[int, int] = (1, 0)
-    lossy_file: str = ""
     strided: bool = False
     rounded_input: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
 
@@ -175,7 +173,7 @@ def _intx_dynamic() -> Any:
 def _rounded_to_int8(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Symmetric int8 a token, as `Int8Tensor` does it."""
     scale = (x.abs().amax(-1, keepdim=True) / 127.5).clamp(min=torch.finfo(torch.float32).eps)
-    return (x / scale).round().clamp(-128, 127) * scale
+    return (x * (1 / scale)).round().clamp(-128, 127) * scale
 
 
 def _rounded_to_int8_asymmetric(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -183,7 +181,7 @@ def _rounded_to_int8_asymmetric(layer: nn.Module, x: torch.Tensor) -> torch.Tens
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).eps)
     zero = (-128 - (low / scale).round()).clamp(-128, 127)
-    return ((x / scale).round() + zero).clamp(-128, 127).sub(zero) * scale
+    return ((x * (1 / scale)).round() + zero).clamp(-128, 127).sub(zero) * scale
 
 
 def _int4_opaque() -> Any:
@@ -326,12 +324,7 @@ _QUANTO_FORMATS = [
     _quanto("qint8"),
     _quanto("qfloat8_e4m3fn"),
     _quanto("qint4", (1, 128), dtype=torch.float32),
-    _quanto(
-        "qint4",
-        (1, 128),
-        name="quanto-int4-tinygemm",
-        lossy_file="quanto converts the offsets of its bfloat16 int4 kernel to shifts in bfloat16 when it saves",
-    ),
+    _quanto("qint4", (1, 128), name="quanto-int4-tinygemm"),
     _quanto("qint2", (1, 128)),
 ]
 

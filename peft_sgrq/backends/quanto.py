@@ -92,8 +92,12 @@ class QuantoBackend(ScaleBackend):
         stored = self.sources()
         if self._fields == ("_scale_shift",):
             assert offsets is not None
-            pair = torch.stack((scales, rescaled_offset(offsets, scales, old)), -1)
-            return (pair.transpose(0, 1).contiguous().to(stored[0].dtype),)
+            dtype = stored[0].dtype
+            scales, offset = scales.to(dtype), rescaled_offset(offsets, scales, old).to(dtype)
+            # quanto's files hold `8 * scale - offset`, in this dtype: the offset is one that survives the way there
+            # and back, as those of the base are.
+            offset = 8 * scales - (8 * scales - offset)
+            return (torch.stack((scales, offset), -1).transpose(0, 1).contiguous(),)
         changed = scales.to(stored[0].dtype).reshape(stored[0].shape)
         if len(stored) == 1:
             return (changed,)
