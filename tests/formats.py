@@ -25,7 +25,17 @@ from hqq.models.hf.base import AutoHQQHFModel
 model = AutoHQQHFModel.from_quantized(directory, compute_dtype={dtype}, device="cpu")
 """
 # Cloned, because PyTorch's int8 kernel crashes the interpreter on weights that are not aligned, as in a mapped file.
-_QUANTO = """
+# quanto unpacks codes by a C++ extension, which it compiles for a minute for every path it is found under.
+_NO_COMPILER = """
+import types, torch
+from optimum.quanto.library.extensions.extension import get_extension
+def unpack(packed, bits):
+    return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
+get_extension("quanto_cpp")._lib = types.SimpleNamespace(unpack=unpack)
+"""
+_QUANTO = (
+    _NO_COMPILER
+    + """
 import json, os
 from optimum.quanto import requantize
 from safetensors.torch import load_file
@@ -35,6 +45,7 @@ with open(os.path.join(directory, "map.json")) as file:
     tensors = load_file(os.path.join(directory, "model.safetensors"))
     requantize(model, {{key: value.clone() for key, value in tensors.items()}}, json.load(file))
 """
+)
 _STATE = """
 import os
 import torchao.prototype.quantization.int4.int4_opaque_tensor
@@ -281,6 +292,7 @@ def _quanto(weights: str, block: tuple[int, int] = (1, 0), **settings: Any) -> F
     def load(directory: Path, dtype: torch.dtype) -> Any:
         from optimum.quanto import freeze, qtypes, quantize
 
+        exec(_NO_COMPILER, {})
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
         quantize(model, weights=qtypes[weights], exclude="lm_head")
         freeze(model)
@@ -289,6 +301,7 @@ def _quanto(weights: str, block: tuple[int, int] = (1, 0), **settings: Any) -> F
     def layer(dense: nn.Linear) -> nn.Module:
         from optimum.quanto import freeze, qtypes, quantize
 
+        exec(_NO_COMPILER, {})
         model = nn.Sequential(dense)
         quantize(model, weights=qtypes[weights])
         freeze(model)
