@@ -32,6 +32,7 @@ from peft_sgrq.targets import (
     check_modules_to_save,
     find_targets,
     supported_layers,
+    warn_of_fused_experts,
 )
 from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
 from peft_sgrq.upstream.transformers_save import drop_irreversible_conversions
@@ -80,6 +81,7 @@ class SGRQModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: SGRQConfig, model_config: dict[str, Any]) -> SGRQConfig:
         if peft_config.target_modules is None:
             peft_config.target_modules = supported_layers(self.model, peft_config)
+            warn_of_fused_experts(self.model)
         return _maybe_include_all_linear_layers(peft_config, self.model)
 
     def _prepare_model(self, peft_config: SGRQConfig, model: nn.Module) -> None:

@@ -68,6 +68,8 @@ class TorchaoBackend(ScaleBackend):
         return [self.stored_scales]
 
     def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
+        if x.numel() == 0:  # an expert without tokens; torchao finds no largest value to quantize activations by
+            return x.new_empty(*x.shape[:-1], self.out_features)
         return F.linear(x, self.with_scales(prepared), self.bias)
 
     def write_scales(self, scales: torch.Tensor) -> Any:
@@ -138,7 +140,7 @@ class TorchaoPlainBackend(TorchaoBackend):
 
     def computed_input(self, x: torch.Tensor) -> torch.Tensor:
         how, weight = self._activations, self.weight
-        if how is None:
+        if how is None or x.numel() == 0:
             return x
         if type(weight).__name__ == "IntxUnpackedToInt8Tensor":
             from torchao.quantization.quantize_.workflows.intx import intx_unpacked_to_int8_tensor
