@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from peft_sgrq import SGRQConfig, SGRQLinear
-from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
 
 LAYER_FORMATS = [format for format in FORMATS if format.layer is not None]
 
@@ -53,10 +52,11 @@ def switch_dir(tmp_path_factory) -> Path:
 
 
 def load_switch(directory: Path) -> nn.Module:
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    model = AutoModelForSeq2SeqLM.from_pretrained(directory, quantization_config=quantization, dtype=torch.float32)
-    disable_cpu_packing(model)
-    return model.eval()
+    # Not nf4: transformers casts the input of `wo` to the dtype of its weight, which is uint8 then.
+    quantization = BitsAndBytesConfig(load_in_8bit=True)
+    return AutoModelForSeq2SeqLM.from_pretrained(
+        directory, quantization_config=quantization, dtype=torch.float32
+    ).eval()
 
 
 def test_experts_that_are_linear_layers_are_tuned_and_merge_exactly(switch_dir, ids, tmp_path):
