@@ -21,7 +21,7 @@ _REASONS = {
 class TorchaoRefusedBackend(TorchaoBackend):
     """Any other torchao tensor: a layer of a quantized format, and one that is refused with a sentence."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __new__(cls, module: nn.Module) -> TorchaoRefusedBackend:
         kind = weight_type(module) or ""
         raise ValueError(
             _REASONS.get(
