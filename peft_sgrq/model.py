@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -36,6 +37,8 @@ from peft_sgrq.targets import (
 )
 from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
 from peft_sgrq.upstream.transformers_save import drop_irreversible_conversions
+
+logger = logging.getLogger(__name__)
 
 
 class SGRQModel(BaseTuner):
@@ -177,10 +180,13 @@ class SGRQModel(BaseTuner):
             self._check_finite(adapter_names)
         with _original_scales(self.model):
             nested = nested_layers(self.model)
+        saved_by = {layer.backend.saved_by for layer in self._layers()} - {None}
         model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
             merge=merge, progressbar=progressbar, adapter_names=adapter_names
         )
         note_unnested(model, nested)
+        for how in saved_by if merge else ():
+            logger.warning("`save_pretrained` cannot save this merged model so that it loads again; use %s.", how)
         drop_irreversible_conversions(model)
         return model
 

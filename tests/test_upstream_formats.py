@@ -13,7 +13,7 @@ from datasets import Dataset
 from formats import FORMATS
 from peft import get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from peft_sgrq import SGRQConfig
@@ -98,6 +98,23 @@ def test_torchao_still_loses_the_input_gradient_of_dynamic_activations(format):
         (y * dy).sum().backward()
     gradient = torch.zeros_like(x) if x.grad is None else x.grad
     assert (gradient - dy @ weight).norm() > 0.5 * (dy @ weight).norm(), "torchao passes the gradient now"
+
+
+@pytest.mark.parametrize("name", ["hqq-4bit-axis1", "quanto-int8"])
+def test_save_pretrained_still_cannot_save_hqq_and_quanto_and_a_merge_says_what_can(
+    name, small_dir, ids, caplog, tmp_path
+):
+    """It writes a file without an error, which transformers loads as random dense weights."""
+    format = next(format for format in FORMATS if format.name == name)
+    format.require()
+    model = get_peft_model(format.load(small_dir, torch.bfloat16), SGRQConfig(init_weights=False)).eval()
+    merged = model.merge_and_unload()
+    assert "`save_pretrained` cannot save this merged model" in caplog.text
+    assert {"hqq": "save_quantized", "optimum": "quantization_map"}[format.library] in caplog.text
+    expected = logits(merged, ids)
+    merged.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    assert not torch.allclose(logits(loaded, ids), expected, atol=0.1), "transformers loads it now"
 
 
 _CRASH = """

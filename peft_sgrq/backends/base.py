@@ -29,9 +29,11 @@ class ScaleBackend(ABC):
         in_features, out_features (`int`): Shape of the weight, `[out_features, in_features]` = `[N, K]`.
         group_size (`int`): Columns per scale, `g`. The last group of a dense layer may hold fewer.
         storage_dtype (`torch.dtype`): The dtype the format stores its scales in (a dense layer: its weight).
+        saved_by (`str` or `None`): What saves a model of this format, where `save_pretrained` does not.
     """
 
     granularity: Literal["group", "row"] = "group"
+    saved_by: str | None = None
 
     name: str
     in_features: int

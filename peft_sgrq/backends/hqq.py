@@ -21,6 +21,8 @@ from peft_sgrq.backends.base import ScaleBackend, gather_groups
 class HQQBackend(ScaleBackend):
     """`hqq.core.quantize.HQQLinear`. Scales are stored in the compute dtype and rounded to it in the forward pass."""
 
+    saved_by = "`AutoHQQHFModel.save_quantized(model, directory)`"
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         meta = self._meta

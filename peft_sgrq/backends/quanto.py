@@ -22,6 +22,8 @@ _PACKED = "TinyGemmWeightQBitsTensor"  # bfloat16, groups of 128: `(q - 8) * sca
 class QuantoBackend(ScaleBackend):
     """`optimum.quanto.nn.QLinear` with weights alone quantized."""
 
+    saved_by = "`save_file(model.state_dict(), file)` beside `optimum.quanto.quantization_map(model)`"
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         layer: Any = module

@@ -36,6 +36,8 @@ class TorchaoInt4Backend(TorchaoBackend):
                 "its activations are quantized or scaled on the fly, which is not supported in this int4 layout; "
                 "quantize weights only"
             )
+        if type(weight).__name__ == "Int4OpaqueTensor":
+            self.saved_by = "`torch.save(model.state_dict(), file)`"
         self.group_size = int(weight.block_size[-1])
         self.name = f"torchao-int4-{self.group_size}"
 
