@@ -29,6 +29,7 @@ from peft_sgrq.targets import (
     TASK_HEADS,
     backend_of,
     base_of,
+    check_gradient_paths,
     check_group_sizes,
     check_modules_to_save,
     find_targets,
@@ -92,6 +93,7 @@ class SGRQModel(BaseTuner):
         check_modules_to_save(model, peft_config)
         backends = find_targets(model, peft_config, self._check_target_module_exists)
         check_group_sizes(model, backends)
+        check_gradient_paths(model, backends, peft_config)
         disable_cpu_packing(model)
         with _original_scales(model):  # whatever is merged into the base
             self._complete_config(peft_config, model, backends)

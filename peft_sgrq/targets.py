@@ -87,6 +87,29 @@ def check_group_sizes(model: nn.Module, backends: Mapping[str, ScaleBackend]) ->
                 )
 
 
+def check_gradient_paths(model: nn.Module, backends: Mapping[str, ScaleBackend], config: SGRQConfig) -> None:
+    """Refuses to train around layers that lose the gradient of their input: those before them would learn nothing.
+
+    Raises:
+        ValueError: If a layer that quantizes its activations has no adapter; the sentence names it.
+    """
+    if config.inference_mode:
+        return
+    for name, layer in named_base_layers(model):
+        if name in backends or not is_quantized(layer):
+            continue
+        try:
+            lost = resolve_backend(layer, config.group_size).drops_input_gradient
+        except ValueError:
+            continue
+        if lost:
+            raise ValueError(
+                f"Layer {name!r} quantizes its activations and is not targeted, so training would lose the gradient "
+                "there without a word, expected every such layer to have an adapter, which passes it on; use "
+                "target_modules=None, or a `ratio` that makes the adapter small. The model was not changed."
+            )
+
+
 def supported_layers(model: nn.Module, config: SGRQConfig) -> set[str]:
     """The names `target_modules=None` stands for: all quantized layers, or all dense ones but the output head.
 

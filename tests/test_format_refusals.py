@@ -146,6 +146,20 @@ def test_torchaos_plain_int4_layout_is_read_and_written_right():
     assert layer.weight.scale is scale and layer.weight.zero_point is zero
 
 
+@pytest.mark.parametrize("name", ["torchao-int8-dynamic", "torchao-intx4-dynamic"])
+def test_training_around_a_layer_that_loses_the_gradient_is_refused(name):
+    format = BY_NAME[name]
+    format.require()
+    layers = [format.layer(nn.Linear(256, 256)).requires_grad_(False) for _ in range(3)]
+    with pytest.raises(ValueError, match="Layer '1' quantizes its activations and is not targeted"):
+        get_peft_model(nn.Sequential(*layers), SGRQConfig(target_modules=["0", "2"]))
+    assert all(type(layer) is nn.Linear for layer in layers)
+    get_peft_model(nn.Sequential(*layers), SGRQConfig(target_modules=["0", "2"], inference_mode=True))
+    model = get_peft_model(nn.Sequential(*layers), SGRQConfig(target_modules=["0", "1", "2"])).train()
+    model(torch.randn(4, 256)).square().sum().backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters() if parameter.requires_grad)
+
+
 def load(*arguments: str) -> str:
     return f"AutoModelForCausalLM.from_pretrained({', '.join(['base', *arguments])})"
 

@@ -77,11 +77,11 @@ def layers(model: nn.Module) -> list[SGRQLinear]:
     return [module for module in model.modules() if isinstance(module, SGRQLinear)]
 
 
-def rounded(scales: torch.Tensor, name: str) -> torch.Tensor:
-    """Scales on the grid of a dtype; e4m3 as in NVFP4, over a factor that puts the largest at the end of its range."""
+def rounded(scales: torch.Tensor, name: str, base: torch.Tensor) -> torch.Tensor:
+    """Scales on the grid of a dtype; e4m3 as in NVFP4, over a factor that puts the base's largest near its end."""
     if name != "e4m3":
         return scales.to(DTYPES[name]).float()
-    factor = scales.abs().max() / LARGEST_E4M3
+    factor = base.abs().max() / LARGEST_E4M3
     return (scales / factor).clamp(-LARGEST_E4M3, LARGEST_E4M3).to(DTYPES[name]).float() * factor
 
 
@@ -101,7 +101,7 @@ def kept(rate: float, arguments: argparse.Namespace) -> dict[str, Any]:
         new = effective_scales(layer.backend, *layer.combined_delta(("default",)))[:, groups]
         sizes.append(((new - old) / old).abs().flatten())
         for name, total in totals.items():
-            base, stored = rounded(old, name), rounded(new, name)  # the base has its scales in that dtype already
+            base, stored = rounded(old, name, old), rounded(new, name, old)  # a base has its scales in that dtype
             wanted = (new / old - 1) * base
             total[0] += (stored - base - wanted).square().sum().item()
             total[1] += wanted.square().sum().item()

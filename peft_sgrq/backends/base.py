@@ -123,6 +123,11 @@ class ScaleBackend(ABC):
         """Makes of float32 scales `[rows, groups]` what the kernel of `linear` takes; inference does it once."""
         return scales
 
+    @property
+    def drops_input_gradient(self) -> bool:
+        """Whether the module's own forward pass, without an adapter, loses the gradient of its input."""
+        return False
+
     @abstractmethod
     def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
         """The layer's forward pass by the format's own kernel with other scales; no autograd.

@@ -130,6 +130,10 @@ class TorchaoPlainBackend(TorchaoBackend):
         return getattr(weight, "act_quant_kwargs", None) or getattr(weight, "activation_quantization", None)
 
     @property
+    def drops_input_gradient(self) -> bool:
+        return self._activations is not None  # torchao rounds them without a gradient
+
+    @property
     def scales_shape(self) -> tuple[int, int]:
         return self.out_features // self._block_rows, self.in_features // self.group_size
 
