@@ -11,7 +11,7 @@ DEMO_ARGS ?=
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,torchao,hqq,quanto]"
 	touch $@
 
 test: $(VENV)/installed

@@ -10,24 +10,10 @@ from peft.utils.peft_types import TaskType
 from torch import nn
 
 from peft_sgrq.backends import ScaleBackend
+from peft_sgrq.backends.loading import loading_expression, spoken
 
 if TYPE_CHECKING:
     from peft_sgrq.config import SGRQConfig
-
-# What from_pretrained needs to quantize a base again; the rest of the recorded config are defaults.
-_LOADING_FIELDS = (
-    "load_in_4bit",
-    "bnb_4bit_quant_type",
-    "bnb_4bit_use_double_quant",
-    "bnb_4bit_compute_dtype",
-    "bnb_4bit_quant_storage",
-    "load_in_8bit",
-    "llm_int8_threshold",
-    "llm_int8_skip_modules",
-)
-
-# The first word of a format's name -> what quantizes to it.
-_PACKAGES = {"bnb": "bitsandbytes", "ct": "compressed-tensors"}
 
 _AUTO_CLASSES: dict[str, str] = {
     TaskType.CAUSAL_LM: "AutoModelForCausalLM",
@@ -62,16 +48,16 @@ def describe_quantization(model: nn.Module, backends: Mapping[str, ScaleBackend]
 
 def loading_code(config: SGRQConfig) -> str:
     """The Python expression that loads the base an adapter was trained on."""
-    arguments = [repr(config.base_model_name_or_path or "the base model")]
+    fields = [repr(config.base_model_name_or_path or "the base model")]
     quantization = config.base_quantization or {}
     if quantization.get("dtype"):
-        arguments.append(f"dtype={quantization['dtype']!r}")
-    on_the_fly = not quantization.get("pre_quantized") and quantization.get("quant_method") == "bitsandbytes"
-    if on_the_fly:
-        arguments.append(f"quantization_config={quantization_code(quantization)}")
-    if config.revision:
-        arguments.append(f"revision={config.revision!r}")
-    return f"{auto_class(config)}.from_pretrained({', '.join(arguments)})"
+        fields.append(f"dtype={quantization['dtype']!r}")
+
+    def load(*more: str) -> str:
+        arguments = [*fields, *more, *([f"revision={config.revision!r}"] if config.revision else [])]
+        return f"{auto_class(config)}.from_pretrained({', '.join(arguments)})"
+
+    return loading_expression(load, quantization)
 
 
 def auto_class(config: SGRQConfig) -> str:
@@ -80,14 +66,9 @@ def auto_class(config: SGRQConfig) -> str:
 
 
 def quantization_code(quantization: Mapping[str, Any]) -> str:
-    """A recorded bitsandbytes quantization config as the Python expression that makes it."""
-    wanted = [(key, quantization.get(key)) for key in _LOADING_FIELDS]
-    if not quantization.get("load_in_8bit"):
-        wanted = [(key, value) for key, value in wanted if key != "llm_int8_threshold"]
-    if not quantization.get("load_in_4bit"):
-        wanted = [(key, value) for key, value in wanted if not key.startswith("bnb_4bit")]
-    arguments = ", ".join(f"{key}={value!r}" for key, value in wanted if value not in (None, False, "uint8"))
-    return f"BitsAndBytesConfig({arguments})"
+    """A recorded quantization as the Python expression of its config, or of what quantizes the model."""
+    code = loading_expression(lambda *arguments: ", ".join(arguments), {**quantization, "pre_quantized": False})
+    return code.removeprefix("quantization_config=") or str(quantization.get("quant_method"))
 
 
 def check_base(config: SGRQConfig, fingerprints: Mapping[str, str], known: Collection[str]) -> None:
@@ -118,7 +99,7 @@ def check_base(config: SGRQConfig, fingerprints: Mapping[str, str], known: Colle
         [*digest.split(":"), "", ""][:3] for digest in (expected[name], fingerprints[name])
     )
     if old_format != new_format:
-        reason = f"layer {name!r} is {_spoken(new_format)}, expected {_spoken(old_format)}"
+        reason = f"layer {name!r} is {spoken(new_format)}, expected {spoken(old_format)}"
     elif old_codes != new_codes:
         reason = f"layer {name!r} has other weights than the one the adapter was trained on (or another dtype of them)"
     else:
@@ -131,15 +112,6 @@ def check_base(config: SGRQConfig, fingerprints: Mapping[str, str], known: Colle
         f"changes mean nothing on other codes; load the base with {loading_code(config)}. To use the adapter here all "
         "the same, set `config.base_fingerprint = None` on its SGRQConfig and pass that as `config=`."
     )
-
-
-def _spoken(name: str) -> str:
-    kind, _, rest = name.partition("-")
-    if kind == "dense":
-        return f"not quantized (dense, group size {rest})"
-    if kind == "fp8":
-        return f"in fine-grained fp8 ({rest}; `peft_sgrq.restore_codes(model)` where transformers dequantized it)"
-    return f"quantized with {_PACKAGES.get(kind, kind)} ({rest})"
 
 
 def _is_json(value: Any) -> bool:

@@ -14,7 +14,7 @@ only those are kept for the backward pass, once for all layers with the same `x`
 one scale per output row, the sum over all columns is the product the forward pass has made already and, without a
 bias, no second product is needed::
 
-    dL/ddelta[o] = sum_t dy[t, o] y[t, o] / (1 + delta[o])
+    dL/ddelta[o] = sum_t dy[t, o] y[t, o] S[o] / S'[o]
 
 Training all scales is PEQA (Kim et al. 2023, arXiv 2305.14152); selecting salient columns is SGR-Q.
 """
@@ -199,11 +199,12 @@ class _RowScaledLinear(torch.autograd.Function):
             dy_rows = _select(dy, groups, 1)  # (T, n)
             if ctx.product_known:
                 total = (dy_rows.float() * saved.float()).sum(0).unsqueeze(1)  # (n, 1)
-                factor = 1 + delta
-                # Where the factor is zero the output does not tell the product any more.
-                ddelta = torch.where(factor == 0, 0.0, total / factor)
+                effective = _select(effective_scales(backend, delta, groups, scales), groups, 0)  # (n, 1)
+                # Where the scale in effect is zero the output does not tell the product any more.
+                ddelta = torch.where(effective == 0, 0.0, total * (_select(scales, groups, 0) / effective))
             else:
-                ddelta = _unit_gradient(dy_rows, saved.reshape(-1, saved.shape[-1]).to(dy.dtype), groups, backend)
+                x = backend.computed_input(saved).reshape(-1, saved.shape[-1]).to(dy.dtype)  # (T, K)
+                ddelta = _unit_gradient(dy_rows, x, groups, backend)
                 ddelta = ddelta * _select(scales, groups, 0)
         return dx, ddelta, None, None, None
 

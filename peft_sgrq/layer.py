@@ -21,6 +21,11 @@ from peft_sgrq.prepared import Decoder, PreparedScales
 from peft_sgrq.saved_inputs import SavedInput
 
 
+def _quantize_again() -> None:
+    # PEFT wants to be told how a torchao layer is quantized again after a merge.
+    raise RuntimeError("SGRQ merges into the scales and quantizes nothing again, so PEFT must not do it either.")
+
+
 class SGRQLinear(nn.Module, BaseTunerLayer):
     """A linear layer whose scales are changed by its active adapters: `S' = S (1 + sum_a delta_a)`.
 
@@ -38,7 +43,7 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         # For PEFT's status and repr only: PEFT's own backends merge by quantizing again.
-        self.quantization_backend = resolve_quantization_backend(base_layer)
+        self.quantization_backend = resolve_quantization_backend(base_layer, get_apply_tensor_subclass=_quantize_again)
         self._backend = resolve_backend(base_layer, config.group_size)
         self.in_features, self.out_features = self.backend.in_features, self.backend.out_features
         self.sgrq_delta = nn.ModuleDict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,13 +30,17 @@ from peft_sgrq.targets import (
     TASK_HEADS,
     backend_of,
     base_of,
+    check_gradient_paths,
     check_group_sizes,
     check_modules_to_save,
     find_targets,
     supported_layers,
+    warn_of_fused_experts,
 )
 from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
 from peft_sgrq.upstream.transformers_save import drop_irreversible_conversions
+
+logger = logging.getLogger(__name__)
 
 
 class SGRQModel(BaseTuner):
@@ -81,6 +86,7 @@ class SGRQModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: SGRQConfig, model_config: dict[str, Any]) -> SGRQConfig:
         if peft_config.target_modules is None:
             peft_config.target_modules = supported_layers(self.model, peft_config)
+            warn_of_fused_experts(self.model)
         return _maybe_include_all_linear_layers(peft_config, self.model)
 
     def _prepare_model(self, peft_config: SGRQConfig, model: nn.Module) -> None:
@@ -88,6 +94,7 @@ class SGRQModel(BaseTuner):
         check_modules_to_save(model, peft_config)
         backends = find_targets(model, peft_config, self._check_target_module_exists)
         check_group_sizes(model, backends)
+        check_gradient_paths(model, backends, peft_config)
         disable_cpu_packing(model)
         with _original_scales(model):  # whatever is merged into the base
             self._complete_config(peft_config, model, backends)
@@ -177,10 +184,13 @@ class SGRQModel(BaseTuner):
             self._check_finite(adapter_names)
         with _original_scales(self.model):
             nested = nested_layers(self.model)
+        saved_by = {layer.backend.saved_by for layer in self._layers()} - {None}
         model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
             merge=merge, progressbar=progressbar, adapter_names=adapter_names
         )
         note_unnested(model, nested)
+        for how in saved_by if merge else ():
+            logger.warning("`save_pretrained` cannot save this merged model so that it loads again; use %s.", how)
         drop_irreversible_conversions(model)
         return model
 

@@ -64,7 +64,7 @@ class SavedInput:
 
     def __init__(self, version: int = 0) -> None:
         self.version = version
-        self._pieces: dict[tuple[int, torch.dtype], list[_Piece]] = {}
+        self._pieces: dict[tuple[str, int, torch.dtype], list[_Piece]] = {}
 
     @classmethod
     def of(cls, x: torch.Tensor) -> SavedInput:
@@ -93,12 +93,13 @@ class SavedInput:
             The saved pieces, `[T, columns]` each, and where the layer's groups are in them.
         """
         if torch.compiler.is_compiling() or _hooks_are_active():
-            return [backend.select_columns(x, groups).to(dtype)], (Part(0, None, groups, None),)
-        pieces = self._pieces.setdefault((backend.group_size, dtype), [])
-        kept = [(piece.groups, columns) for piece in pieces if (columns := piece.columns()) is not None]
+            columns = backend.select_columns(backend.computed_input(x), groups)
+            return [columns.to(dtype)], (Part(0, None, groups, None),)
+        pieces = self._pieces.setdefault((backend.name, backend.group_size, dtype), [])
+        kept = [(piece.groups, there) for piece in pieces if (there := piece.columns()) is not None]
         plan = _plan([there for there, _ in kept], groups, backend.selectable)
         if plan.saves:
-            rows = x.detach().reshape(-1, x.shape[-1])  # (T, K)
+            rows = backend.computed_input(x).detach().reshape(-1, x.shape[-1])  # (T, K)
             kept.append((plan.new, _columns(rows, plan.new, backend).to(dtype)))
         pieces[:] = [_Piece(there, weakref.ref(columns)) for there, columns in kept]
         return [columns for _, columns in kept], plan.parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -86,6 +87,29 @@ def check_group_sizes(model: nn.Module, backends: Mapping[str, ScaleBackend]) ->
                 )
 
 
+def check_gradient_paths(model: nn.Module, backends: Mapping[str, ScaleBackend], config: SGRQConfig) -> None:
+    """Refuses to train around layers that lose the gradient of their input: those before them would learn nothing.
+
+    Raises:
+        ValueError: If a layer that quantizes its activations has no adapter; the sentence names it.
+    """
+    if config.inference_mode:
+        return
+    for name, layer in named_base_layers(model):
+        if name in backends or not is_quantized(layer):
+            continue
+        try:
+            lost = resolve_backend(layer, config.group_size).drops_input_gradient
+        except ValueError:
+            continue
+        if lost:
+            raise ValueError(
+                f"Layer {name!r} quantizes its activations and is not targeted, so training would lose the gradient "
+                "there without a word, expected every such layer to have an adapter, which passes it on; use "
+                "target_modules=None, or a `ratio` that makes the adapter small. The model was not changed."
+            )
+
+
 def supported_layers(model: nn.Module, config: SGRQConfig) -> set[str]:
     """The names `target_modules=None` stands for: all quantized layers, or all dense ones but the output head.
 
@@ -107,11 +131,29 @@ def supported_layers(model: nn.Module, config: SGRQConfig) -> set[str]:
         }
     if not names:
         raise ValueError(
-            "The model has no layer whose scales could be trained: found neither bitsandbytes layers nor nn.Linear or "
-            f"Conv1D (layers_to_transform={config.layers_to_transform}), expected at least one; quantize it with a "
-            "BitsAndBytesConfig, or name its layers in `target_modules`."
+            "The model has no layer whose scales could be trained: found neither a quantized layer of a supported "
+            f"format nor nn.Linear or Conv1D (layers_to_transform={config.layers_to_transform}), expected one; "
+            "quantize it, e.g. with a BitsAndBytesConfig, or name its layers in `target_modules`."
         )
     return names
+
+
+def warn_of_fused_experts(model: nn.Module) -> None:
+    """Says which experts of a mixture are left alone because one 3-D parameter holds them all."""
+    found = {
+        f"{name}.{key}".lstrip("."): tuple(parameter.shape)
+        for name, module in model.named_modules()
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and "expert" in f"{name}.{key}.{type(module).__name__}".lower()
+    }
+    if not found:
+        return
+    name, shape = next(iter(found.items()))
+    warnings.warn(
+        f"{len(found)} parameters with fused experts are left as they are (the first: {name!r}, shape {shape}): SGRQ "
+        "tunes the scales of linear layers, and these are 3-D parameters that no linear layer owns. Other layers are "
+        "tuned; experts that are linear layers of their own would be, too."
+    )
 
 
 def _is_within(name: str, module: str) -> bool:
@@ -123,12 +165,12 @@ def _end(name: str) -> str:
 
 
 def check_modules_to_save(model: nn.Module, config: SGRQConfig) -> None:
-    """Refuses a quantized module in `modules_to_save`, which bitsandbytes could not train."""
+    """Refuses a quantized module in `modules_to_save`, which cannot be trained whole."""
     for wanted in config.modules_to_save or ():
         for name, module in model.named_modules():
             if (name == wanted or name.endswith("." + wanted)) and any(map(is_quantized, module.modules())):
                 raise ValueError(
                     f"`modules_to_save` names {name!r}, which is quantized and cannot be trained whole, expected a "
                     "module in floating point; leave it out (its scales are trained if it is in `target_modules`), or "
-                    "keep it from being quantized with `llm_int8_skip_modules`."
+                    "keep it from being quantized (`llm_int8_skip_modules` in bitsandbytes)."
                 )

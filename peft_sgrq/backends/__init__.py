@@ -10,13 +10,31 @@ from peft_sgrq.backends.bnb_int8 import BnbInt8Backend
 from peft_sgrq.backends.compressed_tensors import CompressedTensorsBackend
 from peft_sgrq.backends.dense import DenseBackend
 from peft_sgrq.backends.fp8_blocks import Fp8BlocksBackend
+from peft_sgrq.backends.hqq import HQQBackend
+from peft_sgrq.backends.quanto import QuantoBackend
+from peft_sgrq.backends.torchao import TorchaoPlainBackend
+from peft_sgrq.backends.torchao_int4 import TorchaoInt4Backend, TorchaoInt4PlainBackend
+from peft_sgrq.backends.torchao_nvfp4 import TorchaoNVFP4Backend
+from peft_sgrq.backends.torchao_refused import TorchaoRefusedBackend
 
 SUPPORTED_LAYERS = (
-    "torch.nn.Linear, transformers' Conv1D, bitsandbytes.nn.Linear4bit and bitsandbytes.nn.Linear8bitLt, "
-    "compressed-tensors' layers and fine-grained fp8"
+    "torch.nn.Linear (dense, or with a torchao weight), transformers' Conv1D, bitsandbytes' Linear4bit and "
+    "Linear8bitLt, HQQLinear, quanto's QLinear, compressed-tensors' layers and fine-grained fp8"
 )
 
-_QUANTIZED = (Bnb4bitBackend, BnbInt8Backend, CompressedTensorsBackend, Fp8BlocksBackend)
+_QUANTIZED: tuple[type[ScaleBackend], ...] = (  # the first that matches is taken
+    Bnb4bitBackend,
+    BnbInt8Backend,
+    CompressedTensorsBackend,
+    Fp8BlocksBackend,
+    TorchaoPlainBackend,
+    TorchaoInt4Backend,
+    TorchaoInt4PlainBackend,
+    TorchaoNVFP4Backend,
+    TorchaoRefusedBackend,
+    HQQBackend,
+    QuantoBackend,
+)
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -24,12 +24,19 @@ class ScaleBackend(ScaleMatrix):
     Attributes:
         module (`nn.Module`): The wrapped layer.
         in_parts (`bool`): Whether rows of the codes and columns of the weight can be made without making all of them.
+        saved_by (`str` or `None`): What saves a model of this format, where `save_pretrained` does not.
     """
 
     in_parts: ClassVar[bool] = False
+    saved_by: str | None = None
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+
+    @staticmethod
+    @abstractmethod
+    def matches(module: nn.Module) -> bool:
+        """Whether a module is a layer of this format. Imports nothing: a library not imported has no layers."""
 
     def select_columns(self, x: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
         """Columns of the selected groups, `[..., K]` -> `[T, n * group_size]`; a partial group is padded by zeros."""
@@ -37,12 +44,19 @@ class ScaleBackend(ScaleMatrix):
         return gather_groups(x, groups, self.scales_shape[1], self.group_size)
 
     def reduce_rows(self, sums: torch.Tensor) -> torch.Tensor:
-        """Adds up the rows that share a scale, `[N, n]` -> `[rows, n]`; the sums themselves where none do."""
+        """Adds up the rows that share a scale, `[N, n]` -> `[rows, n]`; the sums themselves where none do.
+
+        The map `r(o)` of the format, as far as gradients need it.
+        """
         if self.rows_per_scale == 1:
             return sums
         rows = self.scales_shape[0]
         padded = F.pad(sums, (0, 0, 0, rows * self.rows_per_scale - sums.shape[0]))
         return padded.view(rows, self.rows_per_scale, -1).sum(1)
+
+    def computed_input(self, x: torch.Tensor) -> torch.Tensor:
+        """The input the product is made with: a format that quantizes activations rounds it, others leave it alone."""
+        return x
 
     # numbers
 
@@ -58,7 +72,7 @@ class ScaleBackend(ScaleMatrix):
 
     @abstractmethod
     def sources(self) -> list[torch.Tensor]:
-        """The stored tensors that the weight is made of, so that a change of them can be seen."""
+        """The stored tensors that `prepare` and `bind` make something of, so that a change of them can be seen."""
 
     @abstractmethod
     def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -93,6 +107,11 @@ class ScaleBackend(ScaleMatrix):
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
         """Makes of float32 scales `[rows, groups]` what the kernel of `linear` takes; inference does it once."""
         return scales
+
+    @property
+    def drops_input_gradient(self) -> bool:
+        """Whether the module's own forward pass, without an adapter, loses the gradient of its input."""
+        return False
 
     @abstractmethod
     def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
@@ -143,6 +162,21 @@ class ScaleBackend(ScaleMatrix):
     @abstractmethod
     def quantization(self) -> dict[str, Any] | None:
         """How a base of this format is loaded: `quant_method` and other fields of its config; `None` if dense."""
+
+
+def rescaled_offset(offset: torch.Tensor, scales: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    """What becomes of a stored offset, which is zero point times scale, when the scale changes.
+
+    In `W = q * S + offset` the offset belongs to the scale: only if both change alike is `W'` the weight times
+    `1 + delta`, with the zero point where it was, as in all other formats. Where the scale is the same, so is the
+    offset, bit for bit.
+
+    Args:
+        offset (`torch.Tensor`): Stored offsets, float32.
+        scales (`torch.Tensor`): The new scales, same shape.
+        original (`torch.Tensor`): The stored scales, same shape.
+    """
+    return torch.where(original == 0, offset, offset * (scales / original))
 
 
 def gather_groups(values: torch.Tensor, groups: torch.Tensor | None, count: int, size: int) -> torch.Tensor:

@@ -1,0 +1,41 @@
+"""How a base of each format is loaded, as Python code for error messages and model cards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from peft_sgrq.backends import bnb_4bit, hqq, quanto, torchao
+
+Load = Callable[..., str]  # renders `from_pretrained(...)` with further arguments
+
+_CODE: dict[str, Callable[[Load, Mapping[str, Any]], str]] = {
+    "bitsandbytes": bnb_4bit.loading_code,
+    "hqq": hqq.loading_code,
+    "quanto": quanto.loading_code,
+    "torchao": torchao.loading_code,
+}
+_NAMES = {"bnb": "bitsandbytes", "ct": "compressed-tensors", "hqq": "HQQ"}  # by the first word of a format's name
+
+
+def loading_expression(load: Load, quantization: Mapping[str, Any] | None) -> str:
+    """The Python code that loads a base and quantizes it as recorded.
+
+    Args:
+        load (`Callable`): Renders `from_pretrained(...)` with the arguments given as strings.
+        quantization (`Mapping`): What `ScaleBackend.quantization` and the config of the model said.
+    """
+    code = _CODE.get(str((quantization or {}).get("quant_method")))
+    if quantization is None or quantization.get("pre_quantized") or code is None:
+        return load()
+    return code(load, quantization)
+
+
+def spoken(name: str) -> str:
+    """A format's name, as it stands in fingerprints, for a sentence."""
+    kind, _, rest = name.partition("-")
+    if kind == "dense":
+        return f"not quantized (dense, group size {rest})"
+    if kind == "fp8":
+        return f"in fine-grained fp8 ({rest}; `peft_sgrq.restore_codes(model)` where transformers dequantized it)"
+    return f"quantized with {_NAMES.get(kind, kind)} ({rest})"

@@ -1,0 +1,50 @@
+"""transformers' Trainer refuses quantized models it calls untrainable, even when all that is trained is an adapter.
+
+`transformers.trainer_utils.validate_quantization_for_training` asks the quantizer (`HfQuantizer.is_trainable`) and
+does not look at the adapter: torchao's int4, intx and NVFP4, AutoRound and others are refused with "... do not support
+training". For torchao the answer is a match on the name of the config (`TorchAoHfQuantizer.is_trainable`).
+`tests/test_upstream_formats.py::test_transformers_still_refuses_to_train_adapters_on_torchao_intx` fails once this is
+not needed any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+@contextmanager
+def allow_quantized_training(model: nn.Module) -> Iterator[None]:
+    """While this is open a Trainer can be made for a quantized model that transformers calls untrainable.
+
+    The check is in the constructor of Trainer, so training itself may run outside. Afterwards the model answers as
+    before. transformers still refuses a quantized model without an adapter.
+
+    Args:
+        model (`nn.Module`): The quantized model, or the PEFT model around it.
+
+    Raises:
+        ValueError: If transformers did not quantize the model: then it does not refuse it either.
+
+    Example:
+        ```py
+        >>> with allow_quantized_training(model):
+        ...     trainer = SFTTrainer(model, peft_config=SGRQConfig(task_type="CAUSAL_LM"), ...)
+        >>> trainer.train()
+        ```
+    """
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        raise ValueError(
+            f"The model ({type(model).__name__}) has no `hf_quantizer`, expected one that transformers quantized; "
+            "Trainer takes this model as it is."
+        )
+    cls = type(quantizer)
+    quantizer.__class__ = type(cls.__name__, (cls,), {"is_trainable": True, "__module__": cls.__module__})
+    try:
+        yield
+    finally:
+        quantizer.__class__ = cls

@@ -1,0 +1,315 @@
+"""What must hold in every quantized format, on single layers and on a whole model that goes through a file.
+
+The formats are those of `formats.py`; one whose library is not installed is skipped by its name.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bases import logits, save_small_llama, train_steps
+from formats import FORMATS, Format
+from fresh import run_where_not_installed
+from layers import delta_of, relative_error, the_layer
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from peft_sgrq import SGRQConfig
+from peft_sgrq.backends import is_quantized
+
+ROWS, COLUMNS = 128, 256
+LAYER_FORMATS = [format for format in FORMATS if format.layer is not None]
+by_name = functools.partial(pytest.mark.parametrize, "format", ids=lambda format: format.name)
+
+# Tensors that a merge may change: scales, and offsets that are zero point times scale.
+SCALES = {"scale", "_scale", "absmax", "scale_and_zero", "_scale_shift", "_shift"}
+
+
+# single layers
+
+
+def quantized(format: Format, bias: bool = False) -> nn.Module:
+    """A quantized layer with random weights, in float32 where the format allows it."""
+    format.require()
+    torch.manual_seed(0)
+    dense = nn.Linear(COLUMNS, ROWS, bias=bias, dtype=layer_dtype(format))
+    return format.layer(dense).requires_grad_(False)
+
+
+def layer_dtype(format: Format) -> torch.dtype:
+    return torch.bfloat16 if format.name in ("torchao-int4-cpu", "quanto-int4-tinygemm") else torch.float32
+
+
+def adapted(layer: nn.Module, **config: Any) -> PeftModel:
+    settings = {"target_modules": ["0"], "ratio": 0.5, "init_weights": False, **config}
+    return get_peft_model(nn.Sequential(layer), SGRQConfig(**settings)).eval()
+
+
+@by_name(LAYER_FORMATS)
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_layers_are_found_and_keep_their_bits_at_zero_change(format, bias):
+    layer, x = quantized(format, bias), torch.randn(5, COLUMNS, dtype=layer_dtype(format))
+    assert is_quantized(layer)
+    expected = layer(x)
+    model = adapted(layer, target_modules=None, init_weights=True)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(model(x[:1]), layer(x[:1]))
+
+
+@by_name(LAYER_FORMATS)
+def test_a_merged_layer_gives_the_bits_of_the_unmerged_one(format):
+    model, x = adapted(quantized(format, bias=True)), torch.randn(5, COLUMNS, dtype=layer_dtype(format))
+    base = the_layer(model).base_layer(x)
+    unmerged, trained = model(x), model.train()(x).detach()
+    assert torch.equal(unmerged, trained) and not torch.equal(unmerged, base)
+    model.merge_adapter()
+    assert torch.equal(model(x), unmerged)
+    model.unmerge_adapter()
+    assert torch.equal(the_layer(model).base_layer(x), base)
+
+
+@by_name(LAYER_FORMATS)
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_gradients_equal_those_of_the_librarys_own_weight(format, ratio, bias):
+    layer, dtype = quantized(format, bias), layer_dtype(format)
+    weight = format.weight(layer).double()
+    model = adapted(layer, ratio=ratio).train()
+    x = torch.randn(7, COLUMNS, dtype=dtype, requires_grad=True)
+    y = model(x)
+    dy = torch.randn_like(y)
+    (y * dy).sum().backward()
+
+    # W' is what the library makes of the merged layer; dL/ddelta is the sum of W * (dy^T x) over what shares a scale.
+    sgrq = the_layer(model)
+    sgrq.merge()
+    merged = format.weight(sgrq.base_layer).double()
+    computed = (x.detach() if format.rounded_input is None else format.rounded_input(layer, x.detach())).double()
+    expected = computed @ merged.T + (0 if layer.bias is None else layer.bias.double())
+    rows, groups = format.maps(ROWS, COLUMNS)
+    terms = weight * (dy.double().T @ computed)
+    sums = torch.zeros(int(rows.max()) + 1, COLUMNS, dtype=torch.float64).index_add(0, rows, terms)
+    sums = torch.zeros(len(sums), int(groups.max()) + 1, dtype=torch.float64).index_add(1, groups, sums)
+    delta, dim = sgrq.sgrq_delta["default"], sgrq.backend.selected_dim
+
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2  # of bfloat16: 2^-8, and sums of such terms
+    assert relative_error(y.detach(), expected) < tolerance
+    assert relative_error(x.grad, dy.double() @ merged) < tolerance
+    assert relative_error(delta.weight.grad, sums.index_select(dim, delta.groups)) < tolerance
+
+
+@by_name(LAYER_FORMATS)
+def test_a_merge_changes_the_selected_scales_alone_and_unmerging_puts_the_tensors_back(format):
+    layer = quantized(format)
+    weight = format.weight(layer)
+    model = adapted(layer)
+    sgrq = the_layer(model)
+    before = sgrq.backend.sources()
+    values = [tensor.clone() for tensor in before]
+    sgrq.merge()
+    assert not any(torch.equal(*pair) for pair in zip(sgrq.backend.sources()[:1], values[:1], strict=True))
+    rows, groups = format.maps(ROWS, COLUMNS)
+    selected = torch.zeros(sgrq.backend.selectable, dtype=torch.bool)
+    selected[sgrq.sgrq_delta["default"].groups] = True
+    untouched = ~(selected[rows].unsqueeze(1) if sgrq.backend.granularity == "row" else selected[groups])
+    untouched = untouched.expand(ROWS, COLUMNS)
+    assert torch.equal(format.weight(layer)[untouched], weight[untouched])
+    sgrq.unmerge()
+    after = sgrq.backend.sources()
+    assert all(old is new for old, new in zip(before, after, strict=True)) or format.name == "bnb-nf4"
+    assert all(torch.equal(old, new) for old, new in zip(values, after, strict=True))
+    assert torch.equal(format.weight(layer), weight)
+
+
+@by_name(LAYER_FORMATS)
+def test_rounding_is_in_the_forward_pass_and_not_in_the_gradient(format):
+    layer = quantized(format)
+    model = adapted(layer, init_weights=True, ratio=1.0).train()
+    backend, delta = the_layer(model).backend, delta_of(model)
+    if backend.storage_dtype == torch.float32:
+        scales = backend.scales() * 1.2345
+        assert torch.equal(backend.round_to_storage(scales), scales)
+        return
+    x = torch.randn(5, COLUMNS, dtype=layer_dtype(format))
+    base = layer(x)
+    with torch.no_grad():
+        delta.fill_(1e-4)  # far below half a step of bfloat16 or e4m3
+    y = model(x)
+    y.float().square().sum().backward()
+    assert torch.equal(y, base)
+    assert delta.grad.abs().max() > 0
+
+
+# whole models
+
+
+@dataclass
+class Run:
+    """What came out of training one format on the small model, merging it and saving it."""
+
+    losses: list[float]
+    base: torch.Tensor
+    base_at_zero: torch.Tensor
+    unmerged: torch.Tensor
+    merged: torch.Tensor
+    unmerged_again: torch.Tensor
+    loaded: torch.Tensor
+    merged_and_unloaded: torch.Tensor
+    tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    refusal: str = ""
+
+
+def flat_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all tensors of a state dict, tensor subclasses taken apart."""
+    found: dict[str, torch.Tensor] = {}
+
+    def add(name: str, tensor: torch.Tensor) -> None:
+        if hasattr(tensor, "__tensor_flatten__"):
+            for part in tensor.__tensor_flatten__()[0]:
+                add(f"{name}.{part}", getattr(tensor, part))
+        else:
+            found[name] = tensor.detach().clone()
+
+    for name, value in model.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            add(name, value)
+    return found
+
+
+def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(
+        one.reshape(-1).contiguous().view(torch.uint8), other.reshape(-1).contiguous().view(torch.uint8)
+    )
+
+
+def same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(same_bytes(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def small_dir(tmp_path_factory) -> Path:
+    return save_small_llama(tmp_path_factory.mktemp("small"))
+
+
+def run(format: Format, directory: Path, scratch: Path) -> Run:
+    ids = torch.randint(3, 256, (2, 16), generator=torch.Generator().manual_seed(1))
+    model = format.load(directory, format.dtype).eval()
+    base, tensors = logits(model, ids), {"base": flat_state(model)}
+    model = get_peft_model(model, SGRQConfig(ratio=0.5, task_type="CAUSAL_LM")).eval()
+    at_zero = logits(model, ids)
+    losses = train_steps(model, ids, steps=20)
+    unmerged = logits(model.eval(), ids)
+    model.merge_adapter()
+    merged = logits(model, ids)
+    model.unmerge_adapter()
+    unmerged_again = logits(model, ids)
+    model.save_pretrained(scratch / "adapter" / format.name)
+    plain = model.unload()
+    tensors["unloaded"] = flat_state(plain)
+    model = PeftModel.from_pretrained(plain, scratch / "adapter" / format.name).eval()
+    loaded = logits(model, ids)
+    plain = model.merge_and_unload()
+    tensors["merged"] = flat_state(plain)
+    refusal = ""
+    try:  # the adapter on what has it merged already
+        PeftModel.from_pretrained(plain, scratch / "adapter" / format.name)
+    except ValueError as error:
+        refusal = str(error)
+    if format.save is not None:
+        (scratch / "merged" / format.name).mkdir(parents=True)
+        format.save(plain, scratch / "merged" / format.name)
+    return Run(losses, base, at_zero, unmerged, merged, unmerged_again, loaded, logits(plain, ids), tensors, refusal)
+
+
+_RELOAD = """
+import json, sys, traceback
+import importlib.util, torch
+assert importlib.util.find_spec("peft_sgrq") is None
+target, plan = sys.argv[1:]
+plan = json.load(open(plan))
+ids = torch.randint(3, 256, (2, 16), generator=torch.Generator().manual_seed(1))
+found = {}
+for name, (code, directory) in plan.items():
+    try:
+        names = {"directory": directory, "torch": torch}
+        exec(code, names)
+        with torch.no_grad():
+            found[name] = names["model"].eval()(input_ids=ids).logits
+    except Exception:
+        found[name] = traceback.format_exc()
+torch.save(found, target)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(request, small_dir, tmp_path_factory) -> tuple[dict[str, Run], dict[str, Any]]:
+    """For each format that a selected test asks for: the run, and the logits of its saved model loaded elsewhere."""
+    from importlib.util import find_spec
+
+    items = [item for item in request.session.items if "runs" in getattr(item, "fixturenames", ())]
+    wanted = {item.callspec.params["format"].name: item.callspec.params["format"] for item in items}
+    wanted = {name: format for name, format in wanted.items() if find_spec(format.library) is not None}
+    scratch = tmp_path_factory.mktemp("formats")
+    found = {name: run(format, small_dir, scratch) for name, format in wanted.items()}
+    plan = {name: (format.reload, str(scratch / "merged" / name)) for name, format in wanted.items() if format.save}
+    (scratch / "plan.json").write_text(json.dumps(plan))
+    run_where_not_installed(_RELOAD, scratch, str(scratch / "reloaded.pt"), str(scratch / "plan.json"))
+    return found, torch.load(scratch / "reloaded.pt")
+
+
+def run_of(format: Format, runs: tuple[dict[str, Run], dict[str, Any]]) -> Run:
+    format.require()
+    return runs[0][format.name]
+
+
+@by_name(FORMATS)
+def test_training_starts_at_the_base_and_learns(format, runs):
+    found = run_of(format, runs)
+    assert torch.equal(found.base_at_zero, found.base)
+    assert found.losses[-1] < found.losses[0] - 0.1
+
+
+@by_name(FORMATS)
+def test_the_merged_model_gives_the_bits_of_the_unmerged_one(format, runs):
+    found = run_of(format, runs)
+    assert not torch.allclose(found.unmerged, found.base, atol=0.1)
+    assert torch.equal(found.merged, found.unmerged)
+    assert torch.equal(found.loaded, found.unmerged)
+    assert torch.equal(found.merged_and_unloaded, found.unmerged)
+
+
+@by_name(FORMATS)
+def test_merging_changes_scales_and_nothing_else(format, runs):
+    found = run_of(format, runs)
+    base, merged = found.tensors["base"], found.tensors["merged"]
+    assert base.keys() == merged.keys()
+    changed = {name for name in base if not same_bytes(base[name], merged[name])}
+    assert changed and {name.rpartition(".")[2] for name in changed} <= SCALES
+
+
+@by_name(FORMATS)
+def test_unmerging_restores_the_model(format, runs):
+    found = run_of(format, runs)
+    assert torch.equal(found.unmerged_again, found.unmerged)
+    assert same_state(found.tensors["unloaded"], found.tensors["base"])
+
+
+@by_name(FORMATS)
+def test_an_adapter_is_refused_on_what_has_it_merged(format, runs):
+    found = run_of(format, runs)
+    assert "has the codes but not the scales" in found.refusal
+    assert "from_pretrained(" in found.refusal
+
+
+@by_name([format for format in FORMATS if format.save is not None])
+def test_the_merged_file_gives_the_same_bits_where_peft_sgrq_is_not_installed(format, runs):
+    found = run_of(format, runs)
+    reloaded = runs[1][format.name]
+    assert isinstance(reloaded, torch.Tensor), reloaded
+    assert torch.equal(reloaded, found.unmerged)
