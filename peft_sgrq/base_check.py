@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.utils.peft_types import TaskType
 from torch import nn
 
-from peft_sgrq.backends import ScaleBackend
+from peft_sgrq.backends import ScaleBackend, autoround, awq, gptq
 
 if TYPE_CHECKING:
     from peft_sgrq.config import SGRQConfig
@@ -25,6 +25,14 @@ _LOADING_FIELDS = (
     "llm_int8_threshold",
     "llm_int8_skip_modules",
 )
+
+# Formats whose kernel is chosen at loading, so that a quantized checkpoint, too, needs an argument.
+_KERNEL_CODE: dict[str, Callable[[Callable[..., str], Mapping[str, Any]], str]] = {
+    "gptq": gptq.loading_code,
+    "awq": awq.loading_code,
+    "auto-round": autoround.loading_code,
+}
+_SPOKEN = {"bnb": "bitsandbytes", "gptq": "GPTQ", "awq": "AWQ", "autoround": "AutoRound"}
 
 _AUTO_CLASSES: dict[str, str] = {
     TaskType.CAUSAL_LM: "AutoModelForCausalLM",
@@ -59,15 +67,20 @@ def describe_quantization(model: nn.Module, backends: Mapping[str, ScaleBackend]
 
 def loading_code(config: SGRQConfig) -> str:
     """The Python expression that loads the base an adapter was trained on."""
-    arguments = [repr(config.base_model_name_or_path or "the base model")]
+    fields = [repr(config.base_model_name_or_path or "the base model")]
     quantization = config.base_quantization or {}
     if quantization.get("dtype"):
-        arguments.append(f"dtype={quantization['dtype']!r}")
+        fields.append(f"dtype={quantization['dtype']!r}")
+
+    def load(*more: str) -> str:
+        arguments = [*fields, *more, *([f"revision={config.revision!r}"] if config.revision else [])]
+        return f"{auto_class(config)}.from_pretrained({', '.join(arguments)})"
+
+    if quantization.get("quant_method") in _KERNEL_CODE:
+        return _KERNEL_CODE[quantization["quant_method"]](load, quantization)
     if quantization and not quantization.get("pre_quantized"):
-        arguments.append(f"quantization_config={quantization_code(quantization)}")
-    if config.revision:
-        arguments.append(f"revision={config.revision!r}")
-    return f"{auto_class(config)}.from_pretrained({', '.join(arguments)})"
+        return load(f"quantization_config={quantization_code(quantization)}")
+    return load()
 
 
 def auto_class(config: SGRQConfig) -> str:
@@ -76,7 +89,10 @@ def auto_class(config: SGRQConfig) -> str:
 
 
 def quantization_code(quantization: Mapping[str, Any]) -> str:
-    """A recorded bitsandbytes quantization config as the Python expression that makes it."""
+    """A recorded quantization config as the Python expression that makes it."""
+    if quantization.get("quant_method") in _KERNEL_CODE:
+        code = _KERNEL_CODE[quantization["quant_method"]](lambda *arguments: ", ".join(arguments), quantization)
+        return code.removeprefix("quantization_config=")
     wanted = [(key, quantization.get(key)) for key in _LOADING_FIELDS]
     if not quantization.get("load_in_8bit"):
         wanted = [(key, value) for key, value in wanted if key != "llm_int8_threshold"]
@@ -133,7 +149,7 @@ def _spoken(name: str) -> str:
     kind, _, rest = name.partition("-")
     if kind == "dense":
         return f"not quantized (dense, group size {rest})"
-    return f"quantized with bitsandbytes ({rest})"
+    return f"quantized with {_SPOKEN.get(kind, kind)} ({rest})"
 
 
 def _is_json(value: Any) -> bool:

@@ -33,7 +33,9 @@ from peft_sgrq.targets import (
     find_targets,
     supported_layers,
 )
+from peft_sgrq.upstream.awq_scale_dtype import keep_awq_scales
 from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
+from peft_sgrq.upstream.gptq_zero_points import save_zero_points_as_loaded
 from peft_sgrq.upstream.transformers_save import drop_irreversible_conversions
 
 
@@ -88,6 +90,7 @@ class SGRQModel(BaseTuner):
         backends = find_targets(model, peft_config, self._check_target_module_exists)
         check_group_sizes(model, backends)
         disable_cpu_packing(model)
+        keep_awq_scales(model)
         with _original_scales(model):  # whatever is merged into the base
             self._complete_config(peft_config, model, backends)
 
@@ -180,6 +183,7 @@ class SGRQModel(BaseTuner):
         )
         note_unnested(model, nested)
         drop_irreversible_conversions(model)
+        save_zero_points_as_loaded(model)
         return model
 
     def _check_finite(self, adapter_names: list[str] | None) -> None:

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from torch import nn
 
+from peft_sgrq.backends.autoround import AutoRoundBackend
+from peft_sgrq.backends.awq import AWQBackend
 from peft_sgrq.backends.base import ScaleBackend
 from peft_sgrq.backends.bnb_4bit import Bnb4bitBackend
 from peft_sgrq.backends.bnb_int8 import BnbInt8Backend
 from peft_sgrq.backends.dense import DenseBackend
+from peft_sgrq.backends.gptq import GPTQBackend
 
-SUPPORTED_LAYERS = "torch.nn.Linear, transformers' Conv1D, bitsandbytes.nn.Linear4bit and bitsandbytes.nn.Linear8bitLt"
+SUPPORTED_LAYERS = (
+    "torch.nn.Linear, transformers' Conv1D, bitsandbytes' Linear4bit and Linear8bitLt, the GPTQ and AWQ layers of "
+    "GPTQModel and AutoRound's QuantLinear"
+)
 
-_QUANTIZED = (Bnb4bitBackend, BnbInt8Backend)
+_QUANTIZED: tuple[type[ScaleBackend], ...] = (
+    Bnb4bitBackend,
+    BnbInt8Backend,
+    AutoRoundBackend,  # before GPTQ: some of its kernels are GPTQModel's
+    GPTQBackend,
+    AWQBackend,
+)
 
 
 def is_quantized(module: nn.Module) -> bool:

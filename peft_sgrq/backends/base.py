@@ -41,6 +41,11 @@ class ScaleBackend(ABC):
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
+    @staticmethod
+    @abstractmethod
+    def matches(module: nn.Module) -> bool:
+        """Whether a module is a layer of this format. Imports nothing: a library not imported has no layers."""
+
     # geometry
 
     @property

@@ -1,0 +1,40 @@
+"""GPTQModel 7.7 rounds the scales of an AWQ layer in place, to the dtype of whatever input comes first.
+
+`AwqTorchLinear.forward` replaces the float16 buffer by its cast to the dtype of the input. After one bfloat16 batch
+the scales have lost three bits, a model saved then differs from its checkpoint, and what an adapter computes would
+depend on whether the base ran before.
+
+The layer still computes with the cast, as it does without us; it gets its own tensors back afterwards.
+`tests/test_upstream_gptqmodel.py::test_gptqmodel_still_rounds_awq_scales_in_place` fails once this is not needed any
+more.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+_KEPT = "_sgrq_kept_tensors"
+_FIELDS = ("scales", "bias")
+
+
+def keep_awq_scales(model: nn.Module) -> None:
+    """Makes every AWQ layer of `model` keep its scales and its bias as they are."""
+    awq: Any = sys.modules.get("gptqmodel.nn_modules.qlinear.torch_awq")
+    if awq is None:
+        return
+    for module in model.modules():
+        if type(module) is awq.AwqTorchLinear and _take not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_take)
+            module.register_forward_hook(_put_back, always_call=True)
+
+
+def _take(module: nn.Module, args: Any) -> None:
+    module.__dict__[_KEPT] = {field: getattr(module, field) for field in _FIELDS}
+
+
+def _put_back(module: nn.Module, args: Any, output: Any) -> None:
+    for field, tensor in module.__dict__.pop(_KEPT, {}).items():
+        setattr(module, field, tensor)
