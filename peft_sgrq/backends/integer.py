@@ -124,7 +124,9 @@ class IntegerBackend(ScaleBackend):
         levels = self._by_group(torch.sub, self.unpack_codes(), self.unpack_zeros())
         return self._by_group(torch.mul, levels, stored).to(dtype)
 
-    def _by_group(self, operation: Callable[..., torch.Tensor], matrix: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def _by_group(
+        self, operation: Callable[..., torch.Tensor], matrix: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
         """`operation` on a matrix `[K, N]` and the values of each column's group `[groups, N]`."""
         groups = self.columns.group_of_column(matrix.device)
         if groups is not None:

@@ -31,9 +31,15 @@ def unpack(packed: torch.Tensor, bits: int, dim: int, order: Sequence[int] | Non
         return (codes.to(dtype) & mask).flatten(dim, dim + 1)
     words = packed.unflatten(dim, (-1, bits))
     word, shift = _place(torch.arange(WORD, device=packed.device), bits)
-    low = words.index_select(dim + 1, word)
-    high = words.index_select(dim + 1, (word + 1).clamp(max=bits - 1))
-    return _join(low, high, _along(shift, dim), bits).to(dtype).flatten(dim, dim + 1)
+    codes = (words.index_select(dim + 1, word) >> _along(shift, dim)).to(dtype) & mask
+    for code in range(WORD):
+        first, start = divmod(code * bits, WORD)
+        room = WORD - start  # bits of the code that are in its first word
+        if room < bits:
+            low = (words.select(dim + 1, first) >> start) & ((1 << room) - 1)
+            high = words.select(dim + 1, first + 1) << room
+            codes.select(dim + 1, code).copy_((low | high) & mask)
+    return codes.flatten(dim, dim + 1)
 
 
 def unpack_rows(packed: torch.Tensor, bits: int, rows: torch.Tensor) -> torch.Tensor:
@@ -53,7 +59,10 @@ def unpack_rows(packed: torch.Tensor, bits: int, rows: torch.Tensor) -> torch.Te
     if WORD % bits == 0:
         return (low >> shift).to(_dtype(bits)) & ((1 << bits) - 1)
     high = packed.index_select(0, (word + 1).clamp(max=packed.shape[0] - 1))
-    return _join(low, high, shift, bits).to(_dtype(bits))
+    inside = shift + bits <= WORD
+    room = torch.where(inside, bits, WORD - shift)  # bits of the code that are in its first word
+    codes = ((low >> shift) & ((1 << room) - 1)) | torch.where(inside, 0, high << room)
+    return (codes & ((1 << bits) - 1)).to(_dtype(bits))
 
 
 def _dtype(bits: int) -> torch.dtype:
@@ -67,12 +76,3 @@ def _place(codes: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _along(values: torch.Tensor, dim: int) -> torch.Tensor:
     return values.view(1, -1, 1) if dim == 0 else values.view(1, 1, -1)
-
-
-def _join(low: torch.Tensor, high: torch.Tensor, shift: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes that start at bit `shift` of `low` and may go on in `high`."""
-    inside = shift + bits <= WORD
-    room = torch.where(inside, bits, WORD - shift)  # bits of the code that are in `low`
-    start = (low >> shift) & ((1 << room) - 1)
-    rest = torch.where(inside, 0, high << room)
-    return (start | rest) & ((1 << bits) - 1)
