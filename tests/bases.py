@@ -118,6 +118,28 @@ def save_tiny_llama(directory: Path) -> Path:
     return directory
 
 
+def save_small_llama(directory: Path) -> Path:
+    """Saves a random float32 Llama wide enough for groups of 128: hidden 256, intermediate 512, 2 blocks."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
 def save_tiny_gpt2(directory: Path) -> Path:
     """Saves a random float32 GPT-2: width 64, 1 block."""
     torch.manual_seed(0)

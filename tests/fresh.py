@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 # What takes long in importing bitsandbytes and PEFT is PyTorch's compiler; that is imported before all forks.
 # With "warm", transformers is imported before the fork too: it imports neither bitsandbytes nor PEFT.
@@ -51,3 +53,28 @@ def run_fresh(pieces: dict[str, dict]) -> dict[str, str]:
     )
     assert "RESULTS" in done.stdout, done.stderr
     return json.loads(done.stdout.rpartition("RESULTS")[2])
+
+
+def run_where_not_installed(code: str, scratch: Path, *arguments: str) -> None:
+    """Runs code in an interpreter that has all packages but peft_sgrq; raises with its error output if it fails.
+
+    Args:
+        code (`str`): The code; `sys.argv[1:]` holds the arguments.
+        scratch (`Path`): A directory to work in.
+        arguments (`str`): For the code.
+    """
+    site = scratch / "site-packages"
+    site.mkdir()
+    for place in [Path(path) for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]:
+        for entry in place.iterdir():
+            if "peft_sgrq" not in entry.name and not (site / entry.name).exists():
+                (site / entry.name).symlink_to(entry)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": str(site)},
+        cwd=scratch,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

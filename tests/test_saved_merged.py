@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 from bases import BASES, DENSE, NF4, Base, logits
+from fresh import run_where_not_installed
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -37,23 +34,10 @@ torch.save(found, target)
 
 def logits_where_not_installed(directories: list[Path], ids: torch.Tensor, scratch: Path) -> dict[str, torch.Tensor]:
     """Logits of saved models, computed by an interpreter that has all packages but peft_sgrq."""
-    site = scratch / "site-packages"
-    site.mkdir()
-    for place in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
-        for entry in Path(place).iterdir():
-            if "peft_sgrq" not in entry.name and not (site / entry.name).exists():
-                (site / entry.name).symlink_to(entry)
     torch.save(ids, scratch / "ids.pt")
-    arguments = [str(scratch / "logits.pt"), str(scratch / "ids.pt"), *map(str, directories)]
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", _PLAIN, *arguments],
-        env={**os.environ, "PYTHONPATH": str(site)},
-        cwd=scratch,
-        capture_output=True,
-        text=True,
-        timeout=300,
+    run_where_not_installed(
+        _PLAIN, scratch, str(scratch / "logits.pt"), str(scratch / "ids.pt"), *map(str, directories)
     )
-    assert done.returncode == 0, done.stderr
     return torch.load(scratch / "logits.pt")
 
 
