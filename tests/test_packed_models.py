@@ -59,9 +59,10 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def run(checkpoint: Checkpoint, directory: Path, scratch: Path) -> Run:
     found: dict[str, torch.Tensor] = {}
+    found["base"] = logits(checkpoint.load(directory), IDS)
+    # Not the model that has run: GPTQModel rounds AWQ's scales when it does (see upstream/awq_scale_dtype.py).
     model = checkpoint.load(directory)
     states = {"base": copied_state(model)}
-    found["base"] = logits(model, IDS)
     model = get_peft_model(model, SGRQConfig(ratio=0.5, task_type="CAUSAL_LM")).eval()
     found["zero"] = logits(model, IDS)
     losses = train_steps(model, IDS, steps=20)
@@ -75,10 +76,10 @@ def run(checkpoint: Checkpoint, directory: Path, scratch: Path) -> Run:
     model.save_pretrained(scratch / "adapter")
     code = loading_code(model.peft_config["default"])
     plain = model.unload()
+    states["unloaded"] = copied_state(plain)
     found["unloaded"] = logits(plain, IDS)
     model = PeftModel.from_pretrained(checkpoint.load(directory), scratch / "adapter").eval()
     found["loaded"] = logits(model, IDS)
-    states["untrained"] = copied_state(checkpoint.load(directory))
     plain = model.merge_and_unload()
     found["plain"] = logits(plain, IDS)
     plain.save_pretrained(scratch / "merged")
@@ -161,8 +162,12 @@ def test_the_merged_file_gives_the_same_bits_where_peft_sgrq_is_not_installed(ch
 @by_name()
 def test_undoing_gives_the_base_back(checkpoint, found):
     check_equal(found, "base", "disabled", "unloaded")
-    # Running the base and an adapter on it has changed no tensor of it.
-    assert same(found.states["base"], found.states["untrained"])
+    # But for the zero points of an unloaded model, which are those of the file (see upstream/gptq_zero_points.py).
+    names = [name for name in found.states["base"] if not name.endswith("qzeros")]
+    base, unloaded = (
+        {name: state[name] for name in names} for state in (found.states["base"], found.states["unloaded"])
+    )
+    assert same(unloaded, base)
 
 
 @by_name()
