@@ -57,6 +57,10 @@ def describe_quantization(model: nn.Module, backends: Mapping[str, ScaleBackend]
     if own is not None:
         fields = own if isinstance(own, dict) else own.to_dict()
         found |= {key: value for key, value in fields.items() if _is_json(value) and key != "quant_method"}
+        # The layers tell the packing; the method, where it is another, is what the checkpoint is loaded by.
+        method = getattr(fields.get("quant_method"), "value", fields.get("quant_method"))
+        if method in _KERNEL_CODE:
+            found["quant_method"] = method
     dtype = getattr(model, "dtype", None)
     if isinstance(dtype, torch.dtype):
         found["dtype"] = str(dtype).removeprefix("torch.")

@@ -7,7 +7,6 @@ transformers, which is nothing for the process of the tests.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -161,7 +160,6 @@ def make(checkpoints: list[Checkpoint], base: Path, scratch: Path) -> dict[str, 
         (scratch / f"{library}.json").write_text(json.dumps(plan))
         done = subprocess.run(
             [sys.executable, "-c", code, str(scratch / f"{library}.json")],
-            env={**os.environ, "GPTQMODEL_CPU_WORKERS": "2"},
             cwd=scratch,
             capture_output=True,
             text=True,

@@ -6,7 +6,6 @@ backends with something other than themselves.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-
-os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with fewer than four cores it does not load a model otherwise
 
 LIBRARY = {"gptq": "gptqmodel", "awq": "gptqmodel", "autoround": "auto_round", "autoround-zp": "auto_round"}
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the code that is in each nibble of a word, from the low one on

@@ -427,3 +427,23 @@ def test_scales_of_another_shape_are_refused():
     made = packed_layer("gptq")
     made.layer.scales = made.layer.scales[:2]
     assert "its scales have shape (2, 64), expected (groups, out_features) = (4, 64)" in refused(made.layer)
+
+
+# torch.compile: fullgraph=True raises at a graph break.
+
+
+@pytest.mark.parametrize(
+    "variant", ["gptq-4bit", "gptq-3bit", "gptq-ragged-act-order", "awq-4bit", "autoround-zp-4bit"]
+)
+def test_compiled_training_has_no_graph_breaks_and_the_same_bits(made, variant):
+    model = adapted(made.layer).train()
+    torch._dynamo.reset()
+    call = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = []
+    for each_call in (model, call):
+        model.zero_grad()
+        x = torch.linspace(-1, 1, 5 * len(made.groups)).view(5, -1).bfloat16().requires_grad_()
+        y = each_call(x)
+        y.float().square().sum().backward()
+        found.append((y.detach(), x.grad, delta_of(model).grad.clone()))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

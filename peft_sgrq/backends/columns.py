@@ -16,7 +16,7 @@ class ColumnGroups:
     def __init__(self, in_features: int, group_size: int) -> None:
         self.in_features, self.group_size = in_features, group_size
         self.count = -(-in_features // group_size)
-        self._source: tuple[torch.Tensor, int] | None = None
+        self._source: tuple[torch.Tensor, int, torch.device] | None = None
         self._groups: torch.Tensor | None = None  # the group of each column, int64 (K,); None if consecutive
         self._table: torch.Tensor | None = None  # the columns of each group, int64 (G, g), padded by K
 
@@ -30,8 +30,12 @@ class ColumnGroups:
         """Whether some group has fewer than `g` columns."""
         return self.count * self.group_size != self.in_features
 
-    def update(self, index: torch.Tensor | None) -> None:
+    def update(self, index: torch.Tensor | None, device: torch.device) -> None:
         """Takes over an index (the group of each column, integer `[K]`); `None` means consecutive groups.
+
+        Args:
+            index (`torch.Tensor` or `None`): The index.
+            device (`torch.device`): Where the maps are wanted.
 
         Raises:
             ValueError: If a group has more than `g` columns, or one outside of the scales.
@@ -40,13 +44,13 @@ class ColumnGroups:
             self._source = self._groups = self._table = None
             return
         version = 0 if index.is_inference() else index._version
-        if self._source is not None and self._source[0] is index and self._source[1] == version:
+        if self._source is not None and self._source[0] is index and self._source[1:] == (version, device):
             return
         groups = index.detach().to("cpu", torch.int64)
         self._groups = self._table = None
         if not torch.equal(groups, torch.arange(self.in_features) // self.group_size):
-            self._groups, self._table = groups, self._invert(groups)
-        self._source = (index, version)
+            self._groups, self._table = groups.to(device), self._invert(groups).to(device)
+        self._source = (index, version, device)
 
     def _invert(self, groups: torch.Tensor) -> torch.Tensor:
         if groups.min() < 0 or groups.max() >= self.count:
@@ -72,14 +76,11 @@ class ColumnGroups:
             return None
         if self._groups is None:
             return torch.arange(self.in_features, device=device) // self.group_size
-        self._groups = self._groups.to(device)
-        return self._groups
+        return self._groups.to(device)
 
     def table(self, device: torch.device) -> torch.Tensor | None:
         """The columns of each group, int64 `[G, g]`, padded by `K`; `None` if groups are consecutive."""
-        if self._table is not None:
-            self._table = self._table.to(device)
-        return self._table
+        return None if self._table is None else self._table.to(device)
 
     def indices(self, device: torch.device) -> torch.Tensor:
         """The columns of each group, int64 `[G, g]`, padded by numbers from `K` on."""

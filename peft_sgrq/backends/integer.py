@@ -55,7 +55,8 @@ class IntegerBackend(ScaleBackend):
     @property
     def columns(self) -> ColumnGroups:
         """Which columns belong to which group, as the module says now."""
-        self._columns.update(self._index)
+        if not torch.compiler.is_compiling():  # which has seen them before
+            self._columns.update(self._index, self.device)
         return self._columns
 
     def select_columns(self, x: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:

@@ -38,8 +38,8 @@ def keep_awq_scales(model: nn.Module) -> None:
             module.register_forward_hook(_put_back, always_call=True)
     if rounded:
         logger.warning(
-            "GPTQModel has rounded the scales of %d AWQ layers (the first: %s) in place at an earlier forward pass. An "
-            "adapter trained now fits the rounded scales; to have the stored ones, load the base anew and add the "
+            "GPTQModel has rounded the scales of %d AWQ layers (the first: %s) in place at an earlier forward pass. "
+            "An adapter trained now fits the rounded scales; to have the stored ones, load the base anew and add the "
             "adapter before its first forward pass.",
             len(rounded),
             rounded[0],
