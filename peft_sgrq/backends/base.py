@@ -68,6 +68,11 @@ class ScaleBackend(ABC):
         rows, groups = self.scales_shape
         return (selected, groups) if self.granularity == "row" else (rows, selected)
 
+    @property
+    def consecutive(self) -> bool:
+        """Whether group `k` is the columns from `k * group_size` on; GPTQ's activation order assigns them freely."""
+        return True
+
     def select_columns(self, x: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
         """Columns of the selected groups, `[..., K]` -> `[T, n * group_size]`; a partial group is padded by zeros."""
         x = x.reshape(-1, x.shape[-1])  # (T, K)
