@@ -6,13 +6,25 @@ BIN := $(VENV)/bin
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 DEMO_ARGS ?=
 
-.PHONY: test lint format demo clean
+.PHONY: test lint format formats demo clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,torchao,hqq,quanto]"
 	touch $@
+
+# GPTQModel declares a newer torch than the one the tests pin and runs on that all the same; what it imports is listed.
+GPTQMODEL_IMPORTS := defuser device-smi logbar pillow protobuf pypcre requests threadpoolctl tokenicer torchao
+
+$(VENV)/formats: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel optimum $(GPTQMODEL_IMPORTS)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --no-build-isolation gptqmodel
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[autoround]"
+	touch $@
+
+# The libraries of optional formats; without them their tests are skipped.
+formats: $(VENV)/formats
 
 test: $(VENV)/installed
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -10,7 +10,7 @@ from peft.utils.peft_types import TaskType
 from torch import nn
 
 from peft_sgrq.backends import ScaleBackend
-from peft_sgrq.backends.loading import loading_expression, spoken
+from peft_sgrq.backends.loading import kernel_is_chosen, loading_expression, spoken
 
 if TYPE_CHECKING:
     from peft_sgrq.config import SGRQConfig
@@ -38,6 +38,10 @@ def describe_quantization(model: nn.Module, backends: Mapping[str, ScaleBackend]
     if own is not None:
         fields = own if isinstance(own, dict) else own.to_dict()
         found |= {key: value for key, value in fields.items() if _is_json(value) and key != "quant_method"}
+        # The layers tell the packing; the method, where it is another, is what the checkpoint is loaded by.
+        method = getattr(fields.get("quant_method"), "value", fields.get("quant_method"))
+        if kernel_is_chosen({"quant_method": method}):
+            found["quant_method"] = method
     dtype = getattr(model, "dtype", None)
     if isinstance(dtype, torch.dtype):
         found["dtype"] = str(dtype).removeprefix("torch.")

@@ -37,7 +37,9 @@ from peft_sgrq.targets import (
     supported_layers,
     warn_of_fused_experts,
 )
+from peft_sgrq.upstream.awq_scale_dtype import keep_awq_scales
 from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
+from peft_sgrq.upstream.gptq_zero_points import save_zero_points_as_loaded
 from peft_sgrq.upstream.transformers_save import drop_irreversible_conversions
 
 logger = logging.getLogger(__name__)
@@ -96,6 +98,7 @@ class SGRQModel(BaseTuner):
         check_group_sizes(model, backends)
         check_gradient_paths(model, backends, peft_config)
         disable_cpu_packing(model)
+        keep_awq_scales(model)
         with _original_scales(model):  # whatever is merged into the base
             self._complete_config(peft_config, model, backends)
         keep_compressed(model)
@@ -192,6 +195,7 @@ class SGRQModel(BaseTuner):
         for how in saved_by if merge else ():
             logger.warning("`save_pretrained` cannot save this merged model so that it loads again; use %s.", how)
         drop_irreversible_conversions(model)
+        save_zero_points_as_loaded(model)
         return model
 
     def _check_finite(self, adapter_names: list[str] | None) -> None:

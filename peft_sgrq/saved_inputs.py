@@ -92,7 +92,7 @@ class SavedInput:
         Returns:
             The saved pieces, `[T, columns]` each, and where the layer's groups are in them.
         """
-        if torch.compiler.is_compiling() or _hooks_are_active():
+        if not backend.consecutive or torch.compiler.is_compiling() or _hooks_are_active():
             columns = backend.select_columns(backend.computed_input(x), groups)
             return [columns.to(dtype)], (Part(0, None, groups, None),)
         pieces = self._pieces.setdefault((backend.name, backend.group_size, dtype), [])

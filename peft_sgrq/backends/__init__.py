@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
+from peft_sgrq.backends.autoround import AutoRoundBackend
+from peft_sgrq.backends.awq import AWQBackend
 from peft_sgrq.backends.base import ScaleBackend
 from peft_sgrq.backends.bnb_4bit import Bnb4bitBackend
 from peft_sgrq.backends.bnb_int8 import BnbInt8Backend
 from peft_sgrq.backends.compressed_tensors import CompressedTensorsBackend
 from peft_sgrq.backends.dense import DenseBackend
 from peft_sgrq.backends.fp8_blocks import Fp8BlocksBackend
+from peft_sgrq.backends.gptq import GPTQBackend
 from peft_sgrq.backends.hqq import HQQBackend
 from peft_sgrq.backends.quanto import QuantoBackend
 from peft_sgrq.backends.torchao import TorchaoPlainBackend
@@ -19,7 +22,8 @@ from peft_sgrq.backends.torchao_refused import TorchaoRefusedBackend
 
 SUPPORTED_LAYERS = (
     "torch.nn.Linear (dense, or with a torchao weight), transformers' Conv1D, bitsandbytes' Linear4bit and "
-    "Linear8bitLt, HQQLinear, quanto's QLinear, compressed-tensors' layers and fine-grained fp8"
+    "Linear8bitLt, the GPTQ and AWQ layers of GPTQModel, AutoRound's QuantLinear, HQQLinear, quanto's QLinear, "
+    "compressed-tensors' layers and fine-grained fp8"
 )
 
 _QUANTIZED: tuple[type[ScaleBackend], ...] = (  # the first that matches is taken
@@ -27,6 +31,9 @@ _QUANTIZED: tuple[type[ScaleBackend], ...] = (  # the first that matches is take
     BnbInt8Backend,
     CompressedTensorsBackend,
     Fp8BlocksBackend,
+    AutoRoundBackend,  # before GPTQ: some of its kernels are GPTQModel's
+    GPTQBackend,
+    AWQBackend,
     TorchaoPlainBackend,
     TorchaoInt4Backend,
     TorchaoInt4PlainBackend,

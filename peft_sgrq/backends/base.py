@@ -38,6 +38,11 @@ class ScaleBackend(ScaleMatrix):
     def matches(module: nn.Module) -> bool:
         """Whether a module is a layer of this format. Imports nothing: a library not imported has no layers."""
 
+    @property
+    def consecutive(self) -> bool:
+        """Whether group `k` is the columns from `k * group_size` on; GPTQ's activation order assigns them freely."""
+        return True
+
     def select_columns(self, x: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
         """Columns of the selected groups, `[..., K]` -> `[T, n * group_size]`; a partial group is padded by zeros."""
         x = x.reshape(-1, x.shape[-1])  # (T, K)

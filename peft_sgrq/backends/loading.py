@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from peft_sgrq.backends import bnb_4bit, hqq, quanto, torchao
+from peft_sgrq.backends import autoround, awq, bnb_4bit, gptq, hqq, quanto, torchao
 
 Load = Callable[..., str]  # renders `from_pretrained(...)` with further arguments
 
@@ -15,7 +15,25 @@ _CODE: dict[str, Callable[[Load, Mapping[str, Any]], str]] = {
     "quanto": quanto.loading_code,
     "torchao": torchao.loading_code,
 }
-_NAMES = {"bnb": "bitsandbytes", "ct": "compressed-tensors", "hqq": "HQQ"}  # by the first word of a format's name
+# Formats whose kernel is chosen at loading, so that a quantized checkpoint, too, needs an argument.
+_KERNEL_CODE: dict[str, Callable[[Load, Mapping[str, Any]], str]] = {
+    "auto-round": autoround.loading_code,
+    "awq": awq.loading_code,
+    "gptq": gptq.loading_code,
+}
+_NAMES = {
+    "autoround": "AutoRound",
+    "awq": "AWQ",
+    "bnb": "bitsandbytes",
+    "ct": "compressed-tensors",
+    "gptq": "GPTQ",
+    "hqq": "HQQ",
+}  # by the first word of a format's name
+
+
+def kernel_is_chosen(quantization: Mapping[str, Any]) -> bool:
+    """Whether loading a quantized checkpoint of this method needs an argument that chooses the kernel."""
+    return quantization.get("quant_method") in _KERNEL_CODE
 
 
 def loading_expression(load: Load, quantization: Mapping[str, Any] | None) -> str:
@@ -25,7 +43,10 @@ def loading_expression(load: Load, quantization: Mapping[str, Any] | None) -> st
         load (`Callable`): Renders `from_pretrained(...)` with the arguments given as strings.
         quantization (`Mapping`): What `ScaleBackend.quantization` and the config of the model said.
     """
-    code = _CODE.get(str((quantization or {}).get("quant_method")))
+    method = str((quantization or {}).get("quant_method"))
+    if quantization is not None and method in _KERNEL_CODE:
+        return _KERNEL_CODE[method](load, quantization)
+    code = _CODE.get(method)
     if quantization is None or quantization.get("pre_quantized") or code is None:
         return load()
     return code(load, quantization)

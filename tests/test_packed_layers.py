@@ -1,0 +1,449 @@
+"""GPTQ, AWQ and AutoRound on single layers: packing, gradients, merging, activation order, refusals."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layers import delta_of, relative_error, the_layer
+from packed_layers import LIBRARY, Packed, pack_along, packed_layer, require
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from peft_sgrq import SGRQConfig
+from peft_sgrq.backends import is_quantized, resolve_backend
+from peft_sgrq.backends.packing import unpack, unpack_rows
+from peft_sgrq.selection import encode_mask
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{f"{kind}-{bits}bit": {"kind": kind, "bits": bits} for kind in LIBRARY for bits in (2, 3, 4, 8)},
+    **{f"gptq-act-order-{bits}bit": {"kind": "gptq", "bits": bits, "act_order": True} for bits in (2, 3, 4, 8)},
+    "gptq-ragged": {"kind": "gptq", "columns": 160, "group_size": 64},  # groups of 64, 64 and 32 columns
+    "gptq-ragged-3bit": {"kind": "gptq", "bits": 3, "columns": 160, "group_size": 64},
+    "gptq-ragged-act-order": {"kind": "gptq", "columns": 160, "group_size": 64, "act_order": True},
+    "gptq-one-group": {"kind": "gptq", "group_size": 128},
+    "gptq-group-in-a-word": {"kind": "gptq", "bits": 2, "group_size": 16},
+    "gptq-3bit-unaligned-groups": {"kind": "gptq", "bits": 3, "group_size": 16},
+    "gptq-half-a-word": {"kind": "gptq", "columns": 100, "rows": 36},
+    "gptq-zero-scales": {"kind": "gptq", "zero_scales": True},
+    "awq-zero-scales": {"kind": "awq", "zero_scales": True},
+    "autoround-5bit": {"kind": "autoround", "bits": 5},
+    "autoround-6bit": {"kind": "autoround-zp", "bits": 6},
+    "autoround-7bit": {"kind": "autoround-zp", "bits": 7},
+}
+each = pytest.mark.parametrize("variant", VARIANTS)
+by_dtype = functools.partial(pytest.mark.parametrize, "dtype", ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@pytest.fixture
+def made(variant: str) -> Packed:
+    return packed_layer(**VARIANTS[variant])
+
+
+def adapted(layer: nn.Module, groups: list[int] | None = None, **config: Any) -> PeftModel:
+    options: dict[str, Any] = {"target_modules": ["0"], "init_weights": False, "ratio": 0.5, **config}
+    if groups is not None:
+        count = resolve_backend(layer, 64).selectable
+        options["selection"] = {"0": encode_mask(torch.tensor(groups), count)}
+    return get_peft_model(nn.Sequential(layer), SGRQConfig(**options)).eval()
+
+
+def stored(layer: Any) -> dict[str, torch.Tensor]:
+    return {
+        name: getattr(layer, name) for name in ("qweight", "qzeros", "scales", "g_idx", "bias") if _has(layer, name)
+    }
+
+
+def _has(layer: Any, name: str) -> bool:
+    return getattr(layer, name, None) is not None
+
+
+# packing
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_codes_are_read_as_they_were_packed(data):
+    bits, dim = data.draw(st.integers(1, 8)), data.draw(st.integers(0, 1))
+    count, other = 32 * data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
+    seed = data.draw(st.integers(0, 2**31))
+    codes = torch.randint(1 << bits, (count, other), generator=torch.Generator().manual_seed(seed))
+    codes = codes if dim == 0 else codes.T.contiguous()
+    packed = pack_along(codes, bits, dim)
+    assert torch.equal(unpack(packed, bits, dim).long(), codes)
+    if dim == 0:
+        rows = torch.tensor(data.draw(st.lists(st.integers(0, count - 1), max_size=20)), dtype=torch.int64)
+        assert torch.equal(unpack_rows(packed, bits, rows).long(), codes[rows])
+
+
+@each
+def test_a_layer_is_seen_as_what_it_was_packed_from(made, variant):
+    assert is_quantized(made.layer)
+    backend = resolve_backend(made.layer, 7)
+    family, options = made.kind.partition("-")[0], VARIANTS[variant]
+    assert backend.name == f"{family}-w{options.get('bits', 4)}g{options.get('group_size', 32)}"
+    assert backend.storage_dtype == torch.float16
+    assert torch.equal(backend.scales(), made.scales.T.float())
+    for dtype in DTYPES[:2] if made.kind == "awq" else DTYPES:
+        weight = backend.dequantize(backend.scales(), dtype)
+        assert weight.dtype == dtype
+        assert torch.equal(weight.double(), made.weight(made.scales.T, dtype))
+
+
+@each
+def test_the_weight_is_that_of_the_library(made, variant):
+    backend, eye = resolve_backend(made.layer, 7), torch.eye(len(made.groups))
+    for dtype in (torch.float16, torch.bfloat16):
+        library = made.layer(eye.to(dtype))  # an exact product
+        assert torch.equal(backend.dequantize(backend.scales(), dtype).T, library)
+    if made.kind == "gptq":
+        assert torch.equal(backend.dequantize(backend.scales(), torch.float16).T, made.layer.dequantize_weight())
+        assert torch.equal(made.layer.train().dequantize_weight(), made.layer.eval().dequantize_weight())
+
+
+@each
+@pytest.mark.parametrize("groups", [None, [0], [1, 2]], ids=str)
+def test_codes_come_in_the_order_of_the_selected_columns(made, variant, groups):
+    backend = resolve_backend(made.layer, 7)
+    chosen = [
+        group for group in (range(backend.selectable) if groups is None else groups) if group < backend.selectable
+    ]
+    index = None if groups is None else torch.tensor(chosen, dtype=torch.int64)
+    size, columns = backend.group_size, torch.arange(backend.in_features, dtype=torch.float32).unsqueeze(0) + 1
+    order = backend.select_columns(columns, index).view(len(chosen), size).long() - 1
+    codes = backend.codes(index, torch.float32).view(backend.out_features, len(chosen), size)
+    for place, group in enumerate(chosen):
+        found = order[place]
+        padding = found < 0
+        assert sorted(found[~padding].tolist()) == (made.groups == group).nonzero().flatten().tolist()
+        assert torch.equal(codes[:, place, ~padding].double(), made.levels[:, found[~padding]])
+        assert torch.isfinite(codes[:, place]).all()
+
+
+# forward, merge, undo
+
+
+def check_equal_bits(made: Packed, dtype: torch.dtype) -> None:
+    """Zero change is none, merged equals unmerged, and undoing restores; in eval and in training mode."""
+    x = torch.randn(2, 3, len(made.groups), dtype=dtype)
+    for training in (False, True):
+        layer = made.layer.train(training)
+        base = layer(x)
+        zero = adapted(layer, init_weights=True).train(training)
+        assert torch.equal(zero(x), base)
+        model = adapted(zero.unload()[0]).train(training)
+        unmerged, single = model(x), model(x[:1, :1])
+        assert unmerged.dtype == base.dtype and not torch.equal(unmerged, base)
+        with torch.no_grad():
+            assert torch.equal(model(x), unmerged)
+        model.merge_adapter()
+        assert torch.equal(model(x), unmerged)
+        assert torch.equal(model(x[:1, :1]), single)
+        model.unmerge_adapter()
+        assert torch.equal(model(x), unmerged)
+        with model.disable_adapter():
+            assert torch.equal(model(x), base)
+        model.unload()
+
+
+@each
+@by_dtype(DTYPES)
+def test_merged_equals_unmerged_and_zero_change_is_no_change(made, variant, dtype):
+    check_equal_bits(made, dtype)
+
+
+@by_dtype(DTYPES)
+@pytest.mark.parametrize("kind", LIBRARY)
+def test_merged_equals_unmerged_with_a_bias(kind, dtype):
+    check_equal_bits(packed_layer(kind, bias=True), dtype)
+
+
+@each
+def test_merging_writes_the_selected_scales_alone_and_unmerging_puts_the_same_tensors_back(made, variant):
+    last = resolve_backend(made.layer, 7).selectable - 1
+    model = adapted(made.layer, [last])
+    before = stored(made.layer)
+    values = {name: tensor.clone() for name, tensor in before.items()}
+    x = torch.randn(3, len(made.groups), dtype=torch.bfloat16)
+    model(x)
+    model.merge_adapter()
+    model(x)
+    after = stored(made.layer)
+    assert after["scales"].dtype == torch.float16
+    assert all(torch.equal(after[name], values[name]) for name in after if name != "scales")
+    expected = values["scales"].clone()
+    expected[last] = (values["scales"][last].float() * (1 + delta_of(model).detach()[:, 0])).half()
+    assert torch.equal(after["scales"], expected) and not torch.equal(expected, values["scales"])
+    model.unmerge_adapter()
+    restored = stored(made.layer)
+    assert all(restored[name] is before[name] and torch.equal(restored[name], values[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", LIBRARY)
+def test_merging_and_unmerging_survive_conversion(kind):
+    made = packed_layer(kind)
+    model, x = adapted(made.layer), torch.randn(3, 128, dtype=torch.bfloat16)
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    assert torch.equal(made.layer.scales, made.scales.bfloat16())
+    assert the_layer(model).backend.storage_dtype == torch.bfloat16
+    unmerged = model(x)
+    model.merge_adapter()
+    assert torch.equal(model(x), unmerged)
+
+
+def test_merged_equals_unmerged_on_the_compiled_kernel():
+    # What GPTQModel calls when it loads a model: its kernel then makes the weight by compiled code.
+    made = packed_layer("gptq", act_order=True)
+    made.layer.post_init()
+    model, x = adapted(made.layer), torch.randn(5, 128, dtype=torch.bfloat16)
+    unmerged = model(x)
+    model.merge_adapter()
+    assert torch.equal(model(x), unmerged)
+
+
+@pytest.mark.parametrize("kind", LIBRARY)
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_merged_equals_unmerged_under_autocast(kind, bias):
+    model, x = adapted(packed_layer(kind, bias=bias).layer), torch.randn(5, 128)
+    with torch.autocast("cpu", torch.bfloat16):
+        unmerged = model(x)
+        model.merge_adapter()
+        merged = model(x)
+    assert merged.dtype == unmerged.dtype and torch.equal(merged, unmerged)
+
+
+@pytest.mark.parametrize("kind", LIBRARY)
+def test_copies_are_independent(kind):
+    made = packed_layer(kind, act_order=kind == "gptq")
+    model, x = adapted(made.layer), torch.randn(5, 128, dtype=torch.bfloat16)
+    unmerged, twin = model(x), copy.deepcopy(model)
+    twin.merge_adapter()
+    assert torch.equal(twin(x), unmerged) and torch.equal(model(x), unmerged)
+    assert torch.equal(made.layer.scales, made.scales)
+
+
+# gradients
+
+
+@each
+@by_dtype(DTYPES)
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_gradients_equal_float64_references(variant, dtype, ratio):
+    made = packed_layer(**VARIANTS[variant])
+    model = adapted(made.layer, ratio=ratio).train()
+    x = torch.randn(7, len(made.groups)).to(dtype).requires_grad_()
+    y = model(x)
+    dy = torch.randn_like(y)
+    (y * dy).sum().backward()
+    delta, groups = delta_of(model), the_layer(model).sgrq_delta["default"].groups
+    factors = torch.ones_like(made.scales.T, dtype=torch.float32).index_add(1, groups, delta.detach())
+    kernel = torch.float16 if made.kind == "awq" and dtype == torch.float32 else dtype
+    weight = made.weight(made.scales.T.float() * factors, kernel)
+    product = dy.double().T @ x.detach().double()  # (N, K)
+    sums = torch.zeros(made.scales.T.shape, dtype=torch.float64).index_add(1, made.groups, made.levels * product)
+    expected = (sums * made.scales.T.double()).index_select(1, groups)
+    tolerance = TOLERANCE[kernel]
+    assert relative_error(y.detach(), x.detach().double() @ weight.T) < tolerance
+    assert x.grad.dtype == dtype and relative_error(x.grad, dy.double() @ weight) < tolerance
+    assert delta.grad.dtype == torch.float32 and relative_error(delta.grad, expected) < tolerance
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(data=st.data())
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_gradients_equal_references_for_any_shape(kind, data):
+    size = data.draw(st.sampled_from([16, 32, 64]))
+    count = data.draw(st.integers(1, 4))
+    ragged = data.draw(st.integers(0, size - 1)) if kind == "gptq" else 0
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    made = packed_layer(
+        kind,
+        rows=8 * data.draw(st.integers(1, 6)),
+        columns=count * size - min(ragged, count * size - 8),
+        bits=data.draw(st.sampled_from([2, 4, 8])),
+        group_size=size,
+        act_order=kind == "gptq" and data.draw(st.booleans()),
+    )
+    dtype = torch.float32 if kind == "gptq" else torch.float16
+    model = adapted(made.layer, ratio=data.draw(st.sampled_from([0.01, 0.5, 1.0]))).train()
+    x = torch.randn(5, len(made.groups)).to(dtype).requires_grad_()
+    dy = torch.randn(5, made.scales.shape[1]).to(dtype)
+    y = model(x)
+    (y * dy).sum().backward()
+    groups = the_layer(model).sgrq_delta["default"].groups
+    product = dy.double().T @ x.detach().double()
+    sums = torch.zeros(made.scales.T.shape, dtype=torch.float64).index_add(1, made.groups, made.levels * product)
+    expected = (sums * made.scales.T.double()).index_select(1, groups)
+    # With a few products a sum may cancel by chance, so the bound is that of the other tests times ten.
+    assert relative_error(delta_of(model).grad, expected) < 10 * TOLERANCE[dtype]
+    model.eval()
+    unmerged = model(x)
+    model.merge_adapter()
+    assert torch.equal(model(x), unmerged)
+
+
+@pytest.mark.parametrize("kind", LIBRARY)
+def test_rounding_is_in_the_forward_pass_and_not_in_the_gradient(kind):
+    made = packed_layer(kind)
+    model, x = adapted(made.layer, init_weights=True, ratio=1.0).train(), torch.randn(5, 128, dtype=torch.bfloat16)
+    base = made.layer(x)
+    with torch.no_grad():
+        delta_of(model).fill_(1e-4)  # far below half a step of float16
+    y = model(x)
+    y.float().square().sum().backward()
+    assert torch.equal(y, base)
+    assert delta_of(model).grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_scales_of_zero_stay_zero_and_get_no_gradient(kind):
+    made = packed_layer(kind, zero_scales=True)
+    model, x = adapted(made.layer, ratio=1.0).train(), torch.randn(5, 128, dtype=torch.float16)
+    model(x).square().sum().backward()
+    zero = made.scales.T == 0
+    gradient = delta_of(model).grad
+    assert zero.any() and (gradient[zero] == 0).all() and (gradient[~zero] != 0).any()
+    assert torch.isfinite(gradient).all()
+    model.merge_adapter()
+    assert torch.equal(made.layer.scales.T == 0, zero)
+
+
+# activation order
+
+
+def test_in_activation_order_a_group_is_the_columns_its_index_names():
+    made = packed_layer("gptq", act_order=True)
+    before = made.layer.dequantize_weight().T.clone()  # (N, K)
+    model = adapted(made.layer, [2])
+    model.merge_adapter()
+    changed = (before != made.layer.dequantize_weight().T).any(0)
+    assert torch.equal(changed, made.groups == 2)
+
+
+def test_an_index_loaded_into_the_layer_is_seen():
+    made, other = packed_layer("gptq"), packed_layer("gptq", act_order=True)
+    model, x = adapted(made.layer, [1]), torch.randn(5, 128, dtype=torch.float16)
+    model(x)
+    made.layer.load_state_dict(other.layer.state_dict())
+    unmerged = model(x)
+    model.merge_adapter()
+    assert torch.equal(model(x), unmerged)
+    backend = the_layer(model).backend
+    columns = backend.select_columns(torch.arange(128.0).unsqueeze(0), torch.tensor([1]))
+    assert sorted(columns.flatten().tolist()) == (other.groups == 1).nonzero().flatten().tolist()
+
+
+def test_magnitude_selects_the_groups_of_the_largest_weights():
+    made = packed_layer("gptq", act_order=True)
+    made.layer.scales[3] *= 20
+    model = adapted(made.layer, ratio=0.25)
+    assert the_layer(model).sgrq_delta["default"].groups.tolist() == [3]
+
+
+# refusals
+
+
+def refused(layer: nn.Module) -> str:
+    with pytest.raises(ValueError) as error:
+        adapted(layer)
+    assert "Layer '0' cannot be adapted" in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    ["torch_fused.TorchFusedLinear", "torch_aten_kernel.TorchAtenLinear", "torch_cpu_avx512.TorchCpuAvx512Linear"],
+)
+def test_gptq_kernels_without_gradients_are_refused_with_the_argument_that_loads_the_right_one(kernel):
+    require("gptq")
+    file, name = kernel.split(".")
+    made = _kernel(file, name)
+    message = refused(made)
+    assert name in message and 'GPTQConfig(bits=..., backend="torch")' in message
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "torch_fused_awq.TorchFusedAwqLinear",
+        "torch_aten_kernel_awq.TorchAtenAwqLinear",
+        "torch_cpu_avx512_awq.TorchCpuAvx512AwqLinear",
+    ],
+)
+def test_awq_kernels_without_gradients_are_refused_with_the_argument_that_loads_the_right_one(kernel):
+    require("awq")
+    file, name = kernel.split(".")
+    message = refused(_kernel(file, name))
+    assert name in message and 'AwqConfig(bits=..., backend="torch_awq")' in message
+
+
+def _kernel(file: str, name: str) -> nn.Module:
+    from importlib import import_module
+
+    cls = getattr(import_module(f"gptqmodel.nn_modules.qlinear.{file}"), name)
+    return cls(
+        bits=4, group_size=32, sym=False, desc_act=False, in_features=128, out_features=64, register_buffers=True
+    )
+
+
+def test_an_autoround_kernel_of_another_package_is_refused_with_the_argument_that_loads_the_right_one():
+    require("autoround")
+    made = packed_layer("autoround").layer
+    other = type("QuantLinearGPTQ", (type(made),), {"__module__": "auto_round_kernel.qlinear"})
+    made.__class__ = other
+    message = refused(made)
+    assert "QuantLinearGPTQ" in message and 'AutoRoundConfig(backend="torch")' in message
+
+
+def test_bit_planes_are_refused():
+    require("gptq")
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    layer = TorchLinear(bits=5, group_size=32, sym=False, desc_act=False, in_features=128, out_features=64)
+    assert "5-bit codes are packed as bit planes" in refused(layer)
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [(torch.zeros(128), "puts 128 columns into one group"), (torch.full((128,), 9), "names groups 9 to 9")],
+)
+def test_an_index_that_is_no_map_of_groups_is_refused(index, said):
+    made = packed_layer("gptq")
+    made.layer.g_idx.copy_(index)
+    assert said in refused(made.layer)
+
+
+def test_scales_of_another_shape_are_refused():
+    made = packed_layer("gptq")
+    made.layer.scales = made.layer.scales[:2]
+    assert "its scales have shape (2, 64), expected (groups, out_features) = (4, 64)" in refused(made.layer)
+
+
+# torch.compile: fullgraph=True raises at a graph break.
+
+
+@pytest.mark.parametrize(
+    "variant", ["gptq-4bit", "gptq-3bit", "gptq-ragged-act-order", "awq-4bit", "autoround-zp-4bit"]
+)
+def test_compiled_training_has_no_graph_breaks_and_the_same_bits(made, variant):
+    model = adapted(made.layer).train()
+    torch._dynamo.reset()
+    call = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = []
+    for each_call in (model, call):
+        model.zero_grad()
+        x = torch.linspace(-1, 1, 5 * len(made.groups)).view(5, -1).bfloat16().requires_grad_()
+        y = each_call(x)
+        y.float().square().sum().backward()
+        found.append((y.detach(), x.grad, delta_of(model).grad.clone()))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
