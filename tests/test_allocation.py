@@ -62,7 +62,9 @@ def test_the_optimum_is_that_of_brute_force(problem, budget):
         return
     found = allocate(problem, budget)
     assert (found.value, found.cost) == expected
-    assert sum(worth(block, tuple(choice)) for block, choice in zip(problem, found.choices, strict=True)) == found.value
+    assert (
+        sum(worth(block, tuple(choice)) for block, choice in zip(problem, found.choices, strict=True)) == found.value
+    )
     assert sum(price(block, tuple(choice)) for block, choice in zip(problem, found.choices, strict=True)) == found.cost
 
 

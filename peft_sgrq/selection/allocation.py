@@ -100,8 +100,8 @@ def pareto_front(block: Block) -> _Front:
     """
     if block.combinations > MAX_COMBINATIONS:
         raise ValueError(
-            f"A block of {len(block.costs)} layers has {block.combinations:,} combinations of ratios, expected at most "
-            f"{MAX_COMBINATIONS:,}; give fewer ratios, or split the block where layers interact little."
+            f"A block of {len(block.costs)} layers has {block.combinations:,} combinations of ratios, expected "
+            f"at most {MAX_COMBINATIONS:,}; give fewer ratios, or split the block where layers interact little."
         )
     dims = len(block.costs)
 
