@@ -14,12 +14,21 @@ if TYPE_CHECKING:
     from peft_sgrq.layer import SGRQLinear
     from peft_sgrq.model import SGRQModel
     from peft_sgrq.registration import register
+    from peft_sgrq.selection.calibrate import calibrate
+    from peft_sgrq.selection.saliency import Saliency
 
 __version__ = "0.1.0"
 
-__all__ = ["SGRQConfig", "SGRQLinear", "SGRQModel", "register"]
+__all__ = ["SGRQConfig", "SGRQLinear", "SGRQModel", "Saliency", "calibrate", "register"]
 
-_HOMES = {"SGRQConfig": "config", "SGRQLinear": "layer", "SGRQModel": "model", "register": "registration"}
+_HOMES = {
+    "SGRQConfig": "config",
+    "SGRQLinear": "layer",
+    "SGRQModel": "model",
+    "Saliency": "selection.saliency",
+    "calibrate": "selection.calibrate",
+    "register": "registration",
+}
 
 
 def __getattr__(name: str) -> Any:
