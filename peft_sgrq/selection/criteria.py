@@ -1,18 +1,18 @@
 """Saliency criteria: what a weight is worth.
 
-With `w` a weight of column `j`, `H = 2/N sum_t x_t x_t^T` over the inputs of its layer, and `g` the gradient of the loss
-of one sequence in `w`:
+With `w` a weight of column `j`, `H = 2/N sum_t x_t x_t^T` over the inputs of its layer, and `g` the gradient in `w` of
+the loss of one sequence, summed over its tokens:
 
 ===========  ============================  ==========================================================================
-obs          w^2 / [H^-1]_jj               what removing it costs when the others make up for it: OBS (Hassibi and Stork
-                                           1993), SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774)
+obs          w^2 / [H^-1]_jj               what removing it costs when the others make up for it: OBS (Hassibi and
+                                           Stork 1993), SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774)
 billm        w^2 / [H^-1]_jj^2             BiLLM (Huang et al. 2024, arXiv 2402.04291)
-diag         w^2 H_jj                      the same as obs, the others left alone: OBD (LeCun et al. 1990), the square of
-                                           Wanda (Sun et al. 2023, arXiv 2306.11695)
+diag         w^2 H_jj                      what removing it costs, the others left alone: OBD (LeCun et al. 1990),
+                                           the square of Wanda (Sun et al. 2023, arXiv 2306.11695)
 error        (w - w_original)^2 H_jj       what quantizing it cost: OWQ (Lee et al. 2024, arXiv 2306.02272)
-fisher       w^2 mean g^2                  the diagonal of the Fisher information (SqueezeLLM, Kim et al. 2024, arXiv
+fisher       w^2 sum g^2 / N               the diagonal of the Fisher information (SqueezeLLM, Kim et al. 2024, arXiv
                                            2306.07629), for a relative change
-gradient     mean (dL/ddelta)^2            by scale: what tuning could gain on this data
+gradient     sum (dL/ddelta)^2 / N         by scale: what tuning could gain on this data
 magnitude    w^2                           needs no data
 random       uniform                       the control
 ===========  ============================  ==========================================================================
@@ -68,8 +68,8 @@ def diag(layer: LayerStatistics) -> torch.Tensor:
 def error(layer: LayerStatistics) -> torch.Tensor:
     if layer.original is None:
         raise ValueError(
-            f"The criterion 'error' compares with the weights before quantization, found none for {layer.name!r}; give "
-            "the model or checkpoint that was quantized as `original`."
+            f"The criterion 'error' compares with the weights before quantization, found none for {layer.name!r}; "
+            "give the model or checkpoint that was quantized as `original`."
         )
     return (layer.weight - layer.original).square() * layer.inputs.diagonal.float()  # (N, K)
 

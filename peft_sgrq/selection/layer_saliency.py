@@ -55,7 +55,7 @@ class LayerSaliency:
         return -(-self.shape[1] // self.group_size) if self.granularity == "row" else self.shape[0]
 
     def group_scores(self) -> torch.Tensor:
-        """Saliency of each group, the sum over its columns (in a row format that of each row), float32 `[selectable]`."""
+        """Saliency of each group, the sum over its columns, or of each row in a row format, float32 `[selectable]`."""
         if self.granularity == "row":
             return self.scores
         groups = self.groups

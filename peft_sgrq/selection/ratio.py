@@ -37,9 +37,9 @@ def select_top(scores: torch.Tensor, count: int) -> torch.Tensor:
 def knee(scores: torch.Tensor, winsorised_at: float = WINSORISED_AT) -> float:
     """The share of columns at the knee of the cumulative saliency: those with more of it than the mean.
 
-    With the columns in descending order, `L(p)` the share of saliency in the first share `p` of them, the knee is where
-    `L(p) - p` is largest. `L` is concave and its slope is a column's saliency over the mean one, so that is the share
-    of columns above the mean. Scores above a percentile are lowered to it first: a few outlier channels, which
+    With the columns in descending order, `L(p)` the share of saliency in the first share `p` of them, the knee is
+    where `L(p) - p` is largest. `L` is concave and its slope is a column's saliency over the mean one, so that is the
+    share of columns above the mean. Scores above a percentile are lowered to it first: a few outlier channels, which
     activations of language models have, would move the mean above nearly all columns.
 
     Args:
@@ -66,7 +66,7 @@ def budget_in_scales(budget: Budget, total: int, bytes_per_scale: int) -> int:
     """
     check_budget(budget)
     if isinstance(budget, str):
-        return _size_in_bytes(budget) // bytes_per_scale
+        return size_in_bytes(budget, "budget") // bytes_per_scale
     return budget if isinstance(budget, int) else math.floor(budget * total + 1e-9)
 
 
@@ -82,17 +82,24 @@ def check_budget(budget: object, name: str = "budget") -> None:
         valid = math.isfinite(budget) and 0 < budget <= 1
     if isinstance(budget, str):
         try:
-            valid = _size_in_bytes(budget) > 0
+            size_in_bytes(budget, name)
         except ValueError:
             valid = False
     if not valid:
         raise ValueError(f"`{name}` is {budget!r}, {expected}.")
 
 
-def _size_in_bytes(size: str) -> int:
-    from accelerate.utils.modeling import convert_file_size_to_int
+def size_in_bytes(size: int | str, name: str) -> int:
+    """Bytes of a size such as `"20MB"`, `"4GiB"` or a number of bytes; a ValueError names what it is the size of."""
+    from accelerate.utils.modeling import convert_file_size_to_int  # type: ignore[import-untyped]
 
-    return int(convert_file_size_to_int(size))
+    try:
+        found = int(convert_file_size_to_int(size))
+    except (ValueError, AttributeError):
+        found = 0
+    if found <= 0:
+        raise ValueError(f'`{name}` is {size!r}, expected a size such as "20MB" or a number of bytes; correct it.')
+    return found
 
 
 def check_ratio(ratio: object, name: str = "ratio") -> None:
@@ -116,7 +123,9 @@ def check_ratio_pattern(pattern: object) -> None:
         raise TypeError(f"`ratio_pattern` is {pattern!r}, expected a dict from module names or patterns to ratios.")
     for key, value in pattern.items():
         if not isinstance(key, str):
-            raise TypeError(f"`ratio_pattern` has the key {key!r}, expected the name of a module or a pattern of names.")
+            raise TypeError(
+                f"`ratio_pattern` has the key {key!r}, expected the name of a module or a pattern of names."
+            )
         check_ratio(value, f"ratio_pattern[{key!r}]")
         if value in ("global", "layerwise"):
             raise ValueError(
@@ -131,7 +140,7 @@ def counts_above_threshold(
     """How many groups of each layer lie above the one threshold at which a budget is spent.
 
     Args:
-        scores (`Sequence[torch.Tensor]`): Scores of the groups of each layer, comparable between layers, `[selectable]`.
+        scores (`Sequence[torch.Tensor]`): Of the groups of each layer, comparable between layers, `[selectable]`.
         costs (`Sequence[int]`): Scales in a group of each layer.
         budget (`int`): Scales to select in all.
         fixed (`int`): Scales selected elsewhere already, part of the budget.
@@ -149,7 +158,9 @@ def counts_above_threshold(
             f"{f', and `ratio_pattern` sets {fixed}' if fixed else ''}; raise the budget, or target fewer layers."
         )
     counts = [1] * len(scores)
-    ordered = [layer.detach().cpu().double().sort(descending=True).values[1:] for layer in scores]  # the first is taken
+    ordered = [
+        layer.detach().cpu().double().sort(descending=True).values[1:] for layer in scores
+    ]  # the first is taken
     layers = torch.cat([torch.full((len(rest),), index) for index, rest in enumerate(ordered)])
     order = torch.argsort(torch.cat(ordered), descending=True, stable=True)
     spent = torch.tensor(costs)[layers[order]].cumsum(0) if len(order) else torch.empty(0)

@@ -111,8 +111,8 @@ class Saliency:
         if isinstance(ratio, Mapping):
             if name not in ratio:
                 raise ValueError(
-                    f"`ratio` has no entry for layer {name!r}, expected one for each of {len(self.layers)} layers; add "
-                    "it, or set it in `ratio_pattern`."
+                    f"`ratio` has no entry for layer {name!r}, expected one for each of {len(self.layers)} layers; "
+                    "add it, or set it in `ratio_pattern`."
                 )
             check_ratio(ratio[name], f"ratio[{name!r}]")
             return ratio[name]
@@ -141,13 +141,13 @@ class Saliency:
         """The most salient groups of each layer.
 
         Args:
-            ratio (`float`, `str` or `dict[str, float]`): Share of the groups of each layer; `"knee"`: the layer's share
-                of columns above the winsorised mean; `"global"`: one threshold over all layers at which `budget` is
-                spent; `"layerwise"`: the ratios found by measuring the loss; or a ratio for each module name.
-            ratio_pattern (`dict[str, float | "knee"]`): Overrules `ratio` for modules whose name, or its end, matches a
-                pattern; the first that does counts, as in PEFT's `rank_pattern`.
-            budget (`float`, `int` or `str`): For `"global"`: a share of all scales (`float`), a number of scales (`int`),
-                or a size of the adapter's deltas such as `"20MB"`, the layers of `ratio_pattern` included.
+            ratio (`float`, `str` or `dict[str, float]`): Share of the groups of each layer; `"knee"`: the layer's
+                share of columns above the winsorised mean; `"global"`: one threshold over all layers at which `budget`
+                is spent; `"layerwise"`: the ratios found by measuring the loss; or a ratio for each module name.
+            ratio_pattern (`dict[str, float | "knee"]`): Overrules `ratio` for modules whose name, or its end, matches
+                a pattern; the first that does counts, as in PEFT's `rank_pattern`.
+            budget (`float`, `int` or `str`): For `"global"`: a share of all scales (`float`), a number of scales
+                (`int`), or a size of the adapter's deltas such as `"20MB"`; the layers of `ratio_pattern` included.
             bytes_per_scale (`int`): What a trained scale takes in the adapter file: 4, or 2 in bfloat16.
 
         Returns:
@@ -218,12 +218,17 @@ class Saliency:
                 raise ValueError(
                     f"The saliency is that of another model: layer {name!r} "
                     f"{'does not exist in this one' if found is None else f'is {found} here'}, expected "
-                    f"{layer.fingerprint} (format:weights:scales); calibrate this model, or load the one it was made of."
+                    f"{layer.fingerprint} (format:weights:scales); calibrate this model, or load the one it is of."
                 )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, beside `path` first, so that a file that is there is replaced whole."""
-        described = {"criterion": self.criterion, "tokens": self.tokens, "seconds": self.seconds, "ratios": self.ratios}
+        described = {
+            "criterion": self.criterion,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "ratios": self.ratios,
+        }
         write_saliency_file(os.fspath(path), self.layers, described)
 
     @classmethod
@@ -231,7 +236,7 @@ class Saliency:
         """Reads a file that [`Saliency.save`] wrote.
 
         Raises:
-            ValueError: If the file is truncated, no saliency file, of a newer version, or holds other than numbers >= 0.
+            ValueError: If the file is truncated, no saliency file, of a newer version, or has scores that are none.
             OSError: If there is none.
         """
         layers, described = read_saliency_file(os.fspath(path))

@@ -1,7 +1,7 @@
 """Second moments of the inputs of linear layers over calibration tokens, added up batch by batch.
 
-`H = 2/N sum_t x_t x_t^T` is the Hessian of `|W x - W' x|^2`, averaged over N tokens, in a row of `W'` (Hassibi and Stork
-1993; Frantar et al. 2023, arXiv 2210.17323).
+`H = 2/N sum_t x_t x_t^T` is the Hessian of `|W x - W' x|^2`, averaged over N tokens, in a row of `W'` (Hassibi and
+Stork 1993; Frantar et al. 2023, arXiv 2210.17323).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 
 DAMPING = 0.01  # of the mean diagonal, as in GPTQ: H is singular with fewer tokens than columns
+_PANEL = 256  # columns of H that one product fills, from the diagonal on
 _COLUMNS = 1024  # of the inverse Cholesky factor at a time
 
 
@@ -23,7 +24,8 @@ class InputStatistics:
         device (`torch.device`): Where to keep it.
 
     Attributes:
-        total (`torch.Tensor`): `sum_t x_t x_t^T`, float32 `[K, K]`, or its diagonal, float64 `[K]`.
+        total (`torch.Tensor`): `sum_t x_t x_t^T`, float32 `[K, K]`, on and right of the diagonal only (and at some
+            places left of it); or its diagonal, float64 `[K]`.
         tokens (`torch.Tensor`): How many tokens are in it, float64 scalar on the same device, so that it can be summed
             over processes like `total`.
     """
@@ -38,13 +40,17 @@ class InputStatistics:
         """Adds tokens, `[T, K]` of any floating dtype; products and sums are made in float32."""
         self.tokens += x.shape[0]
         if self.total.dim() == 1:
-            norms = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32)  # (K,)
-            self.total += norms.double().square()
-        elif x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-            self.total += torch.mm(x.t(), x, out_dtype=torch.float32)  # products of these are exact in float32
-        else:
-            x = x.float()
-            self.total.addmm_(x.t(), x)
+            self.total += x.float().square_().sum(0) if x.dtype != torch.float32 else x.square().sum(0)
+            return
+        half = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+        x = x if half else x.float()
+        for start in range(0, x.shape[1], _PANEL):
+            left, right = x[:, start : start + _PANEL].t(), x[:, start:]
+            panel = self.total[start : start + _PANEL, start:]
+            if half:  # products of these are exact in float32
+                panel += torch.mm(left, right, out_dtype=torch.float32)
+            else:
+                panel.addmm_(left, right)
 
     @cached_property
     def diagonal(self) -> torch.Tensor:
@@ -55,7 +61,9 @@ class InputStatistics:
     @property
     def hessian(self) -> torch.Tensor:
         """`H`, not damped, float64 `[K, K]`; a new tensor each time."""
-        return self.total.double().mul_(2 / self.tokens.clamp(min=1))
+        upper = self.total.triu().double()
+        upper += upper.triu(1).t()
+        return upper.mul_(2 / self.tokens.clamp(min=1))
 
     @cached_property
     def inverse_diagonal(self) -> torch.Tensor:
@@ -77,3 +85,9 @@ class InputStatistics:
             columns = torch.linalg.solve_triangular(factor[start:, start:], unit, upper=False)  # (K - start, width)
             inverse[start : start + width] = columns.square_().sum(0)
         return inverse.masked_fill_(dead, torch.inf)
+
+    def copy(self) -> InputStatistics:
+        """The same numbers, for a layer that does not share them any more."""
+        copied = InputStatistics(0, full=False)
+        copied.total, copied.tokens = self.total.clone(), self.tokens.clone()
+        return copied

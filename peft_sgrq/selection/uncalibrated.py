@@ -35,7 +35,7 @@ def select_without_data(backends: Mapping[str, ScaleBackend], config: SGRQConfig
         raise ValueError(
             f"`{asked}` is {getattr(config, asked)!r}, which needs calibration, and the config has no selection for "
             f"{len(backends)} of the layers it targets (the first: {next(iter(backends))!r}), expected one for each; "
-            "call `peft_sgrq.calibrate(model, config, data)` first, or use criterion=\"magnitude\" with a number, "
+            'call `peft_sgrq.calibrate(model, config, data)` first, or use criterion="magnitude" with a number, '
             '"knee" or "global" as ratio, which need no data.'
         )
     layers = {
