@@ -13,6 +13,7 @@ from bases import DENSE, INT8, NF4, Base
 from peft import get_peft_model
 
 from peft_sgrq import SGRQConfig
+from peft_sgrq.selection.data import Batch
 from peft_sgrq.selection.interactions import STEP_LENGTHS, Options, directions, estimate, halves, measure
 from peft_sgrq.selection.layer_saliency import LayerSaliency
 from peft_sgrq.selection.layerwise import LayerRatios, allocate_ratios, split_blocks
@@ -46,6 +47,10 @@ def everything(backends: dict[str, Any]) -> dict[str, torch.Tensor]:
 def text(rows: int = 6, length: int = 12, seed: int = 0) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [{"input_ids": torch.randint(3, 256, (2, length), generator=generator)} for _ in range(rows // 2)]
+
+
+def rows_of(data: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    return split_rows([Batch.of(batch) for batch in data])
 
 
 def state_of(model: Any) -> dict[str, Any]:
@@ -160,7 +165,7 @@ def block(dense):
     """The layers of the first block, with options and rows."""
     model, config = dense
     backends = {name: backend for name, backend in backends_of(model, config).items() if ".layers.0." in name}
-    rows = split_rows(text(8))
+    rows = rows_of(text(8))
     return model, backends, options_for(backends, (1, 3)), [list(backends)], rows
 
 
@@ -218,7 +223,7 @@ def test_estimated_terms_are_those_of_the_fisher_information(block):
     names = blocks[0]
     rows = [*rows[:3], {key: value[:, :7] for key, value in rows[3].items()}]  # of unequal length
     with probing(model, backends, everything(backends)) as probe:
-        steps = directions(probe, split_rows(text(4, seed=1)), lambda: None)
+        steps = directions(probe, rows_of(text(4, seed=1)), lambda: None)
         (found,) = estimate(probe, steps, options, blocks, rows, lambda: None)
         gradients = [probe.gradients(row) for row in rows]
     columns, last = [], []
@@ -247,7 +252,7 @@ def test_estimated_terms_are_those_of_the_fisher_information(block):
 
 
 def test_directions_and_what_they_gain_come_from_different_rows():
-    rows = split_rows(text(5))
+    rows = rows_of(text(5))
     first, second = halves(rows)
     assert len(first) + len(second) == len(rows)
     assert not {id(row) for row in first} & {id(row) for row in second}
@@ -314,6 +319,35 @@ def test_padding_does_not_count(dense):
     assert one.ratios == other.ratios and one.expected == other.expected
 
 
+def _run_process(rank: int, directory: str, data: list[Any], method: str, found: Any, store: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(data))
+    model, config = DENSE.load(directory), SGRQConfig(group_size=GROUP, layers_to_transform=[0])
+    saliency = saliency_of(model, config)
+    found.put(allocate_ratios(model, config, data[rank], saliency, budget=0.4, method=method, **QUICK))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", ["fisher", "measured"])
+def test_two_processes_find_what_one_does_on_all_the_data(method, llama_dir, tmp_path):
+    rows = [batch["input_ids"] for batch in text(8)]
+    context = torch.multiprocessing.get_context("fork")
+    found = context.Queue()
+    parts = [[{"input_ids": part} for part in rows[:2]], [{"input_ids": part} for part in rows[2:]]]
+    arguments = (str(llama_dir), parts, method, found, str(tmp_path / "store"))
+    processes = [context.Process(target=_run_process, args=(rank, *arguments)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    one, other = (found.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join()
+    model, config = DENSE.load(llama_dir), SGRQConfig(group_size=GROUP, layers_to_transform=[0])
+    alone = allocate_ratios(
+        model, config, parts[0] + parts[1], saliency_of(model, config), budget=0.4, method=method, **QUICK
+    )
+    assert one.ratios == other.ratios == alone.ratios and one.expected == other.expected
+    assert one.expected == pytest.approx(alone.expected, rel=1e-3)
+
+
 def test_ratio_pattern_overrules_and_counts_in_the_budget(dense):
     model, config = dense
     config.ratio_pattern = {"o_proj": 1.0, "layers.0.mlp.down_proj": "knee"}
@@ -357,9 +391,9 @@ def test_blocks_are_split_by_name_and_large_ones_by_parent():
         ({"budget": 0.4, "ratios": (0.1, 2.0)}, text(), ValueError, "in \\(0, 1\\]"),
         ({"budget": 0.4, "ratios": (0.1, "knee")}, text(), TypeError, "'knee', expected numbers"),
         ({"budget": 0.4, "ratios": ()}, text(), TypeError, "expected some numbers"),
-        ({"budget": 0.4}, [], ValueError, "no row with at least two tokens"),
+        ({"budget": 0.4}, [], ValueError, "is empty"),
         ({"budget": 0.4}, [{"input_ids": torch.zeros(2, 1, dtype=torch.int64)}], ValueError, "at least two tokens"),
-        ({"budget": 0.4}, ["some text"], TypeError, "A batch of the data is str"),
+        ({"budget": 0.4}, ["some text"], TypeError, "tokenizer"),
     ],
     ids=["budget", "method", "ratio", "named-ratio", "no-ratios", "no-data", "one-token", "no-batch"],
 )

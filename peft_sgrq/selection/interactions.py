@@ -31,6 +31,7 @@ import torch
 
 from peft_sgrq.selection.allocation import Block
 from peft_sgrq.selection.probe import Probe, count_labels
+from peft_sgrq.selection.processes import gather, sum_over_processes
 
 STEP_LENGTHS = tuple(2.0**-power for power in range(14))  # relative changes of a scale, from 1.2e-4 to 1
 
@@ -69,16 +70,17 @@ def halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def directions(probe: Probe, rows: Sequence[Row], tick: Callable[[], None]) -> dict[str, torch.Tensor]:
-    """`-E[g] / sqrt(E[g^2])` by layer over some rows, weighted by their labels; shaped as the deltas."""
+    """`-E[g] / sqrt(E[g^2])` by layer over the rows of all processes, weighted by labels; shaped as the deltas."""
     first = {name: torch.zeros_like(delta, requires_grad=False) for name, delta in probe.deltas.items()}
     second = {name: torch.zeros_like(delta) for name, delta in first.items()}
-    total = sum(map(count_labels, rows))
+    total = sum(gather(sum(map(count_labels, rows))))
     for row in rows:
         weight = count_labels(row) / total
         for name, gradient in probe.gradients(row).items():
             first[name].add_(gradient, alpha=weight)
             second[name].addcmul_(gradient, gradient, value=weight)
         tick()
+    sum_over_processes([*first.values(), *second.values()])
     tiny = torch.finfo(torch.float32).tiny
     return {name: -first[name] / second[name].sqrt().clamp_min_(tiny) for name in first}
 
@@ -112,14 +114,17 @@ def estimate(
         `list[Block]`: The blocks with their terms, in units of the loss.
     """
     masks = {name: option.masks().to(steps[name].device) for name, option in options.items()}
-    slopes: dict[str, list[torch.Tensor]] = {name: [] for name in options}  # by layer, for each row [options]
+    slopes: list[dict[str, torch.Tensor]] = []  # by row, by layer, float64 [options]
     for row in rows:
+        slopes.append({})
         for name, gradient in probe.gradients(row).items():
             by_group = (gradient * steps[name]).sum(1 - options[name].dim)  # (groups,)
-            slopes[name].append((masks[name] @ by_group).double().cpu())
+            slopes[-1][name] = (masks[name] @ by_group).double().cpu()
         tick()
-    tokens = torch.tensor([count_labels(row) for row in rows], dtype=torch.float64).unsqueeze(1)  # (S, 1)
-    sums = {name: torch.stack(values) * tokens for name, values in slopes.items()}  # (S, options)
+    slopes = [row for part in gather(slopes) for row in part]
+    counts = [count for part in gather([count_labels(row) for row in rows]) for count in part]
+    tokens = torch.tensor(counts, dtype=torch.float64).unsqueeze(1)  # (S, 1)
+    sums = {name: torch.stack([row[name] for row in slopes]) * tokens for name in options}  # (S, options)
     means = {name: values.sum(0) / tokens.sum() for name, values in sums.items()}  # (options,)
     noise = {name: values - tokens * means[name] for name, values in sums.items()}  # (S, options)
 

@@ -14,9 +14,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from peft_sgrq.selection.allocation import MAX_COMBINATIONS, allocate
+from peft_sgrq.selection.data import load_batches
 from peft_sgrq.selection.interactions import Options, count_terms, directions, estimate, halves, measure
 from peft_sgrq.selection.probe import probing, split_rows, stack_rows
+from peft_sgrq.selection.processes import process_index
 from peft_sgrq.selection.ratio import Budget, budget_in_scales, check_ratio, count_selected
+from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
 
 if TYPE_CHECKING:
     from peft_sgrq.config import SGRQConfig
@@ -25,7 +28,6 @@ if TYPE_CHECKING:
 
 DEFAULT_RATIOS = (0.05, 0.1, 0.2, 0.4, 0.8)
 METHODS = ("fisher", "measured")
-_BATCH_ROWS = 8
 _BLOCK = re.compile(r"(.*?\.\d+)\.")
 
 
@@ -52,11 +54,18 @@ class LayerRatios:
 def allocate_ratios(
     model: nn.Module,
     config: SGRQConfig,
-    data: Iterable[Mapping[str, Any]],
+    data: Any,
     saliency: Saliency,
+    tokenizer: Any = None,
+    *,
     ratios: Sequence[float] = DEFAULT_RATIOS,
     budget: Budget | None = None,
     method: Literal["fisher", "measured"] = "fisher",
+    column: str | None = None,
+    samples: int | None = 128,
+    max_length: int = 512,
+    batch_size: int = 8,
+    seed: int = 0,
     progress: bool = True,
 ) -> LayerRatios:
     """The ratio of each layer, of a small set, that gains most under one budget.
@@ -69,24 +78,25 @@ def allocate_ratios(
         model (`nn.Module`): The base model, without adapters. It is left as it was, bit for bit.
         config (`SGRQConfig`): Its `adapter_dtype` counts for a budget in bytes. Layers that its `ratio_pattern` names
             keep the ratio they have there, at the cost of the budget.
-        data (iterable of mappings): Batches with `input_ids`, int64 `[B, T]`, and if there is padding
-            `attention_mask`; `labels` if they are not the inputs. A few dozen rows do; with labels of the task to
-            come the ratios are those for the task.
+        data: As in `calibrate`; a few dozen sequences do. Of the task to come, with its labels where they are not
+            the inputs, they give the ratios for the task.
         saliency (`Saliency`): Which groups a layer selects first. Its layers are those that get ratios.
+        tokenizer: The tokenizer for texts.
         ratios (`Sequence[float]`): What to choose from, each in (0, 1].
         budget (`float`, `int` or `str`): A share of all scales (`float`), a number of scales (`int`), or a size of the
             adapter's deltas such as `"20MB"`; `None` takes `config.budget`.
         method (`"fisher"` or `"measured"`): `"fisher"` estimates all terms from one backward pass over the data.
             `"measured"` takes a forward pass over half of the data for each term, 560 for a block of 7 layers at 5
             ratios, and needs no assumption about the curvature.
+        column, samples, max_length, batch_size, seed: As in `calibrate`.
         progress (`bool`): Show a progress bar.
 
     Returns:
         `LayerRatios`
 
     Raises:
-        ValueError: If the smallest ratios exceed the budget, the data is empty or all padding, the saliency is that of
-            another model, or an argument cannot be used.
+        ValueError: If the smallest ratios exceed the budget, the data is empty or all padding, the model has an
+            adapter, the saliency is that of another model, or an argument cannot be used.
         TypeError: If an argument has the wrong type.
 
     Example:
@@ -102,8 +112,9 @@ def allocate_ratios(
         raise ValueError(f"`method` is {method!r}, expected one of {METHODS}; fisher is the cheaper one.")
     offered = _check_ratios(ratios)
     _refuse_adapters(model)
+    disable_cpu_packing(model)
     saliency.check(model)
-    rows = split_rows(data)
+    rows = split_rows(load_batches(data, tokenizer, column, samples, max_length, batch_size, seed))
     fixed = _fixed_counts(config, saliency)
     choices = {
         name: _choices(layer, offered, fixed.get(name)) for name, layer in saliency.layers.items()
@@ -135,14 +146,14 @@ def allocate_ratios(
     first, second = halves(rows)
     passes = len(first) + (len(second) if method == "fisher" else count_terms(options, blocks))
     with (
-        tqdm(total=passes, desc="Ratios by layer", disable=not progress) as bar,
+        tqdm(total=passes, desc="Ratios by layer", disable=not progress or process_index() > 0) as bar,
         probing(model, backends, groups) as probe,
     ):
         steps = directions(probe, first, bar.update)
         if method == "fisher":
             problem = estimate(probe, steps, options, blocks, second, bar.update)
         else:
-            problem = measure(probe, steps, options, blocks, stack_rows(second, _BATCH_ROWS), bar.update)
+            problem = measure(probe, steps, options, blocks, stack_rows(second, batch_size), bar.update)
     solution = allocate(problem, limit)
     found = {
         name: list(choices[name].values())[option]

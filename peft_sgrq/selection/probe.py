@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from torch import nn
 
 from peft_sgrq.backends import ScaleBackend
 from peft_sgrq.functional import scaled_linear
-
-IGNORED = -100  # the label transformers' losses skip
+from peft_sgrq.selection.blocks import forward_replaced
+from peft_sgrq.selection.data import IGNORED, Batch
+from peft_sgrq.selection.processes import gather
+from peft_sgrq.selection.untouched import untouched
 
 
 class Probe:
@@ -49,10 +51,11 @@ class Probe:
 
     @torch.no_grad()
     def mean_loss(self, batches: list[dict[str, torch.Tensor]]) -> float:
-        """The loss over some batches by token, in float64."""
+        """The loss by label over the batches of all processes, in float64."""
         counts = [count_labels(batch) for batch in batches]
-        losses = [self.loss(batch).double().item() for batch in batches]
-        return sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+        losses = [self.loss(batch).double().item() * count for batch, count in zip(batches, counts, strict=True)]
+        sums, totals = zip(*gather((sum(losses), sum(counts))), strict=True)
+        return sum(sums) / sum(totals)
 
     @torch.no_grad()
     def set(self, name: str, values: torch.Tensor | float) -> None:
@@ -64,10 +67,7 @@ class Probe:
 def probing(
     model: nn.Module, backends: Mapping[str, ScaleBackend], groups: Mapping[str, torch.Tensor]
 ) -> Iterator[Probe]:
-    """While this is open the layers compute with trial deltas; afterwards the model is as it was.
-
-    The model is in eval mode inside. Its parameters, their gradients, buffers, hooks, modes and the state of the
-    random number generators are not changed, also if an exception ends it.
+    """While this is open the layers compute with trial deltas, in eval mode; afterwards the model is as it was.
 
     Args:
         model (`nn.Module`): The model, without adapters.
@@ -78,29 +78,11 @@ def probing(
         name: torch.zeros(backend.delta_shape(len(groups[name])), device=backend.device, requires_grad=True)
         for name, backend in backends.items()
     }
-    modes = {module: module.training for module in model.modules()}
-    attributes = {backend.module: dict(backend.module.__dict__) for backend in backends.values()}
-    config = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
-    devices = {backend.device for backend in backends.values() if backend.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            if use_cache is not None:
-                config.use_cache = False
-            model.eval()
-            for name, backend in backends.items():
-                backend.module.forward = _forward(  # type: ignore[method-assign]
-                    backend, deltas[name], groups[name].to(backend.device)
-                )
-            yield Probe(model, deltas)
-    finally:
-        for module, before in attributes.items():
-            module.__dict__.clear()
-            module.__dict__.update(before)
-        for module, training in modes.items():
-            module.training = training
-        if use_cache is not None:
-            config.use_cache = use_cache  # type: ignore[union-attr]
+    with untouched(model), ExitStack() as stack:
+        for name, backend in backends.items():
+            forward = _forward(backend, deltas[name], groups[name].to(backend.device))
+            stack.enter_context(forward_replaced(backend.module, forward))
+        yield Probe(model, deltas)
 
 
 def _forward(backend: ScaleBackend, delta: torch.Tensor, groups: torch.Tensor) -> Any:
@@ -122,34 +104,30 @@ def count_labels(batch: Mapping[str, torch.Tensor]) -> int:
     return int((batch["labels"] != IGNORED).sum())
 
 
-def split_rows(data: Iterable[Mapping[str, Any]]) -> list[dict[str, torch.Tensor]]:
+def split_rows(batches: Iterable[Batch]) -> list[dict[str, torch.Tensor]]:
     """The rows of all batches, each a batch of one without padding; labels are the inputs where there are none.
 
+    Rows without two tokens and a label are left out.
+
     Raises:
-        TypeError: If a batch is no mapping with `input_ids`.
-        ValueError: If no row has two tokens and a label.
+        ValueError: If none is left, on all processes together.
     """
     rows = []
-    for batch in data:
-        if not isinstance(batch, Mapping) or "input_ids" not in batch:
-            found = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
-            raise TypeError(f"A batch of the data is {found}, expected a mapping with `input_ids`; tokenize it first.")
-        tensors = {key: torch.as_tensor(value) for key, value in batch.items() if not isinstance(value, str)}
-        shape = tensors["input_ids"].shape  # (B, T)
-        mask = tensors.pop("attention_mask", torch.ones(shape, dtype=torch.int64)).bool()
+    for batch in batches:
+        tensors = {key: value for key, value in batch.inputs.items() if key != "attention_mask"}
         tensors.setdefault("labels", tensors["input_ids"])
-        for index in range(shape[0]):
-            keep = mask[index]
+        shape = batch.counted.shape  # (B, T)
+        for index, counted in enumerate(batch.counted):
             row = {
-                key: value[index : index + 1][:, keep] if value.shape[:2] == shape else value[index : index + 1]
+                key: value[index : index + 1][:, counted] if value.shape[:2] == shape else value[index : index + 1]
                 for key, value in tensors.items()
             }
             if row["input_ids"].shape[1] > 1 and count_labels(row):
                 rows.append(row)
-    if not rows:
+    if not sum(gather(len(rows))):
         raise ValueError(
-            "The data has no row with at least two tokens and a label, expected some text; check that it is not empty "
-            "and not all padding."
+            "The data has no sequence with at least two tokens and a label, expected some text; check how it is "
+            "tokenized."
         )
     return rows
 
