@@ -120,7 +120,9 @@ def calibrate(
     backends = _targets(model, config)
     disable_cpu_packing(model)
     name = f"{CUSTOM}{getattr(chosen, '__name__', type(chosen).__name__)}" if callable(chosen) else chosen
-    saliency = Saliency({}, name)
+    saliency = Saliency({layer: _unscored(backend) for layer, backend in backends.items()}, name)
+    if config.ratio != "layerwise":
+        saliency.configure(copy.copy(config))  # a ratio that cannot be had is found now, not after the work
     batches: list[Batch] = []
     with untouched(model), tqdm(desc="Calibrating", disable=not progress or process_index() > 0) as bar:
         if name not in WEIGHTS or data is not None:
@@ -142,7 +144,7 @@ def calibrate(
             "The criterion 'error' found no difference between the model and `original`, expected the weights before "
             "quantization; give the model that was quantized."
         )
-    saliency.layers = {layer: LayerSaliency.of(backend, scores[layer]) for layer, backend in backends.items()}
+    saliency.layers = {name: layer.scored(scores[name]) for name, layer in saliency.layers.items()}
     saliency.seconds = {"data": loaded - start, "scores": time.perf_counter() - loaded}
     if config.ratio == "layerwise":
         from peft_sgrq.selection.layerwise import allocate_ratios
@@ -153,6 +155,11 @@ def calibrate(
     saliency.configure(config)
     saliency.seconds["total"] = time.perf_counter() - start
     return saliency
+
+
+def _unscored(backend: ScaleBackend) -> LayerSaliency:
+    count = backend.out_features if backend.granularity == "row" else backend.in_features
+    return LayerSaliency.of(backend, torch.zeros(count))
 
 
 def _known(name: str) -> str:

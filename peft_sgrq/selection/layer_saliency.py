@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -43,6 +43,10 @@ class LayerSaliency:
             fingerprint=backend.fingerprint() if fingerprint is None else fingerprint,
             groups=_groups_of_columns(backend),
         )
+
+    def scored(self, scores: torch.Tensor) -> LayerSaliency:
+        """The same layer with other scores."""
+        return replace(self, scores=scores.detach().to("cpu", torch.float32).contiguous())
 
     @property
     def selectable(self) -> int:
