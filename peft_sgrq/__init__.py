@@ -15,17 +15,19 @@ if TYPE_CHECKING:
     from peft_sgrq.model import SGRQModel
     from peft_sgrq.registration import register
     from peft_sgrq.selection.calibrate import calibrate
+    from peft_sgrq.selection.layerwise import allocate_ratios
     from peft_sgrq.selection.saliency import Saliency
 
 __version__ = "0.1.0"
 
-__all__ = ["SGRQConfig", "SGRQLinear", "SGRQModel", "Saliency", "calibrate", "register"]
+__all__ = ["SGRQConfig", "SGRQLinear", "SGRQModel", "Saliency", "allocate_ratios", "calibrate", "register"]
 
 _HOMES = {
     "SGRQConfig": "config",
     "SGRQLinear": "layer",
     "SGRQModel": "model",
     "Saliency": "selection.saliency",
+    "allocate_ratios": "selection.layerwise",
     "calibrate": "selection.calibrate",
     "register": "registration",
 }

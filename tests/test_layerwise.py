@@ -12,11 +12,11 @@ import torch
 from bases import DENSE, INT8, NF4, Base
 from peft import get_peft_model
 
-from peft_sgrq import SGRQConfig
+from peft_sgrq import SGRQConfig, allocate_ratios, calibrate
 from peft_sgrq.selection.data import Batch
 from peft_sgrq.selection.interactions import STEP_LENGTHS, Options, directions, estimate, halves, measure
 from peft_sgrq.selection.layer_saliency import LayerSaliency
-from peft_sgrq.selection.layerwise import LayerRatios, allocate_ratios, split_blocks
+from peft_sgrq.selection.layerwise import LayerRatios, split_blocks
 from peft_sgrq.selection.probe import count_labels, probing, split_rows, stack_rows
 from peft_sgrq.selection.ratio import count_selected
 from peft_sgrq.selection.saliency import Saliency
@@ -278,6 +278,19 @@ def test_ratios_keep_to_the_budget_and_select_what_they_say(base, method, llama_
     assert scales == found.scales <= found.budget
     adapted = get_peft_model(model, saliency.configure(config, ratio=found.ratios))
     assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == scales
+
+
+def test_calibration_finds_the_ratios_where_the_config_says_so(dense, tmp_path):
+    model, _ = dense
+    config = SGRQConfig(ratio="layerwise", budget=0.4, group_size=GROUP)
+    saliency = calibrate(model, config, text(8), progress=False)
+    saliency.save(tmp_path / "saliency.safetensors")
+    again = Saliency.load(tmp_path / "saliency.safetensors").configure(SGRQConfig(ratio="layerwise", group_size=GROUP))
+    assert again.selection == config.selection
+    assert len(set(saliency.ratios.values())) > 1
+    adapted = get_peft_model(model, config)
+    total = sum(layer.selectable * layer.scales_per_group for layer in saliency.layers.values())
+    assert 0 < sum(p.numel() for p in adapted.parameters() if p.requires_grad) <= 0.4 * total
 
 
 def test_layers_that_do_nothing_get_the_smallest_ratio(dense):
