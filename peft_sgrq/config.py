@@ -30,16 +30,16 @@ class SGRQConfig(PeftConfig):
             without any, every `nn.Linear` and `Conv1D` but the output head. A list matches names or their ends, a
             string is a regular expression, `"all-linear"` means what it means in PEFT.
         exclude_modules (`list[str]`, `str` or `None`): Layers to leave alone, matched likewise.
-        ratio (`float` or `str`): Share of the column groups whose scales are trained (of the rows, in a format with one
-            scale a row), in (0, 1]; at least one in each layer. 1.0 is PEQA. The default is that of the SGR-Q paper.
+        ratio (`float` or `str`): Share of the column groups whose scales are trained (of the rows, in a format with
+            one scale a row), in (0, 1]; at least one in each layer. 1.0 is PEQA, the default that of the SGR-Q paper.
             `"knee"` takes the share of each layer's columns above its mean saliency, `"global"` one threshold over all
             layers at which `budget` is spent, `"layerwise"` what calibration finds best by measuring the loss.
         ratio_pattern (`dict[str, float | "knee"]`): Module name, its end, or a pattern of it -> ratio, overruling
             `ratio` there; matched like PEFT's `rank_pattern`.
-        budget (`float`, `int` or `str`): What `"global"` and `"layerwise"` may spend: a share of all scales (`float`), a
-            number of scales (`int`), or a size of the adapter's deltas such as `"20MB"`.
-        criterion (`str` or `None`): How salience is measured: obs, billm, diag, error, fisher, gradient, magnitude or
-            random (docs/selection.md). `None`: obs where [`calibrate`] is used, else magnitude, which needs no data.
+        budget (`float`, `int` or `str`): What `"global"` and `"layerwise"` may spend: a share of all scales (`float`),
+            a number of scales (`int`), or a size of the adapter's deltas such as `"20MB"`.
+        criterion (`str` or `None`): How salience is measured: obs, billm, diag, error, fisher, gradient, magnitude
+            or random (docs/selection.md). `None`: obs when calibrated, else magnitude, which needs no data.
         group_size (`int`): Columns per scale in a layer that is not quantized; a quantized one has its own.
         adapter_dtype (`"float32"` or `"bfloat16"`): With `"bfloat16"` the forward pass rounds the deltas to it, so
             that the adapter file of half the size holds what was trained. Training keeps float32 values either way.

@@ -2,7 +2,7 @@
 
 What a block is called with besides its hidden states (masks, position embeddings) is asked of the model itself: it
 runs once with blocks that pass their input on. That is right for models whose blocks are a chain and depend on each
-other through their hidden states alone. Whether this is one is found out by running it plainly on the first batch.
+other through their hidden states alone. Whether this is one is found out by running it plainly on one sequence.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Chain:
 
     def __init__(self, blocks: Sequence[nn.Module], run: Callable[[Batch], Any], batches: Sequence[Batch]) -> None:
         self._blocks = blocks
-        self._expected, widths = _trace(blocks, run, batches[0])
+        self._expected, widths = _trace(blocks, run, batches[0].first())
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []  # by batch, by block
         self._hidden: list[torch.Tensor] = []  # by batch
         with ExitStack() as stack:
@@ -78,11 +78,13 @@ class Chain:
         self._hidden[batch] = _first(self._blocks[index](self._hidden[batch], *args, **kwargs))
 
     def check(self) -> None:
-        """Raises NotAChainError if the first batch has not come out of the last block as it does in the model."""
-        found, expected = self._hidden[0].float(), self._expected.float()
-        tolerance = 1e-4 if self._expected.dtype == torch.float32 else 2e-2  # kernels may differ, not the arguments
-        scale = expected.nan_to_num().abs().max().item()
-        if not torch.allclose(found, expected, rtol=0, atol=tolerance * scale, equal_nan=True):
+        """Raises NotAChainError if the first sequence has not come out of the last block as it does in the model."""
+        expected = self._expected.float()
+        found = self._hidden[0][: len(expected)].float()
+        # Kernels may round in another way, with a batch of another size say; the arguments are to be the same.
+        tolerance = 1e-3 if self._expected.dtype in (torch.float32, torch.float64) else 5e-2
+        difference = (found - expected).norm(dim=-1).nan_to_num()  # by token
+        if bool((difference > tolerance * expected.norm(dim=-1).nan_to_num()).any()):
             raise NotAChainError("outside of the model the blocks compute something else")
 
 

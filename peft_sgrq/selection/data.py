@@ -37,6 +37,12 @@ class Batch:
         whole = mask is None or mask.shape != ids.shape
         return cls(tensors, torch.ones_like(ids, dtype=torch.bool) if mask is None or whole else mask.bool())
 
+    def first(self) -> Batch:
+        """The first sequence alone."""
+        rows = len(self.counted)
+        inputs = {key: value[:1] if value.shape[:1] == (rows,) else value for key, value in self.inputs.items()}
+        return Batch(inputs, self.counted[:1])
+
 
 def load_batches(
     data: Any,

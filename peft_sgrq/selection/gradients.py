@@ -47,7 +47,7 @@ class GradientScores:
     Args:
         backends (`dict[str, ScaleBackend]`): The layers by name.
         criterion (`Callable`): `(weight, gradient, backend)` -> scores of one sequence, of the float32 weight `[N, K]`
-            and the gradient in it.
+            and the gradient in it; twice the gradient is to score four times as much.
     """
 
     def __init__(self, backends: Mapping[str, ScaleBackend], criterion: GradientCriterion) -> None:
@@ -94,9 +94,9 @@ class GradientScores:
             # Tokens that are not those of all sequences in order (an expert's) count as one sequence.
             size = len(x) // sequences if len(x) % sequences == 0 else len(x)
             for xs, dys in zip(x.split(size), dy.split(size), strict=True):
-                gradient = dys.float().t() @ xs.float() * terms  # (N, K)
-                scores = self._criterion(weight, gradient, backend)
-                self._scores[name] += reduce_scores(scores, backend).double()
+                gradient = (dys.t() @ xs.to(dys.dtype)).float()  # (N, K), in the precision of training
+                scores = reduce_scores(self._criterion(weight, gradient, backend), backend)
+                self._scores[name] += scores.double() * terms**2
 
         return take
 

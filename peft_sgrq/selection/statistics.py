@@ -24,8 +24,8 @@ class InputStatistics:
         device (`torch.device`): Where to keep it.
 
     Attributes:
-        total (`torch.Tensor`): `sum_t x_t x_t^T`, float32 `[K, K]`, on and right of the diagonal only (and at some
-            places left of it); or its diagonal, float64 `[K]`.
+        total (`torch.Tensor`): `sum_t x_t x_t^T`, float32 `[K, K]`, of which panels of columns left of the diagonal
+            are missing; or its diagonal, float64 `[K]`.
         tokens (`torch.Tensor`): How many tokens are in it, float64 scalar on the same device, so that it can be summed
             over processes like `total`.
     """
@@ -61,9 +61,11 @@ class InputStatistics:
     @property
     def hessian(self) -> torch.Tensor:
         """`H`, not damped, float64 `[K, K]`; a new tensor each time."""
-        upper = self.total.triu().double()
-        upper += upper.triu(1).t()
-        return upper.mul_(2 / self.tokens.clamp(min=1))
+        hessian = self.total.double().mul_(2 / self.tokens.clamp(min=1))
+        for start in range(0, len(hessian), _PANEL):
+            end = start + _PANEL
+            hessian[end:, start:end] = hessian[start:end, end:].t()
+        return hessian
 
     @cached_property
     def inverse_diagonal(self) -> torch.Tensor:
