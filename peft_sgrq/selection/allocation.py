@@ -5,8 +5,8 @@ The quadratic program is that of Layer-Wise High-Impact Parameter Ratio Optimiza
 block only. The paper names no solver. None is needed: a block of 7 layers and 5 ratios has 78,125 combinations, of
 which only the Pareto front in cost and value can be part of an optimum, and over the fronts the problem is a
 multiple-choice knapsack, solved by dynamic programming over Pareto-optimal states. A Lagrangian bound discards states
-that cannot reach the optimum (Pisinger, "A minimal algorithm for the multiple-choice knapsack problem", 1995), so that
-80 blocks take seconds. Costs are whole numbers and are never rounded.
+that cannot lead to the optimum (Pisinger, "A minimal algorithm for the multiple-choice knapsack problem", 1995), so
+that 80 blocks take seconds. Costs are whole numbers and are never rounded.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 MAX_COMBINATIONS = 20_000_000  # of one block: 160 MB for each of a few arrays
-_SLACK = 1e-9  # relative; a state is dropped only if it is worse by more than rounding could make it
+_SLACK = 1e-12  # relative: what is less than this better is the rounding of sums
+_CHUNK = 4_000_000  # sums looked at in one go
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class _Front(NamedTuple):
 
     costs: NDArray[np.int64]
     values: NDArray[np.float64]
-    origins: NDArray[np.int64]  # which combination, or which pair of (state so far, option of the next block)
+    origins: NDArray[np.int64]  # which combination of a block, or which pair of (state before, point of the front)
 
 
 def _pareto(costs: NDArray[np.int64], values: NDArray[np.float64]) -> _Front:
@@ -126,7 +128,7 @@ def allocate(blocks: Sequence[Block], budget: int) -> Allocation:
         budget (`int`): The most that the chosen options may cost together.
 
     Returns:
-        `Allocation`: An exact optimum; of equal ones the cheapest.
+        `Allocation`: An optimum, exact but for the rounding of float64 sums.
 
     Raises:
         ValueError: If even the cheapest options cost more than the budget, or a block is too large to enumerate.
@@ -138,67 +140,113 @@ def allocate(blocks: Sequence[Block], budget: int) -> Allocation:
             f"The budget is {budget:,}, but the smallest ratio of every layer already costs {least:,}; raise the "
             "budget, or offer smaller ratios."
         )
-    multiplier, upper = _relax(fronts, budget)
-    # What each option costs more, at the price of the multiplier, than the best of its block.
-    priced = [front.values + multiplier * front.costs for front in fronts]
-    floor = [float(prices.min()) for prices in priced]
-    slack = _SLACK * (1.0 + sum(float(np.abs(front.values).max()) for front in fronts))
-    gap = upper + multiplier * budget - sum(floor) + slack
-    states = _Front(np.zeros(1, dtype=np.int64), np.zeros(1), np.zeros(1, dtype=np.int64))
-    reduced: list[_Front] = []
-    history: list[_Front] = []
-    rest_cost, rest_floor = least, sum(floor)
-    for front, prices, bottom in zip(fronts, priced, floor, strict=True):
-        rest_cost -= int(front.costs[0])
-        rest_floor -= bottom
-        keep = prices - bottom <= gap
-        options = _Front(front.costs[keep], front.values[keep], front.origins[keep])
-        costs = (states.costs[:, None] + options.costs).ravel()  # (states * options,)
-        values = (states.values[:, None] + options.values).ravel()
-        bound = values + multiplier * (costs - budget) + rest_floor
-        possible = np.flatnonzero((costs + rest_cost <= budget) & (bound <= upper + slack))
-        states = _pareto(costs[possible], values[possible])
-        states = states._replace(origins=possible[states.origins])
-        reduced.append(options)
-        history.append(states)
-    return _trace(blocks, reduced, history)
+    price, points, critical = _relax(fronts, budget)
+    # The block in which the relaxed budget ran out can use what is left of it. It comes first, so that a good choice is
+    # known early.
+    order = sorted(range(len(fronts)), key=lambda index: index != critical)
+    found = _search([fronts[index] for index in order], budget, price, [points[index] for index in order])
+    for index, point in zip(order, found, strict=True):
+        points[index] = point
+    chosen = list(zip(fronts, points, strict=True))
+    choices = []
+    for block, front, point in zip(blocks, fronts, points, strict=True):
+        shape = [len(costs) for costs in block.costs]
+        choices.append([int(index) for index in np.unravel_index(int(front.origins[point]), shape)])
+    cost = sum(int(front.costs[point]) for front, point in chosen)
+    value = sum(float(front.values[point]) for front, point in chosen)
+    return Allocation(choices, cost, float(value))
 
 
-def _trace(blocks: Sequence[Block], reduced: list[_Front], history: list[_Front]) -> Allocation:
-    if not history:
-        return Allocation([], 0, 0.0)
-    state = len(history[-1].costs) - 1  # the best value is the last of a front
-    cost, value = int(history[-1].costs[state]), float(history[-1].values[state])
-    choices: list[list[int]] = []
-    for block, options, states in zip(reversed(blocks), reversed(reduced), reversed(history), strict=True):
-        state, option = divmod(int(states.origins[state]), len(options.costs))
-        shape = tuple(len(costs) for costs in block.costs)
-        choices.append([int(index) for index in np.unravel_index(int(options.origins[option]), shape)])
-    return Allocation(choices[::-1], cost, value)
+def _search(fronts: Sequence[_Front], budget: int, price: float, points: list[int]) -> list[int]:
+    """The optimal point of each front.
 
+    States are the Pareto-optimal choices for the blocks so far. A lower bound for what a state can lead to is given by
+    the relaxed problem at its price for costs, an upper bound by the points the relaxed problem takes in the blocks to
+    come. States that cannot lead to better than the best choice known are dropped; when none is left, it is optimal.
 
-def _relax(fronts: Sequence[_Front], budget: int) -> tuple[float, float]:
-    """The multiplier of the relaxed problem, and the value of a choice that keeps within the budget.
-
-    The relaxed problem mixes options, so only the convex hull of each front counts. Its segments are taken by their
-    gain for the cost, best first, until the budget is used up; the first that does not fit gives the multiplier.
+    Args:
+        fronts (`Sequence[_Front]`): The fronts of all blocks.
+        budget (`int`): The most the points may cost.
+        price (`float`): The multiplier of the relaxed problem.
+        points (`list[int]`): For each front the point the relaxed problem takes; they keep to the budget.
     """
-    gains: list[tuple[float, int, float]] = []  # gain for the cost, cost, gain of a segment
-    for front in fronts:
-        hull = _lower_hull(front)
-        costs, values = front.costs[hull], front.values[hull]
-        for more, less in zip(np.diff(costs), -np.diff(values), strict=True):
-            gains.append((float(less) / int(more), int(more), float(less)))
-    spent = sum(int(front.costs[0]) for front in fronts)
-    value = sum(float(front.values[0]) for front in fronts)
-    multiplier = 0.0
-    # Along a hull the gains decline, and the sort keeps the order of equal ones: a block's segments come in order.
-    for rate, more, less in sorted(gains, key=lambda gain: -gain[0]):
-        if spent + more > budget:
-            multiplier = rate
+    priced = [front.values + price * front.costs for front in fronts]
+    slack = _SLACK * sum(float(np.abs(front.values).max()) for front in fronts)
+    best = float(sum(front.values[point] for front, point in zip(fronts, points, strict=True)))
+    relaxed = points
+    rest_least = sum(int(front.costs[0]) for front in fronts)
+    rest_priced = sum(float(prices.min()) for prices in priced)
+    rest_cost = sum(int(front.costs[point]) for front, point in zip(fronts, relaxed, strict=True))
+    rest_value = float(sum(front.values[point] for front, point in zip(fronts, relaxed, strict=True)))
+    states = _Front(np.zeros(1, dtype=np.int64), np.zeros(1), np.zeros(1, dtype=np.int64))
+    history: list[_Front] = []
+    for index, (front, prices) in enumerate(zip(fronts, priced, strict=True)):
+        rest_least -= int(front.costs[0])
+        rest_priced -= float(prices.min())
+        rest_cost -= int(front.costs[relaxed[index]])
+        rest_value -= float(front.values[relaxed[index]])
+        costs, values, origins = _extend(states, front, budget - rest_least, price, best - rest_priced - slack, budget)
+        if not len(costs):
             break
-        spent, value = spent + more, value - less
-    return multiplier, value
+        states = _pareto(costs, values)
+        states = states._replace(origins=origins[states.origins])
+        history.append(states)
+        # What the states come to with the relaxed problem's points of the blocks to come.
+        feasible = int(np.searchsorted(states.costs, budget - rest_cost, side="right"))
+        if feasible and states.values[feasible - 1] + rest_value < best:
+            best = float(states.values[feasible - 1] + rest_value)
+            points = _trace(history, [len(front.costs) for front in fronts], feasible - 1) + relaxed[index + 1 :]
+        bound = states.values + price * (states.costs - budget) + rest_priced
+        if not (bound < best - slack).any():
+            break
+    return points
+
+
+def _extend(
+    states: _Front, front: _Front, most: int, price: float, bound: float, budget: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+    """Costs, values and origins of all states with all points of a front that stay below `most` and `bound`."""
+    kept: list[tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]] = []
+    count = len(front.costs)
+    step = max(1, _CHUNK // count)
+    for start in range(0, len(states.costs), step):
+        costs = (states.costs[start : start + step, None] + front.costs).ravel()  # (states * points,)
+        values = (states.values[start : start + step, None] + front.values).ravel()
+        possible = np.flatnonzero((costs <= most) & (values + price * (costs - budget) < bound))
+        kept.append((costs[possible], values[possible], possible + start * count))
+    costs, values, origins = (np.concatenate(parts) for parts in zip(*kept, strict=True))
+    return costs, values, origins
+
+
+def _trace(history: list[_Front], sizes: list[int], state: int) -> list[int]:
+    """The points of the blocks so far that led to a state of the last of them."""
+    points = []
+    for index in range(len(history) - 1, -1, -1):
+        state, point = divmod(int(history[index].origins[state]), sizes[index])
+        points.append(point)
+    return points[::-1]
+
+
+def _relax(fronts: Sequence[_Front], budget: int) -> tuple[float, list[int], int | None]:
+    """The price of the relaxed problem, a point of each front that keep to the budget, and the front that exceeds it.
+
+    The relaxed problem mixes points, so only the convex hull of each front counts. Its segments are taken by their
+    gain for the cost, best first, until the budget is used up; the first that does not fit gives the price.
+    """
+    gains: list[tuple[float, int, int, int]] = []  # gain for the cost, cost, front and end of a segment
+    for index, front in enumerate(fronts):
+        hull = _lower_hull(front)
+        for start, end in pairwise(hull):
+            cost = int(front.costs[end] - front.costs[start])
+            gains.append((float(front.values[start] - front.values[end]) / cost, cost, index, end))
+    points = [0] * len(fronts)
+    spent = sum(int(front.costs[0]) for front in fronts)
+    # Along a hull the gains decline, and the sort keeps the order of equal ones: a front's segments come in order.
+    for rate, cost, index, end in sorted(gains, key=lambda gain: -gain[0]):
+        if spent + cost > budget:
+            return rate, points, index
+        spent, points[index] = spent + cost, end
+    return 0.0, points, None
 
 
 def _lower_hull(front: _Front) -> list[int]:
