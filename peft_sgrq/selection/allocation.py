@@ -141,8 +141,8 @@ def allocate(blocks: Sequence[Block], budget: int) -> Allocation:
             "budget, or offer smaller ratios."
         )
     price, points, critical = _relax(fronts, budget)
-    # The block in which the relaxed budget ran out can use what is left of it. It comes first, so that a good choice is
-    # known early.
+    # The block in which the relaxed budget ran out can use what is left of it. It comes first, so that a good choice
+    # is known early.
     order = sorted(range(len(fronts)), key=lambda index: index != critical)
     found = _search([fronts[index] for index in order], budget, price, [points[index] for index in order])
     for index, point in zip(order, found, strict=True):
