@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
+from peft_sgrq import Saliency, SGRQConfig, calibrate
 from peft_sgrq.backends import ScaleBackend, resolve_backend
 
 TEXTS = [f"The sum of {i} and {i + 3} is {2 * i + 3}. " * (1 + i % 3) for i in range(12)]
@@ -75,3 +79,57 @@ def weight_of(backend: ScaleBackend) -> torch.Tensor:
 
 def summed(scores: torch.Tensor, backend: ScaleBackend) -> torch.Tensor:
     return scores.sum(1 if backend.granularity == "row" else 0)
+
+
+def run(
+    model: Any, criterion: Any = None, data: Any = None, config: SGRQConfig | None = None, **kwargs: Any
+) -> Saliency:
+    """The saliency by a criterion on the padded batches, or other data."""
+    return run_on(model, padded_batches() if data is None else data, criterion, config, **kwargs)
+
+
+def run_on(model: Any, data: Any, criterion: Any = "obs", config: SGRQConfig | None = None, **kwargs: Any) -> Saliency:
+    """The saliency on some data."""
+    config = config or SGRQConfig(group_size=16, task_type="CAUSAL_LM")
+    return calibrate(model, config, data, criterion=criterion, progress=False, **kwargs)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
+    assert found.dtype == torch.float32 and found.shape == expected.shape
+    assert float((found.double() - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """All there is to see of a model and of the state around it; tensors as copies, other objects themselves."""
+    seen: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        for key, value in module.__dict__.items():
+            seen[f"{name}.{key}"] = dict(value) if isinstance(value, dict) else value
+    tensors = {key: value for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    parameters = dict(model.named_parameters())
+    return {
+        "attributes": seen,
+        "tensors": {key: value.clone() for key, value in tensors.items()},
+        "gradients": {
+            key: value.grad if value.grad is None else value.grad.clone() for key, value in parameters.items()
+        },
+        "trainable": {key: value.requires_grad for key, value in parameters.items()},
+        "config": model.config.to_dict(),
+        "random": (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()),
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+    }
+
+
+def check_same(before: Any, after: Any, where: str = "") -> None:
+    if isinstance(before, (torch.Tensor, np.ndarray)):
+        assert type(before) is type(after) and before.dtype == after.dtype, where
+        equal = np.array_equal if isinstance(before, np.ndarray) else torch.equal
+        assert before is after or equal(before, after), where
+    elif isinstance(before, (dict, tuple, list)):
+        assert type(before) is type(after) and len(before) == len(after), where
+        keys = before if isinstance(before, dict) else range(len(before))
+        assert not isinstance(before, dict) or list(before) == list(after), where
+        for key in keys:
+            check_same(before[key], after[key], f"{where}.{key}")
+    else:
+        assert before is after or before == after, where

@@ -68,7 +68,7 @@ def load_data(args: argparse.Namespace, tokenizer: Any) -> Any:
     """A text file as pieces of `--max-length` tokens, any other file or name as a dataset."""
     from pathlib import Path
 
-    from datasets import load_dataset
+    from datasets import load_dataset  # type: ignore[import-untyped]
 
     path = Path(args.data)
     if not path.is_file():

@@ -13,6 +13,7 @@ from peft_sgrq.backends.base import ScaleBackend
 from peft_sgrq.selection.blocks import Chain, NotAChainError, find_stack
 from peft_sgrq.selection.data import Batch
 from peft_sgrq.selection.inputs import InputCollector, SharingBrokenError
+from peft_sgrq.selection.padding import Padding
 from peft_sgrq.selection.processes import gather
 from peft_sgrq.selection.ratio import size_in_bytes
 from peft_sgrq.selection.statistics import InputStatistics
@@ -46,18 +47,17 @@ def collect_input_scores(
         memory_limit (`int`, `str` or `None`): What Hessians may take at once in full passes.
         bar: A tqdm progress bar.
     """
+    padding = Padding(model)
     for share in (True, False):
-        collection = _Collection(backends, batches, run, score, full, share, bar)
+        collection = _Collection(backends, batches, run, score, padding, full, share, bar)
         try:
-            if not full:
-                collection.passes([list(backends)])
-                return collection.scores
-            stack = find_stack(model, backends)
-            if stack is not None:
-                collection.block_by_block(*stack)
-            rest = [name for name in backends if name not in collection.scores]
-            if rest:
-                collection.passes(collection.plan(rest, memory_limit))
+            with padding.watching():
+                stack = find_stack(model, backends) if full else None
+                if stack is not None:
+                    collection.block_by_block(*stack)
+                rest = [name for name in backends if name not in collection.scores]
+                if rest:
+                    collection.passes(collection.plan(rest, memory_limit) if full else [rest])
             return {name: collection.scores[name] for name in backends}
         except SharingBrokenError:
             logger.warning("Layers do not share their inputs in all batches; starting again with statistics for each.")
@@ -71,13 +71,14 @@ class _Collection:
         batches: Sequence[Batch],
         run: Run,
         score: Score,
+        padding: Padding,
         full: bool,
         share: bool,
         bar: Any,
     ) -> None:
         self.scores: dict[str, torch.Tensor] = {}
         self._backends, self._batches, self._run, self._score = backends, batches, run, score
-        self._full, self._share, self._bar = full, share, bar
+        self._padding, self._full, self._share, self._bar = padding, full, share, bar
 
     def block_by_block(self, stack_name: str, stack: nn.ModuleList) -> None:
         """Scores the layers in a stack of blocks; none of them if it turns out to be no chain."""
@@ -98,9 +99,9 @@ class _Collection:
         self._bar.reset(total=len(blocks) * len(self._batches))
         scores = {}
         for index, names in enumerate(inside):
-            collector = self._collector(names)
+            collector = self._collector(names, self._full)
             for number, batch in enumerate(self._batches):
-                with collector.batch(batch.counted):
+                with collector.batch(batch):
                     chain.run_block(index, number)  # type: ignore[union-attr]
                 self._bar.update()
             scores.update(self._finish(collector, names))
@@ -116,9 +117,9 @@ class _Collection:
         """Scores layers by passes over all data, some layers in each."""
         self._bar.reset(total=len(plan) * len(self._batches))
         for names in plan:
-            collector = self._collector(names)
+            collector = self._collector(names, self._full)
             for batch in self._batches:
-                with collector.batch(batch.counted):
+                with collector.batch(batch):
                     self._run(batch)
                 self._bar.update()
             self.scores.update(self._finish(collector, names))
@@ -128,9 +129,9 @@ class _Collection:
         if memory_limit is None:
             return [list(names)]
         limit = size_in_bytes(memory_limit, "memory_limit")
-        probe = InputCollector({name: self._backends[name] for name in names}, full=False, share=self._share)
+        probe = self._collector(names, full=False)
         for batch in self._batches[:1]:
-            with probe.batch(batch.counted):
+            with probe.batch(batch):
                 self._run(batch)
         shared = max(gather(list(probe.shared().values())), key=len)  # the same on all processes
         together = {name: group for group in shared for name in group}
@@ -152,8 +153,8 @@ class _Collection:
             left -= size
         return plan
 
-    def _collector(self, names: Iterable[str]) -> InputCollector:
-        return InputCollector({name: self._backends[name] for name in names}, self._full, self._share)
+    def _collector(self, names: Iterable[str], full: bool) -> InputCollector:
+        return InputCollector({name: self._backends[name] for name in names}, self._padding, full, self._share)
 
     def _finish(self, collector: InputCollector, names: Iterable[str]) -> dict[str, torch.Tensor]:
         collector.reduce()

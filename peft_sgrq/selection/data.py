@@ -24,10 +24,12 @@ class Batch:
     Attributes:
         inputs (`dict[str, torch.Tensor]`): `input_ids` int64 `[B, T]` and what else the data has.
         counted (`torch.Tensor`): Tokens that are no padding, bool `[B, T]`.
+        decoder_counted (`torch.Tensor` or `None`): Those of a decoder with inputs of its own, bool `[B, T']`.
     """
 
     inputs: dict[str, torch.Tensor]
     counted: torch.Tensor
+    decoder_counted: torch.Tensor | None = None
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any]) -> Batch:
@@ -35,13 +37,24 @@ class Batch:
         tensors = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
         ids, mask = tensors["input_ids"], tensors.get("attention_mask")
         whole = mask is None or mask.shape != ids.shape
-        return cls(tensors, torch.ones_like(ids, dtype=torch.bool) if mask is None or whole else mask.bool())
+        counted = torch.ones_like(ids, dtype=torch.bool) if mask is None or whole else mask.bool()
+        return cls(tensors, counted, _decoder_tokens(tensors))
 
     def first(self) -> Batch:
         """The first sequence alone."""
         rows = len(self.counted)
         inputs = {key: value[:1] if value.shape[:1] == (rows,) else value for key, value in self.inputs.items()}
-        return Batch(inputs, self.counted[:1])
+        decoder = self.decoder_counted
+        return Batch(inputs, self.counted[:1], None if decoder is None else decoder[:1])
+
+
+def _decoder_tokens(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    if "decoder_attention_mask" in tensors:
+        return tensors["decoder_attention_mask"].bool()
+    if "decoder_input_ids" in tensors:
+        return torch.ones_like(tensors["decoder_input_ids"], dtype=torch.bool)
+    labels = tensors.get("labels")  # an encoder-decoder shifts them to be its decoder's inputs
+    return None if labels is None or labels.dim() != 2 else labels != IGNORED
 
 
 def load_batches(

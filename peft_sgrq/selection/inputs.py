@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from peft_sgrq.backends.base import ScaleBackend
+from peft_sgrq.selection.data import Batch
+from peft_sgrq.selection.padding import Padding
 from peft_sgrq.selection.processes import gather, sum_over_processes
 from peft_sgrq.selection.statistics import InputStatistics
 
@@ -25,6 +27,7 @@ class InputCollector:
 
     Args:
         backends (`dict[str, ScaleBackend]`): The layers by name, in the order of the model.
+        padding (`Padding`): What takes padding out of inputs.
         full (`bool`): Keep whole Hessians, as in [`InputStatistics`].
         share (`bool`): Whether layers with the same input share statistics.
 
@@ -32,9 +35,10 @@ class InputCollector:
         statistics (`dict[str, InputStatistics]`): By name, for the layers that have run; after [`reduce`] for all.
     """
 
-    def __init__(self, backends: Mapping[str, ScaleBackend], full: bool, share: bool = True) -> None:
+    def __init__(self, backends: Mapping[str, ScaleBackend], padding: Padding, full: bool, share: bool = True) -> None:
         self.statistics: dict[str, InputStatistics] = {}
         self._backends = backends
+        self._padding = padding
         self._full = full
         self._share = share
         self._broken = False
@@ -44,12 +48,11 @@ class InputCollector:
         self._recent: deque[tuple[torch.Tensor, int, InputStatistics]] = deque(maxlen=_RECENT)
 
     @contextmanager
-    def batch(self, counted: torch.Tensor) -> Iterator[None]:
-        """While this is open the layers' inputs are those of a batch whose tokens `counted`, bool `[B, T]`, names."""
-        mask = None if bool(counted.all()) else counted
+    def batch(self, batch: Batch) -> Iterator[None]:
+        """While this is open the layers' inputs are those of a batch."""
 
         def hook(name: str) -> Any:
-            return lambda module, args, kwargs: self._take(name, (*args, *kwargs.values())[0], mask)
+            return lambda module, args, kwargs: self._take(name, (*args, *kwargs.values())[0], batch)
 
         with ExitStack() as stack:
             for name, backend in self._backends.items():
@@ -62,7 +65,7 @@ class InputCollector:
         for remembered in (self._new, self._inputs, self._seen, self._recent):
             remembered.clear()
 
-    def _take(self, name: str, x: torch.Tensor, mask: torch.Tensor | None) -> None:
+    def _take(self, name: str, x: torch.Tensor, batch: Batch) -> None:
         self._seen[name] = self._seen.get(name, 0) + 1
         shared = self._find_shared(x) if self._share else None
         own = self.statistics.get(name)
@@ -75,7 +78,7 @@ class InputCollector:
             self.statistics[name] = own
         if shared is own:
             return
-        own.update(select_counted(x.detach(), mask))
+        own.update(self._padding.remove(x, self._backends[name].module, batch).detach())
         self._inputs[own] = self._inputs.get(own, 0) + 1
         self._recent.append((x, x._version, own))  # holding the tensor, its memory is not given to another
 
@@ -114,19 +117,3 @@ class InputCollector:
             if name in self.statistics:
                 found.setdefault(self.statistics[name], []).append(name)
         return found
-
-
-def select_counted(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The tokens of an input that count, `[n, K]`.
-
-    Args:
-        x (`torch.Tensor`): `[B, T, K]`, `[T, B, K]` or `[B * T, K]`. Of other tokens (those sent to an expert, say) it
-            cannot be told which are padding, and all count.
-        mask (`torch.Tensor` or `None`): bool `[B, T]`; `None` counts all.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    if mask is None or rows.shape[0] != mask.numel():
-        return rows
-    if x.dim() > 2 and x.shape[:2] != mask.shape and x.shape[:2] == mask.t().shape:
-        mask = mask.t()
-    return rows[mask.reshape(-1).to(x.device)]
