@@ -209,13 +209,16 @@ def _runner(model: nn.Module, with_labels: bool = False) -> Callable[[Batch], An
     """Runs the model on what of a batch its forward pass takes."""
     parameters = inspect.signature(model.forward).parameters
     device = next(model.parameters()).device
+    any_keyword = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     extra = {"use_cache": False} if "use_cache" in parameters else {}
 
     def run(batch: Batch) -> Any:
-        if "input_ids" not in parameters:
+        if "input_ids" not in parameters and not any_keyword:
             return model(batch.inputs["input_ids"].to(device))
         wanted = {key: value for key, value in batch.inputs.items() if with_labels or key != "labels"}
-        return model(**{key: value.to(device) for key, value in wanted.items() if key in parameters}, **extra)
+        if "input_ids" in parameters:  # a wrapper that takes anything is given everything
+            wanted = {key: value for key, value in wanted.items() if key in parameters}
+        return model(**{key: value.to(device) for key, value in wanted.items()}, **extra)
 
     return run
 
