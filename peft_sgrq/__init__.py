@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from peft_sgrq.layer import SGRQLinear
     from peft_sgrq.model import SGRQModel
     from peft_sgrq.registration import register
+    from peft_sgrq.selection.calibrate import calibrate
+    from peft_sgrq.selection.layerwise import allocate_ratios
+    from peft_sgrq.selection.saliency import Saliency
 
 __version__ = "0.1.0"
 
@@ -24,6 +27,9 @@ __all__ = [
     "SGRQConfig",
     "SGRQLinear",
     "SGRQModel",
+    "Saliency",
+    "allocate_ratios",
+    "calibrate",
     "merge_checkpoint",
     "register",
     "restore_codes",
@@ -34,6 +40,9 @@ _HOMES = {
     "SGRQConfig": "config",
     "SGRQLinear": "layer",
     "SGRQModel": "model",
+    "Saliency": "selection.saliency",
+    "allocate_ratios": "selection.layerwise",
+    "calibrate": "selection.calibrate",
     "merge_checkpoint": "checkpoint.merge",
     "register": "registration",
     "restore_codes": "checkpoint.restore",

@@ -24,15 +24,16 @@ _TEXT = """\
 {begin}
 # {title}
 
-An adapter of `peft_sgrq`, saliency-guided scale tuning: it changes {ratio:.0%} of the scales of the layers below, by
-salience, and nothing else of the base model. Merged into the base it gives a model of the same format whose outputs
-are those of the adapter, bit for bit.
+An adapter of `peft_sgrq`, saliency-guided scale tuning: it changes {share} scales of the layers below and
+nothing else of the base model. Merged into the base it gives a model of the same format whose outputs are those of the
+adapter, bit for bit.
 
 | | |
 |---|---|
 | base model | `{base}` |
 | quantization of the base | {quantization} |
-| ratio of trained scales | {ratio:g} |
+| ratio of trained scales | {ratio} |
+| criterion | {criterion} |
 | layers | {layers} |
 | trained parameters | {parameters:,} ({adapter_dtype}) |
 | size of the adapter | {size} |
@@ -107,7 +108,11 @@ def _section(weights: str, config: SGRQConfig) -> str:
         title=f"SGRQ adapter for {Path(base).name}",
         base=base,
         quantization=f"`{quantization_code(quantization)}`" if quantization else "none (dense)",
-        ratio=config.ratio,
+        share=(
+            f"the {config.ratio:.0%} most salient" if isinstance(config.ratio, (int, float)) else "the most salient"
+        ),
+        ratio=config.ratio if isinstance(config.ratio, str) else f"{config.ratio:g}",
+        criterion=config.criterion or "magnitude",
         layers=len(config.selection or ()),
         parameters=_count_parameters(weights),
         adapter_dtype=config.adapter_dtype,

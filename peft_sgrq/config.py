@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,8 @@ from peft.utils.peft_types import PeftType
 
 from peft_sgrq.card import write_model_card
 from peft_sgrq.checkpoint.adapter_file import check_adapter_file
+from peft_sgrq.selection.criteria import check_criterion
+from peft_sgrq.selection.ratio import DEFAULT_BUDGET, check_budget, check_ratio, check_ratio_pattern
 
 FORMAT_VERSION = 1
 ADAPTER_DTYPES = ("float32", "bfloat16")
@@ -29,8 +30,16 @@ class SGRQConfig(PeftConfig):
             without any, every `nn.Linear` and `Conv1D` but the output head. A list matches names or their ends, a
             string is a regular expression, `"all-linear"` means what it means in PEFT.
         exclude_modules (`list[str]`, `str` or `None`): Layers to leave alone, matched likewise.
-        ratio (`float`): Share of the column groups whose scales are trained (of the rows, in a format with one scale
-            a row), in (0, 1]; at least one in each layer. 1.0 is PEQA. The default is that of the SGR-Q paper.
+        ratio (`float` or `str`): Share of the column groups whose scales are trained (of the rows, in a format with
+            one scale a row), in (0, 1]; at least one in each layer. 1.0 is PEQA, the default that of the SGR-Q paper.
+            `"knee"` takes the share of each layer's columns above its mean saliency, `"global"` one threshold over all
+            layers at which `budget` is spent, `"layerwise"` what calibration finds best by measuring the loss.
+        ratio_pattern (`dict[str, float | "knee"]`): Module name, its end, or a pattern of it -> ratio, overruling
+            `ratio` there; matched like PEFT's `rank_pattern`.
+        budget (`float`, `int` or `str`): What `"global"` and `"layerwise"` may spend: a share of all scales (`float`),
+            a number of scales (`int`), or a size of the adapter's deltas such as `"20MB"`.
+        criterion (`str` or `None`): How salience is measured: obs, billm, diag, error, fisher, gradient, magnitude
+            or random (docs/selection.md). `None`: obs when calibrated, else magnitude, which needs no data.
         group_size (`int`): Columns per scale in a layer that is not quantized; a quantized one has its own.
         adapter_dtype (`"float32"` or `"bfloat16"`): With `"bfloat16"` the forward pass rounds the deltas to it, so
             that the adapter file of half the size holds what was trained. Training keeps float32 values either way.
@@ -41,7 +50,7 @@ class SGRQConfig(PeftConfig):
         modules_to_save (`list[str]` or `None`): Further modules to train and save whole.
         trainable_token_indices (`list[int]`, `dict[str, list[int]]` or `None`): Embedding rows to train.
         selection (`dict[str, str]` or `None`): Layer name -> bit mask of its selected groups in hexadecimal, the
-            first group the highest bit. Missing ones are chosen by the weight magnitude of the group.
+            first group the highest bit. [`calibrate`] fills it; missing ones are chosen without data.
         base_fingerprint (`dict[str, str]` or `None`): Layer name -> digest of the base layer. Where it is given,
             another base is refused; set it to `None` to load the adapter on another base all the same.
         base_quantization (`dict` or `None`): The quantization config of the base, to say how to load it.
@@ -55,7 +64,16 @@ class SGRQConfig(PeftConfig):
     exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Layers to leave alone."}
     )
-    ratio: float = field(default=0.4, metadata={"help": "Share of the groups whose scales are trained, in (0, 1]."})
+    ratio: float | str = field(
+        default=0.4, metadata={"help": "Share of the groups trained, in (0, 1], or knee, global or layerwise."}
+    )
+    ratio_pattern: dict[str, float | str] = field(
+        default_factory=dict, metadata={"help": "Module name or pattern -> ratio, overruling `ratio`."}
+    )
+    budget: float | int | str = field(
+        default=DEFAULT_BUDGET, metadata={"help": "Of the ratios global and layerwise: a share, a number, or a size."}
+    )
+    criterion: str | None = field(default=None, metadata={"help": "How salience is measured."})
     group_size: int = field(default=64, metadata={"help": "Columns per scale in layers that are not quantized."})
     adapter_dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16."})
     init_weights: bool = field(default=True, metadata={"help": "Start at zero change (True) or at random (False)."})
@@ -126,12 +144,11 @@ class SGRQConfig(PeftConfig):
             )
 
     def _check_numbers(self) -> None:
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)):
-            raise TypeError(f"`ratio` is {self.ratio!r}, expected a number in (0, 1]; 0.4 is the default.")
-        if not (math.isfinite(self.ratio) and 0 < self.ratio <= 1):
-            raise ValueError(
-                f"`ratio` is {self.ratio}, expected a share of the scales in (0, 1]; 0.4 trains 40 % of them, 1.0 all."
-            )
+        check_ratio(self.ratio)
+        check_ratio_pattern(self.ratio_pattern)
+        check_budget(self.budget)
+        if self.criterion is not None:
+            check_criterion(self.criterion)
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
             raise TypeError(f"`group_size` is {self.group_size!r}, expected a positive int such as 64.")
         if self.group_size < 1:

@@ -24,7 +24,7 @@ from peft_sgrq.config import ADAPTER_DTYPES, SGRQConfig
 from peft_sgrq.delta import Delta
 from peft_sgrq.layer import SGRQLinear
 from peft_sgrq.mixed_batch import adapter_names_for, check_adapter_names
-from peft_sgrq.selection import count_selected, decode_mask, encode_mask, magnitude, select_top
+from peft_sgrq.selection import decode_mask, encode_mask, select_without_data
 from peft_sgrq.selection.masks import unpack_mask
 from peft_sgrq.targets import (
     TASK_HEADS,
@@ -110,10 +110,8 @@ class SGRQModel(BaseTuner):
         if peft_config.base_fingerprint is not None:
             check_base(peft_config, fingerprints, known=backends)
         selection = dict(peft_config.selection or {})
-        for name, backend in present.items():
-            if name not in selection:
-                selection[name] = _select_by_magnitude(backend, peft_config.ratio)
-        peft_config.selection = selection
+        missing = {name: backend for name, backend in present.items() if name not in selection}
+        peft_config.selection = selection | select_without_data(missing, peft_config)
         self._check_selection(peft_config, backends)
         if not present:
             return
@@ -154,7 +152,7 @@ class SGRQModel(BaseTuner):
         backend = backend_of(current_key, base_of(target), peft_config.group_size)
         selection = peft_config.selection = peft_config.selection or {}
         if current_key not in selection:  # only when the layers are those of a state dict, not of the config
-            selection[current_key] = _select_by_magnitude(backend, peft_config.ratio)
+            selection |= select_without_data({current_key: backend}, peft_config)
         groups = decode_mask(selection[current_key], backend.selectable)
         if isinstance(target, SGRQLinear):
             target.update_layer(adapter_name, config=peft_config, groups=groups)
@@ -336,8 +334,3 @@ def _original_scales(model: nn.Module) -> Iterator[None]:
             if isinstance(module, SGRQLinear):
                 stack.enter_context(module.original_scales())
         yield
-
-
-def _select_by_magnitude(backend: ScaleBackend, ratio: float) -> str:
-    count = count_selected(ratio, backend.selectable)
-    return encode_mask(select_top(magnitude(backend), count), backend.selectable)

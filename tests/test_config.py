@@ -39,7 +39,8 @@ def trainable(model: torch.nn.Module) -> set[str]:
         ("ratio", 1.1, ValueError),
         ("ratio", float("nan"), ValueError),
         ("ratio", float("inf"), ValueError),
-        ("ratio", "a", TypeError),
+        ("ratio", "a", ValueError),
+        ("ratio", [0.4], TypeError),
         ("ratio", True, TypeError),
         ("ratio", None, TypeError),
         ("group_size", 0, ValueError),
@@ -47,6 +48,21 @@ def trainable(model: torch.nn.Module) -> set[str]:
         ("group_size", 64.0, TypeError),
         ("group_size", True, TypeError),
         ("group_size", "64", TypeError),
+        ("ratio_pattern", None, TypeError),
+        ("ratio_pattern", [0.4], TypeError),
+        ("ratio_pattern", {1: 0.4}, TypeError),
+        ("ratio_pattern", {"q_proj": 1.5}, ValueError),
+        ("ratio_pattern", {"q_proj": None}, TypeError),
+        ("ratio_pattern", {"q_proj": "global"}, ValueError),
+        ("budget", 0, ValueError),
+        ("budget", 0.0, ValueError),
+        ("budget", 1.1, ValueError),
+        ("budget", float("nan"), ValueError),
+        ("budget", "much", ValueError),
+        ("budget", True, TypeError),
+        ("budget", None, TypeError),
+        ("criterion", "salience", ValueError),
+        ("criterion", 1, TypeError),
         ("adapter_dtype", "float16", ValueError),
         ("adapter_dtype", torch.float16, ValueError),
         ("adapter_dtype", 16, ValueError),
@@ -65,7 +81,7 @@ def trainable(model: torch.nn.Module) -> set[str]:
 def test_a_wrong_value_is_refused_by_name(field, value, error):
     with pytest.raises(error, match=rf"`{field}.*expected") as caught:
         SGRQConfig(**{field: value})
-    if field not in ("selection", "base_fingerprint"):
+    if field not in ("selection", "base_fingerprint", "ratio_pattern"):
         assert str(value).removeprefix("torch.") in str(caught.value)
 
 
@@ -100,7 +116,10 @@ FULL = {
     "task_type": TaskType.CAUSAL_LM,
     "target_modules": ["q_proj", "v_proj"],
     "exclude_modules": ["o_proj"],
-    "ratio": 0.25,
+    "ratio": "global",
+    "ratio_pattern": {"q_proj": 1.0, r"layers\.0\..*": "knee"},
+    "budget": "20MB",
+    "criterion": "fisher",
     "group_size": 32,
     "adapter_dtype": torch.bfloat16,
     "init_weights": False,

@@ -15,7 +15,8 @@ from layers import adapt, conv1d, linear_4bit, linear_8bit, linear_dense, the_la
 from peft import get_peft_model
 
 from peft_sgrq import SGRQConfig
-from peft_sgrq.selection import count_selected, decode_mask, encode_mask, magnitude, select_top
+from peft_sgrq.selection import LayerSaliency, count_selected, decode_mask, encode_mask, select_top
+from peft_sgrq.selection.criteria import weight_scores
 from peft_sgrq.selection.masks import pack_mask, unpack_mask
 
 quick = settings(max_examples=100, deadline=None, derandomize=True)
@@ -142,7 +143,8 @@ def test_magnitude_is_the_sum_of_squares_of_the_weight(kind):
     size = {"fp4-nested": 32}.get(kind, 64)
     expected = squares.sum(1) if kind == "int8" else torch.stack([part.sum() for part in squares.split(size, 1)])
     model = adapt(layer, ratio=0.5)
-    found = magnitude(the_layer(model).backend)
+    backend = the_layer(model).backend
+    found = LayerSaliency.of(backend, weight_scores("0", backend, "magnitude")).group_scores()
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
     count = count_selected(0.5, len(expected))

@@ -1,7 +1,18 @@
 """Which scales are trained: criteria give scores, a ratio gives how many, a mask stores the choice."""
 
-from peft_sgrq.selection.criteria import magnitude
+from peft_sgrq.selection.layer_saliency import LayerSaliency
 from peft_sgrq.selection.masks import decode_mask, encode_mask
-from peft_sgrq.selection.ratio import count_selected, select_top
+from peft_sgrq.selection.ratio import count_selected, knee, select_top
+from peft_sgrq.selection.saliency import Saliency
+from peft_sgrq.selection.uncalibrated import select_without_data
 
-__all__ = ["count_selected", "decode_mask", "encode_mask", "magnitude", "select_top"]
+__all__ = [
+    "LayerSaliency",
+    "Saliency",
+    "count_selected",
+    "decode_mask",
+    "encode_mask",
+    "knee",
+    "select_top",
+    "select_without_data",
+]

@@ -1,24 +1,143 @@
-"""Saliency criteria: a score for each selectable group (or row) of a layer."""
+"""Saliency criteria: what a weight is worth.
+
+With `w` a weight of column `j`, `H = 2/N sum_t x_t x_t^T` over the inputs of its layer, and `g` the gradient in `w` of
+the loss of one sequence, summed over its tokens:
+
+===========  ============================  ==========================================================================
+obs          w^2 / [H^-1]_jj               what removing it costs when the others make up for it: OBS (Hassibi and
+                                           Stork 1993), SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774)
+billm        w^2 / [H^-1]_jj^2             BiLLM (Huang et al. 2024, arXiv 2402.04291)
+diag         w^2 H_jj                      what removing it costs, the others left alone: OBD (LeCun et al. 1990),
+                                           the square of Wanda (Sun et al. 2023, arXiv 2306.11695)
+error        (w - w_original)^2 H_jj       what quantizing it cost: OWQ (Lee et al. 2024, arXiv 2306.02272)
+fisher       w^2 sum g^2 / N               the diagonal of the Fisher information (SqueezeLLM, Kim et al. 2024, arXiv
+                                           2306.07629), for a relative change
+gradient     sum (dL/ddelta)^2 / N         by scale: what tuning could gain on this data
+magnitude    w^2                           needs no data
+random       uniform                       the control
+===========  ============================  ==========================================================================
+
+Scores are summed over the rows of each column (in a row format over the columns of each row), and over the columns of
+each group when groups are selected. In H^-1, H is damped by 1 % of its mean diagonal. Dead columns (H_jj = 0) score 0.
+"""
 
 from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from peft_sgrq.backends.base import ScaleBackend
+from peft_sgrq.selection.statistics import InputStatistics
+
+
+@dataclass
+class LayerStatistics:
+    """What a criterion knows about a layer.
+
+    Attributes:
+        name (`str`): Name of the module.
+        weight (`torch.Tensor`): The weight the layer computes with, float32 `[N, K]`.
+        inputs (`InputStatistics`): Of its inputs: `diagonal` and `inverse_diagonal` float64 `[K]`, `hessian` `[K, K]`.
+        original (`torch.Tensor` or `None`): The weight before quantization, float32 `[N, K]`.
+    """
+
+    name: str
+    weight: torch.Tensor
+    inputs: InputStatistics
+    original: torch.Tensor | None = None
+
+
+Criterion = Callable[[LayerStatistics], torch.Tensor]
+
+
+def obs(layer: LayerStatistics) -> torch.Tensor:
+    return layer.weight.square() / layer.inputs.inverse_diagonal.float()  # (N, K)
+
+
+def billm(layer: LayerStatistics) -> torch.Tensor:
+    return (layer.weight / layer.inputs.inverse_diagonal.float()).square()  # (N, K)
+
+
+def diag(layer: LayerStatistics) -> torch.Tensor:
+    return layer.weight.square() * layer.inputs.diagonal.float()  # (N, K)
+
+
+def error(layer: LayerStatistics) -> torch.Tensor:
+    if layer.original is None:
+        raise ValueError(
+            f"The criterion 'error' compares with the weights before quantization, found none for {layer.name!r}; "
+            "give the model or checkpoint that was quantized as `original`."
+        )
+    return (layer.weight - layer.original).square() * layer.inputs.diagonal.float()  # (N, K)
+
+
+def fisher(weight: torch.Tensor, gradient: torch.Tensor, backend: ScaleBackend) -> torch.Tensor:
+    """Of one sequence: `w^2 g^2`, from the weight and its gradient, float32 `[N, K]`."""
+    return (weight * gradient).square()  # (N, K)
+
+
+def gradient(weight: torch.Tensor, gradient: torch.Tensor, backend: ScaleBackend) -> torch.Tensor:
+    """Of one sequence: the squared gradient of each scale's relative change, shared out to the columns it scales.
+
+    `dL/ddelta = sum w g` over what the scale multiplies; the columns of a group get equal parts of the square, so that
+    they add up to it.
+    """
+    product = weight * gradient  # (N, K)
+    if backend.granularity == "row":
+        return product.sum(1).square()  # (N,)
+    size = backend.group_size
+    sums = backend.select_columns(product, None).view(product.shape[0], -1, size).sum(2)  # (N, G)
+    return spread_over_columns(sums.square().sum(0), backend)
+
+
+def spread_over_columns(values: torch.Tensor, backend: ScaleBackend) -> torch.Tensor:
+    """Shares out a value of each group, `[G]`, to its columns in equal parts, `[K]`."""
+    columns = torch.arange(1, backend.in_features + 1, dtype=torch.float64, device=values.device)
+    slots = backend.select_columns(columns.unsqueeze(0), None).view(-1, backend.group_size).long()  # 0 for padding
+    parts = values / (slots > 0).sum(1)  # (G,)
+    result = values.new_zeros(backend.in_features + 1)
+    result[slots] = parts.unsqueeze(1).expand_as(slots)
+    return result[1:]
+
+
+HESSIAN: dict[str, Criterion] = {"obs": obs, "billm": billm}  # need all of H
+DIAGONAL: dict[str, Criterion] = {"diag": diag, "error": error}  # need its diagonal
+GRADIENTS = {"fisher": fisher, "gradient": gradient}  # need a backward pass
+WEIGHTS = ("magnitude", "random")  # need no data
+CRITERIA = (*HESSIAN, *DIAGONAL, *GRADIENTS, *WEIGHTS)
+COMPARABLE = tuple(GRADIENTS)  # scores in units of the model's loss, comparable between layers
+DEFAULT_CRITERION = "obs"
+CUSTOM = "custom:"  # what the names of users' functions begin with
+
+
+def reduce_scores(elements: torch.Tensor, backend: ScaleBackend) -> torch.Tensor:
+    """Scores of each weight `[N, K]` summed to what a saliency holds: `[K]`, or `[N]` in a row format."""
+    return elements.sum(1 if backend.granularity == "row" else 0) if elements.dim() == 2 else elements
 
 
 @torch.no_grad()
-def magnitude(backend: ScaleBackend) -> torch.Tensor:
-    """The sum of squared weights of each group of columns, or of each row in a row format; needs no data.
+def weight_scores(name: str, backend: ScaleBackend, criterion: str, seed: int = 0) -> torch.Tensor:
+    """The scores of a criterion that needs no data, `"magnitude"` or `"random"`: float32, `[K]`, or `[N]` of rows.
 
-    Args:
-        backend (`ScaleBackend`): The layer.
-
-    Returns:
-        `torch.Tensor`: float32 `[selectable]`.
+    Random scores depend on the seed and the name of the layer, not on any state.
     """
-    weight = backend.dequantize(backend.scales(), torch.float32)  # (N, K)
-    if backend.granularity == "row":
-        return weight.square().sum(1)
-    columns = weight.square().sum(0, keepdim=True)  # (1, K)
-    return backend.select_columns(columns, None).view(-1, backend.group_size).sum(1)
+    if criterion == "magnitude":
+        return reduce_scores(backend.dequantize(backend.scales(), torch.float32).square_(), backend)
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    scores = torch.rand(backend.selectable, generator=generator).to(backend.device)
+    return scores if backend.granularity == "row" else spread_over_columns(scores, backend)
+
+
+def check_criterion(criterion: object) -> None:
+    """Refuses what is not the name of a criterion; those of users' functions begin with `custom:`."""
+    known = ", ".join(f'"{name}"' for name in CRITERIA)
+    if not isinstance(criterion, str):
+        raise TypeError(f"`criterion` is {criterion!r}, expected one of {known}, or None for the default.")
+    if criterion not in CRITERIA and not criterion.startswith(CUSTOM):
+        raise ValueError(
+            f"`criterion` is {criterion!r}, expected one of {known}; give a function of your own to `calibrate`."
+        )

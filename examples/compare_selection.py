@@ -1,0 +1,145 @@
+"""Does it matter which scales are trained? Tunes one model with selections by different criteria and compares.
+
+python examples/compare_selection.py MODEL --train TEXT --test TEXT --base nf4 --results results.json
+python examples/selection_table.py results.json
+
+A selection is named `CRITERION` or `CRITERION:HOW`. CRITERION is one of `calibrate`'s, or `bottom`, the least salient
+columns by `obs`. HOW is `global` or `layerwise` (ratios by layer, at the same number of scales), or `scale`: single
+scales with the largest mean gradient instead of whole columns of them, which saves no work and is for analysis only.
+
+Every selection gets the same learning rates: all of them at the first seed, then for the others the one with the
+lowest loss on the validation split, the last tenth of the training text. The seed sets the order of the data, the
+calibration rows and the random selection. What is done already is found in the results, so the command can be stopped
+and repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from selection_bench import Bench
+from transformers.utils import logging
+
+RUN_FIELDS = ("method", "ratio", "seed", "learning_rate")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a causal language model, not quantized")
+    parser.add_argument(
+        "--train", type=Path, required=True, help="a text, or .jsonl with `text` or question and answer"
+    )
+    parser.add_argument("--test", type=Path, required=True, help="held-out text of the same kind")
+    parser.add_argument("--base", choices=["nf4", "dense", "dense-3bit"], default="nf4")
+    parser.add_argument("--group-size", type=int, default=64, help="columns per scale of a dense base")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--methods", nargs="+", default=["obs", "diag", "gradient", "magnitude", "random", "bottom"])
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.1, 0.4])
+    parser.add_argument("--no-full", action="store_true", help="leave out ratio 1.0")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--learning-rates", nargs="+", type=float, default=[2e-2, 4e-2, 8e-2, 0.16])
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128, help="tokens in a window")
+    parser.add_argument("--calibration-rows", type=int, default=64, help="windows of the training text")
+    parser.add_argument("--evaluation-rows", type=int, default=96, help="windows of the validation and the test text")
+    parser.add_argument("--characters", type=int, default=600_000, help="how much of the training text to read")
+    parser.add_argument("--results", type=Path, required=True, help="a JSON file to add to")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="start no run after so many seconds")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    start = time.perf_counter()
+    results = Results(arguments)
+    bench = Bench(arguments)
+    pairs = [(method, ratio) for ratio in arguments.ratios for method in arguments.methods]
+    pairs += [] if arguments.no_full else [("random", 1.0)]
+    first, *others = arguments.seeds
+    todo = [
+        (method, ratio, first, rate) for method, ratio in pairs for rate in arguments.learning_rates
+    ]  # the sweep; the other seeds are added as the sweep of a pair is done
+    for method, ratio in pairs:
+        todo += [(method, ratio, seed, None) for seed in others]
+    for method, ratio, seed, rate in todo:
+        if time.perf_counter() - start > arguments.limit:
+            print("The time is up; run the command again to go on.")
+            return
+        rate = rate or results.best_rate(method, ratio, first, arguments.learning_rates)
+        run = dict(zip(RUN_FIELDS, (method, ratio, seed, rate), strict=True))
+        if results.find(run) is None:
+            run |= bench.run(**run)
+            results.add(run)
+            print(json.dumps(run), flush=True)
+    if "untrained" not in results.setting:
+        results.setting["untrained"] = bench.evaluate(bench.load())
+        results.save()
+    for seed in arguments.seeds:
+        if str(seed) not in results.setting["overlap"]:
+            results.setting["overlap"][str(seed)] = bench.overlaps(seed)
+            results.save()
+    print("Everything is done.")
+
+
+class Results:
+    """A JSON file: a list of settings (everything the runs in it share), each with its runs."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.path: Path = arguments.results
+        self.settings = json.loads(self.path.read_text()) if self.path.exists() else []
+        shared = {
+            key: "/".join(Path(value).parts[-2 if key != "model" else -1 :])
+            if key in ("model", "train", "test")
+            else value
+            for key, value in vars(arguments).items()
+            if key not in ("methods", "ratios", "no_full", "seeds", "learning_rates", "results", "limit")
+        }
+        for setting in self.settings:
+            if setting["shared"] == shared:
+                self.setting = setting
+                return
+        packages = ("torch", "transformers", "peft", "bitsandbytes")
+        self.setting = {
+            "shared": shared,
+            "versions": {package: version(package) for package in packages},
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} thread(s), "
+            f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}",
+            "overlap": {},
+            "runs": [],
+        }
+        self.settings.append(self.setting)
+
+    def find(self, run: dict[str, Any]) -> dict[str, Any] | None:
+        return next((old for old in self.setting["runs"] if all(old[key] == run[key] for key in RUN_FIELDS)), None)
+
+    def best_rate(self, method: str, ratio: float, seed: int, rates: list[float]) -> float:
+        runs = [
+            run
+            for run in self.setting["runs"]
+            if (run["method"], run["ratio"], run["seed"]) == (method, ratio, seed) and run["learning_rate"] in rates
+        ]
+        return min(runs, key=lambda run: run["validation"])["learning_rate"]
+
+    def add(self, run: dict[str, Any]) -> None:
+        self.setting["runs"].append(run)
+        self.save()
+
+    def save(self) -> None:
+        beside = self.path.with_suffix(".partial")
+        beside.write_text(json.dumps(self.settings, indent=1) + "\n")
+        os.replace(beside, self.path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Tables of what `compare_selection.py` found: losses with their spread, and overlaps of selections.
+
+python examples/selection_table.py docs/results/selection-*.json
+python examples/selection_table.py docs/results/selection-*.json --update docs/selection-results.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+START, END = "<!-- tables: made by examples/selection_table.py -->", "<!-- end of the tables -->"
+
+Run = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("--update", type=Path, help="a Markdown file to put the tables into, between its marks")
+    arguments = parser.parse_args()
+    settings = [setting for path in arguments.results for setting in json.loads(path.read_text())]
+    text = "\n\n".join(map(describe, settings))
+    if arguments.update is None:
+        print(text)
+        return
+    page = arguments.update.read_text()
+    before, after = page.split(START)[0], page.split(END)[1]
+    beside = arguments.update.with_suffix(".partial")
+    beside.write_text(f"{before}{START}\n\n{text}\n\n{END}{after}")
+    os.replace(beside, arguments.update)
+
+
+def describe(setting: dict[str, Any]) -> str:
+    """A section of Markdown for one setting."""
+    shared = setting["shared"]
+    base = {"nf4": "NF4", "dense": "not quantized", "dense-3bit": "rounded to 3 bits in groups of 64"}[shared["base"]]
+    group = "" if shared["base"] == "nf4" else f", scales of {shared['group_size']} columns"
+    versions = ", ".join(f"{name} {number}" for name, number in setting["versions"].items())
+    parts = [
+        f"### {shared['model']}, {base}{group}: {shared['train']}",
+        f"{shared['steps']} steps of {shared['batch_size']} x {shared['length']} tokens, {shared['dtype']}; test on "
+        f"{shared['evaluation_rows']} windows of {shared['test']}. {versions}. {setting['machine']}.",
+    ]
+    if "untrained" in setting:
+        parts.append(f"Untrained: test loss {setting['untrained']['test']:.3f}.")
+    parts.append(losses(setting["runs"]))
+    parts += [table for table in (overlaps(setting["overlap"]),) if table]
+    return "\n\n".join(parts)
+
+
+def losses(runs: list[Run]) -> str:
+    """Test loss by selection: mean over seeds, its standard deviation, and the difference to `random` seed by seed."""
+    rows = ["| ratio | selection | scales | learning rate | test loss | less random | seeds |", "|" + "---|" * 7]
+    pairs = list(dict.fromkeys((run["ratio"], run["method"]) for run in runs))
+    for ratio, method in sorted(pairs, key=lambda pair: pair[0]):
+        chosen = best(runs, method, ratio)
+        control = best(runs, "random", ratio)
+        shared = sorted(set(chosen) & set(control))
+        differences = [chosen[seed]["test"] - control[seed]["test"] for seed in shared]
+        name = "all" if ratio == 1.0 else method
+        run = next(iter(chosen.values()))
+        cells = [
+            f"{ratio:g}",
+            name,
+            f"{run['scales']:,}",
+            f"{run['learning_rate']:g}",
+            spell([run["test"] for run in chosen.values()]),
+            "" if method == "random" else spell(differences, sign="+"),
+            str(len(chosen)),
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def best(runs: list[Run], method: str, ratio: float) -> dict[int, Run]:
+    """By seed the runs at the learning rate with the lowest validation loss at the first seed."""
+    own = [run for run in runs if (run["method"], run["ratio"]) == (method, ratio)]
+    if not own:
+        return {}
+    first = min(run["seed"] for run in own)
+    rate = min((run for run in own if run["seed"] == first), key=lambda run: run["validation"])["learning_rate"]
+    return {run["seed"]: run for run in own if run["learning_rate"] == rate}
+
+
+def spell(values: list[float], sign: str = "") -> str:
+    """Mean and standard deviation, in three digits."""
+    if not values:
+        return ""
+    return f"{mean(values):{sign}.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def overlaps(by_seed: dict[str, list[dict[str, Any]]]) -> str:
+    """Jaccard overlaps of two selections, mean over seeds."""
+    values: dict[tuple[str, str], dict[float, list[float]]] = {}
+    for found in by_seed.values():
+        for item in found:
+            one, other = item["methods"]
+            values.setdefault((one, other), {}).setdefault(item["ratio"], []).append(item["jaccard"])
+    if not values:
+        return ""
+    ratios = sorted({ratio for cells in values.values() for ratio in cells})
+    rows = [f"| overlap of | and | {' | '.join(f'ratio {r:g}' for r in ratios)} |", "|" + "---|" * (2 + len(ratios))]
+    for (one, other), cells in values.items():
+        rows.append(f"| {one} | {other} | " + " | ".join(f"{mean(cells.get(r, [0])):.2f}" for r in ratios) + " |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()

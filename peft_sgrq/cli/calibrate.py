@@ -1,0 +1,102 @@
+"""Score the columns of a model on some data and save them, to select from at any ratio.
+
+The file is what `Saliency.load` reads: `Saliency.load(path).configure(config, ratio=...)` fills a config with a
+selection, and `peft-sgrq inspect` shows what ratios would give.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a causal language model: a directory or a name on the Hub")
+    parser.add_argument("data", metavar="DATA", help="a .txt, .jsonl, .csv or .parquet file, or a dataset of the Hub")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the safetensors file to write")
+    parser.add_argument("--criterion", default="obs", help="how salience is measured (default: obs)")
+    parser.add_argument("--column", help="of the dataset, with texts, chats or token ids (default: text)")
+    parser.add_argument("--split", default="train", help="of a dataset of the Hub (default: train)")
+    parser.add_argument("--samples", type=int, default=128, help="sequences at most (default: 128)")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of a sequence at most (default: 512)")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences in a batch (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of samples")
+    parser.add_argument("--target-modules", nargs="+", metavar="NAME", help="layers (default: all quantized ones)")
+    parser.add_argument("--group-size", type=int, default=64, help="columns per scale where nothing is quantized")
+    parser.add_argument("--quantize", choices=("nf4", "fp4", "int8"), help="quantize the model by bitsandbytes first")
+    parser.add_argument("--double-quant", action="store_true", help="with nf4 and fp4: quantize the scales, too")
+    parser.add_argument("--dtype", default="auto", help="of what is not quantized (default: that of the checkpoint)")
+    parser.add_argument("--original", help="for the criterion error: the model before quantization")
+    parser.add_argument("--memory-limit", metavar="SIZE", help='of Hessians in models that are no chain, e.g. "4GB"')
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def run(args: argparse.Namespace) -> int:
+    from transformers import AutoTokenizer
+
+    from peft_sgrq.config import SGRQConfig
+    from peft_sgrq.selection.calibrate import calibrate
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    data = load_data(args, tokenizer)
+    config = SGRQConfig(target_modules=args.target_modules, group_size=args.group_size, criterion=args.criterion)
+    saliency = calibrate(
+        load_model(args),
+        config,
+        data,
+        tokenizer,
+        column=args.column,
+        samples=args.samples,
+        max_length=args.max_length,
+        batch_size=args.batch_size,
+        original=args.original,
+        memory_limit=args.memory_limit,
+        seed=args.seed,
+        progress=not args.quiet,
+    )
+    saliency.save(args.output)
+    print(
+        f"{args.output}: {saliency.criterion} of {len(saliency.layers)} layers on {saliency.tokens:,} tokens, "
+        f"{saliency.seconds['total']:.1f} s"
+    )
+    return 0
+
+
+def load_data(args: argparse.Namespace, tokenizer: Any) -> Any:
+    """A text file as pieces of `--max-length` tokens, any other file or name as a dataset."""
+    from pathlib import Path
+
+    from datasets import load_dataset  # type: ignore[import-untyped]
+
+    path = Path(args.data)
+    if not path.is_file():
+        return load_dataset(args.data, split=args.split)
+    if path.suffix in _FORMATS:
+        return load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+    if path.suffix not in (".txt", ".md", ""):
+        raise ValueError(
+            f"{path} ends in {path.suffix!r}, expected a text file (.txt, .md) or one of {', '.join(_FORMATS)}; "
+            "convert it, or give the name of a dataset."
+        )
+    ids = tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    return [{"input_ids": ids[start : start + args.max_length]} for start in range(0, len(ids), args.max_length)]
+
+
+def load_model(args: argparse.Namespace) -> Any:
+    """The model, quantized if asked for, on the GPU if there is one."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    kwargs: dict[str, Any] = {"dtype": args.dtype, "device_map": "auto" if torch.cuda.is_available() else None}
+    if args.quantize == "int8":
+        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif args.quantize:
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=args.quantize,
+            bnb_4bit_use_double_quant=args.double_quant,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    return AutoModelForCausalLM.from_pretrained(args.model, **kwargs)

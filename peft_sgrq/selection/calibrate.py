@@ -1,0 +1,277 @@
+"""Calibration: how salient the columns of a model are on some data."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import tqdm
+
+from peft_sgrq.backends.base import ScaleBackend
+from peft_sgrq.config import SGRQConfig
+from peft_sgrq.selection.collect import collect_input_scores
+from peft_sgrq.selection.criteria import (
+    CUSTOM,
+    DEFAULT_CRITERION,
+    DIAGONAL,
+    GRADIENTS,
+    HESSIAN,
+    WEIGHTS,
+    Criterion,
+    LayerStatistics,
+    check_criterion,
+    reduce_scores,
+    weight_scores,
+)
+from peft_sgrq.selection.data import Batch, load_batches
+from peft_sgrq.selection.gradients import GradientScores
+from peft_sgrq.selection.layer_saliency import LayerSaliency
+from peft_sgrq.selection.original import original_weights
+from peft_sgrq.selection.processes import gather, process_index
+from peft_sgrq.selection.saliency import Saliency
+from peft_sgrq.selection.statistics import InputStatistics
+from peft_sgrq.selection.untouched import untouched
+from peft_sgrq.targets import find_targets, supported_layers
+from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
+
+logger = logging.getLogger(__name__)
+
+
+def calibrate(
+    model: nn.Module,
+    config: SGRQConfig,
+    data: Any = None,
+    tokenizer: Any = None,
+    *,
+    criterion: str | Criterion | None = None,
+    column: str | None = None,
+    samples: int | None = 128,
+    max_length: int = 512,
+    batch_size: int = 8,
+    original: nn.Module | str | os.PathLike[str] | None = None,
+    memory_limit: int | str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Saliency:
+    """Scores the columns of the layers a config targets on calibration data, and fills the config's selection.
+
+    To be called before `get_peft_model`, on the quantized model, in train or eval mode. The model is left as it was,
+    bit for bit, also when interrupted; only bitsandbytes' repacking of 4-bit layers on CPUs stays switched off, as
+    `get_peft_model` does, too. Transformer blocks are looked at one after another, so that beside the model there are
+    the statistics of one block and the hidden states of the data in memory, however deep it is.
+
+    With several processes (torch.distributed, accelerate) each looks at its part of the data; the statistics are
+    summed, and all processes select the same.
+
+    Args:
+        model (`nn.Module`): The base model, without adapters.
+        config (`SGRQConfig`): What is targeted, the ratio and the criterion. Its `selection`, `criterion` and
+            `base_fingerprint` are filled in place; the rest stays.
+        data: A `DataLoader` (or other batches: mappings with `input_ids` `[B, T]`), a list of texts, or a
+            `datasets.Dataset`. Tokens with `attention_mask` 0 do not count. `None` will do where the criterion needs
+            no data.
+        tokenizer: The tokenizer for texts.
+        criterion (`str`, `Callable` or `None`): Instead of the config's; `None` in both is `"obs"`. A function is
+            given a [`LayerStatistics`] with the whole Hessian and returns scores >= 0 of each weight,
+            `[out_features, in_features]`, or of each column, `[in_features]` (each row in a row format).
+        column (`str` or `None`): Column of the dataset with texts, chats or token ids; `None` takes the first of
+            `input_ids`, `text` and `messages` there is.
+        samples (`int` or `None`): Sequences to use at most; `None` for all.
+        max_length (`int`): Tokens of a text at most.
+        batch_size (`int`): Texts in a batch; a DataLoader has its own.
+        original (`nn.Module`, `str` or `None`): For the criterion `"error"`: the model before quantization, or its
+            checkpoint.
+        memory_limit (`int`, `str` or `None`): What Hessians may take at once, in bytes or as `"4GB"`, in models that
+            are no chain of blocks; these take several forward passes over the data then. `None` for no limit.
+        seed (`int`): Of the choice of samples, and of the criterion `"random"`.
+        progress (`bool`): Show a progress bar.
+
+    Returns:
+        `Saliency`: The scores of all columns, from which other ratios can be selected without calibrating again.
+
+    Raises:
+        ValueError: If the data is empty or all padding, the dataset has no such column, the model is on the meta
+            device, has an adapter or no layer that is targeted, or activations are not finite.
+        TypeError: If an argument has the wrong type.
+
+    Example:
+        ```py
+        >>> config = SGRQConfig(ratio="knee", task_type="CAUSAL_LM")
+        >>> saliency = peft_sgrq.calibrate(model, config, texts, tokenizer=tokenizer)
+        >>> trainer = SFTTrainer(model, peft_config=config, train_dataset=dataset)
+        ```
+    """
+    start = time.perf_counter()
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    _refuse_adapters(model)
+    chosen = criterion if criterion is not None else config.criterion or DEFAULT_CRITERION
+    if not callable(chosen):
+        check_criterion(chosen)
+    backends = _targets(model, config)
+    disable_cpu_packing(model)
+    name = f"{CUSTOM}{getattr(chosen, '__name__', type(chosen).__name__)}" if callable(chosen) else chosen
+    saliency = Saliency({layer: _unscored(backend) for layer, backend in backends.items()}, name)
+    if config.ratio != "layerwise":
+        saliency.configure(copy.copy(config))  # a ratio that cannot be had is found now, not after the work
+    batches: list[Batch] = []
+    with untouched(model), tqdm(desc="Calibrating", disable=not progress or process_index() > 0) as bar:
+        if name not in WEIGHTS or data is not None:
+            batches = load_batches(data, tokenizer, column, samples, _longest(model, max_length), batch_size, seed)
+            saliency.tokens = sum(gather(sum(int(batch.counted.sum()) for batch in batches)))
+        loaded = time.perf_counter()
+        if name in WEIGHTS:
+            scores = {layer: weight_scores(layer, backend, name, seed) for layer, backend in backends.items()}
+        elif name in GRADIENTS:
+            scores = _gradient_scores(model, backends, batches, GRADIENTS[name], saliency.tokens, bar)
+        else:
+            function = chosen if callable(chosen) else (HESSIAN | DIAGONAL)[_known(name)]
+            score = _scorer(model, backends, function, original if name == "error" or callable(chosen) else None)
+            scores = collect_input_scores(
+                model, backends, batches, _runner(model), score, name not in DIAGONAL, memory_limit, bar
+            )
+    if name == "error" and not any(bool(values.any()) for values in scores.values()):
+        raise ValueError(
+            "The criterion 'error' found no difference between the model and `original`, expected the weights before "
+            "quantization; give the model that was quantized."
+        )
+    saliency.layers = {name: layer.scored(scores[name]) for name, layer in saliency.layers.items()}
+    saliency.seconds = {"data": loaded - start, "scores": time.perf_counter() - loaded}
+    if config.ratio == "layerwise":
+        from peft_sgrq.selection.layerwise import allocate_ratios
+
+        found = allocate_ratios(model, config, [batch.inputs for batch in batches], saliency, progress=progress)
+        saliency.ratios = gather(found.ratios)[0]
+        saliency.seconds["ratios"] = found.seconds
+    saliency.configure(config)
+    saliency.seconds["total"] = time.perf_counter() - start
+    return saliency
+
+
+def _unscored(backend: ScaleBackend) -> LayerSaliency:
+    count = backend.out_features if backend.granularity == "row" else backend.in_features
+    return LayerSaliency.of(backend, torch.zeros(count))
+
+
+def _known(name: str) -> str:
+    if name.startswith(CUSTOM):
+        raise ValueError(
+            f"`criterion` is {name!r}, a function that was given to an earlier calibration, expected the function "
+            "itself; give it as `criterion=` again."
+        )
+    return name
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    adapted = isinstance(getattr(model, "base_model", None), BaseTuner) or isinstance(model, BaseTuner)
+    if adapted or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "The model has an adapter, expected the base model alone; calibrate before `get_peft_model`, or take the "
+            "adapter off with `model.unload()`."
+        )
+
+
+def _targets(model: nn.Module, config: SGRQConfig) -> dict[str, ScaleBackend]:
+    config = copy.deepcopy(config)
+    if config.target_modules is None:
+        config.target_modules = supported_layers(model, config)
+    config = _maybe_include_all_linear_layers(config, model)
+    backends = find_targets(model, config, BaseTuner._check_target_module_exists)
+    if not backends:
+        raise ValueError(
+            f"The model has none of the layers that the config targets (target_modules={config.target_modules!r}), "
+            "expected at least one; check the names."
+        )
+    for name, backend in backends.items():
+        if backend.device.type == "meta":
+            raise ValueError(
+                f"Layer {name!r} has no weights yet (it is on the meta device), expected a model with weights to "
+                "calibrate; load them first."
+            )
+    return backends
+
+
+def _longest(model: nn.Module, max_length: int) -> int:
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return min(max_length, positions) if isinstance(positions, int) and positions > 0 else max_length
+
+
+def _runner(model: nn.Module, with_labels: bool = False) -> Callable[[Batch], Any]:
+    """Runs the model on what of a batch its forward pass takes."""
+    parameters = inspect.signature(model.forward).parameters
+    device = next(model.parameters()).device
+    any_keyword = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    extra = {"use_cache": False} if "use_cache" in parameters else {}
+
+    def run(batch: Batch) -> Any:
+        if "input_ids" not in parameters and not any_keyword:
+            return model(batch.inputs["input_ids"].to(device))
+        wanted = {key: value for key, value in batch.inputs.items() if with_labels or key != "labels"}
+        if "input_ids" in parameters:  # a wrapper that takes anything is given everything
+            wanted = {key: value for key, value in wanted.items() if key in parameters}
+        return model(**{key: value.to(device) for key, value in wanted.items()}, **extra)
+
+    return run
+
+
+def _gradient_scores(
+    model: nn.Module, backends: dict[str, ScaleBackend], batches: list[Batch], criterion: Any, tokens: int, bar: Any
+) -> dict[str, torch.Tensor]:
+    collected = GradientScores(backends, criterion)
+    run = _runner(model, with_labels=True)
+    bar.reset(total=len(batches))
+    for batch in batches:
+        collected.add(model, batch, run)
+        bar.update()
+    scores = collected.finish(tokens)
+    for name, values in scores.items():
+        _check_scores(name, values)
+    return scores
+
+
+def _scorer(
+    model: nn.Module, backends: dict[str, ScaleBackend], criterion: Criterion, original: Any
+) -> Callable[[str, InputStatistics], torch.Tensor]:
+    weight_before = None if original is None else original_weights(original, model, backends)
+
+    def score(name: str, inputs: InputStatistics) -> torch.Tensor:
+        backend = backends[name]
+        weight = backend.dequantize(backend.scales(), torch.float32)  # (N, K)
+        before = None if weight_before is None else weight_before(name, backend)
+        if not inputs.tokens:
+            logger.warning("No calibration token came to layer %s; all of its columns score 0.", name)
+        elif not bool(torch.isfinite(inputs.diagonal).all()):
+            raise ValueError(
+                f"The inputs of layer {name!r} are not finite on the calibration data, expected finite activations; "
+                "check the model, or load it in bfloat16 or float32."
+            )
+        scores = criterion(LayerStatistics(name, weight, inputs, before))
+        whole = (backend.out_features, backend.in_features)
+        summed = whole[:1] if backend.granularity == "row" else whole[1:]
+        if not isinstance(scores, torch.Tensor) or tuple(scores.shape) not in (whole, summed):
+            raise ValueError(
+                f"The criterion returned {tuple(scores.shape) if isinstance(scores, torch.Tensor) else scores!r} for "
+                f"layer {name!r}, expected a tensor of shape {whole} or {summed}; correct the function."
+            )
+        scores = reduce_scores(scores, backend)
+        _check_scores(name, scores)
+        return scores
+
+    return score
+
+
+def _check_scores(name: str, scores: torch.Tensor) -> None:
+    if not (torch.isfinite(scores).all() and (scores >= 0).all()):
+        raise ValueError(
+            f"The scores of layer {name!r} are negative, NaN or infinite, expected finite numbers >= 0; check the "
+            "criterion and the model's activations on this data."
+        )

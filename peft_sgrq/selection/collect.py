@@ -1,0 +1,174 @@
+"""Scores from the inputs of layers: block by block where the model is a chain of blocks, else by full passes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_sgrq.backends.base import ScaleBackend
+from peft_sgrq.selection.blocks import Chain, NotAChainError, find_stack
+from peft_sgrq.selection.data import Batch
+from peft_sgrq.selection.inputs import InputCollector, SharingBrokenError
+from peft_sgrq.selection.padding import Padding
+from peft_sgrq.selection.processes import gather
+from peft_sgrq.selection.ratio import size_in_bytes
+from peft_sgrq.selection.statistics import InputStatistics
+
+logger = logging.getLogger(__name__)
+
+Score = Callable[[str, InputStatistics], torch.Tensor]
+Run = Callable[[Batch], Any]
+
+
+@torch.no_grad()
+def collect_input_scores(
+    model: nn.Module,
+    backends: Mapping[str, ScaleBackend],
+    batches: Sequence[Batch],
+    run: Run,
+    score: Score,
+    full: bool,
+    memory_limit: int | str | None,
+    bar: Any,
+) -> dict[str, torch.Tensor]:
+    """Scores of layers by criteria on the second moments of their inputs.
+
+    Args:
+        model (`nn.Module`): The model, in eval mode.
+        backends (`dict[str, ScaleBackend]`): The layers by name, in the order of the model.
+        batches (`Sequence[Batch]`): The data of this process; there may be none.
+        run (`Callable`): Runs the model on a batch.
+        score (`Callable`): `(name, statistics)` -> scores of a layer; called once the statistics are complete.
+        full (`bool`): Whether whole Hessians are needed; diagonals take one plain pass.
+        memory_limit (`int`, `str` or `None`): What Hessians may take at once in full passes.
+        bar: A tqdm progress bar.
+    """
+    padding = Padding(model)
+    for share in (True, False):
+        collection = _Collection(backends, batches, run, score, padding, full, share, bar)
+        try:
+            with padding.watching():
+                stack = find_stack(model, backends) if full else None
+                if stack is not None:
+                    collection.block_by_block(*stack)
+                rest = [name for name in backends if name not in collection.scores]
+                if rest:
+                    collection.passes(collection.plan(rest, memory_limit) if full else [rest])
+            return {name: collection.scores[name] for name in backends}
+        except SharingBrokenError:
+            logger.warning("Layers do not share their inputs in all batches; starting again with statistics for each.")
+    raise AssertionError("statistics that are not shared cannot break")
+
+
+class _Collection:
+    def __init__(
+        self,
+        backends: Mapping[str, ScaleBackend],
+        batches: Sequence[Batch],
+        run: Run,
+        score: Score,
+        padding: Padding,
+        full: bool,
+        share: bool,
+        bar: Any,
+    ) -> None:
+        self.scores: dict[str, torch.Tensor] = {}
+        self._backends, self._batches, self._run, self._score = backends, batches, run, score
+        self._padding, self._full, self._share, self._bar = padding, full, share, bar
+
+    def block_by_block(self, stack_name: str, stack: nn.ModuleList) -> None:
+        """Scores the layers in a stack of blocks; none of them if it turns out to be no chain."""
+        inside: list[list[str]] = [
+            [name for name in self._backends if name.startswith(f"{stack_name}.{index}.")]
+            for index in range(len(stack))
+        ]
+        while not inside[-1]:
+            inside.pop()
+        blocks = list(stack)[: len(inside)]
+        chain, problem = None, None
+        try:
+            chain = Chain(blocks, self._run, self._batches) if self._batches else None
+        except NotAChainError as error:
+            problem = str(error)
+        if _agree(problem, stack_name):
+            return
+        self._bar.reset(total=len(blocks) * len(self._batches))
+        scores = {}
+        for index, names in enumerate(inside):
+            collector = self._collector(names, self._full)
+            for number, batch in enumerate(self._batches):
+                with collector.batch(batch):
+                    chain.run_block(index, number)  # type: ignore[union-attr]
+                self._bar.update()
+            scores.update(self._finish(collector, names))
+        try:
+            if chain is not None:
+                chain.check()
+        except NotAChainError as error:
+            problem = str(error)
+        if not _agree(problem, stack_name):
+            self.scores.update(scores)
+
+    def passes(self, plan: Sequence[Sequence[str]]) -> None:
+        """Scores layers by passes over all data, some layers in each."""
+        self._bar.reset(total=len(plan) * len(self._batches))
+        for names in plan:
+            collector = self._collector(names, self._full)
+            for batch in self._batches:
+                with collector.batch(batch):
+                    self._run(batch)
+                self._bar.update()
+            self.scores.update(self._finish(collector, names))
+
+    def plan(self, names: Sequence[str], memory_limit: int | str | None) -> list[list[str]]:
+        """Which layers are looked at in which pass, so that the Hessians of none exceed the limit."""
+        if memory_limit is None:
+            return [list(names)]
+        limit = size_in_bytes(memory_limit, "memory_limit")
+        probe = self._collector(names, full=False)
+        for batch in self._batches[:1]:
+            with probe.batch(batch):
+                self._run(batch)
+        shared = max(gather(list(probe.shared().values())), key=len)  # the same on all processes
+        together = {name: group for group in shared for name in group}
+        plan: list[list[str]] = []
+        left = 0
+        for group in dict.fromkeys(tuple(together.get(name, [name])) for name in names):
+            features = self._backends[group[0]].in_features
+            size = 4 * features * features
+            if size > limit:
+                raise ValueError(
+                    f"`memory_limit` is {memory_limit!r}, expected at least {size} bytes: the Hessian of the "
+                    f"{features} inputs of layer {group[0]!r} takes that; raise the limit, or use the criterion "
+                    '"diag", which needs no Hessian.'
+                )
+            if size > left:
+                plan.append([])
+                left = limit
+            plan[-1].extend(group)
+            left -= size
+        return plan
+
+    def _collector(self, names: Iterable[str], full: bool) -> InputCollector:
+        return InputCollector({name: self._backends[name] for name in names}, self._padding, full, self._share)
+
+    def _finish(self, collector: InputCollector, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        collector.reduce()
+        return {name: self._score(name, collector.statistics[name]) for name in names}
+
+
+def _agree(problem: str | None, stack_name: str) -> str | None:
+    """The first problem that any process has with running the blocks one by one."""
+    found = next((one for one in gather(problem) if one), None)
+    if found:
+        logger.warning(
+            "The blocks of %s cannot be run one by one (%s); the layers are looked at by passes through the whole "
+            "model instead, within `memory_limit`.",
+            stack_name,
+            found,
+        )
+    return found

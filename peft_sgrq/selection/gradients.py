@@ -1,0 +1,122 @@
+"""Criteria from a backward pass: gradients of each sequence's loss, layer by layer, while they flow.
+
+Of a layer's weight gradient, `dy^T x` of one sequence, no more is kept than the scores it adds to. The forward pass is
+that of the tuner, so a format whose own kernel drops gradients gives them too. Parameters get no gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from peft_sgrq.backends.base import ScaleBackend
+from peft_sgrq.functional import scaled_linear
+from peft_sgrq.selection.blocks import forward_replaced
+from peft_sgrq.selection.criteria import reduce_scores
+from peft_sgrq.selection.data import IGNORED, Batch
+from peft_sgrq.selection.processes import sum_over_processes
+
+GradientCriterion = Callable[[torch.Tensor, torch.Tensor, ScaleBackend], torch.Tensor]
+
+
+class _Observed(torch.autograd.Function):
+    """The identity on a layer's output; its backward pass hands the layer's input and output gradient on."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, anchor: torch.Tensor, take: Any) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.take = take
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor, None]:
+        (x,) = ctx.saved_tensors
+        ctx.take(x, grads[0])
+        return grads[0], None, torch.zeros((), device=grads[0].device), None
+
+
+class GradientScores:
+    """Scores of layers by gradients of a loss, added up over sequences.
+
+    Args:
+        backends (`dict[str, ScaleBackend]`): The layers by name.
+        criterion (`Callable`): `(weight, gradient, backend)` -> scores of one sequence, of the float32 weight `[N, K]`
+            and the gradient in it; twice the gradient is to score four times as much.
+    """
+
+    def __init__(self, backends: Mapping[str, ScaleBackend], criterion: GradientCriterion) -> None:
+        self._backends = backends
+        self._criterion = criterion
+        self._scores: dict[str, torch.Tensor] = {}
+        for name, backend in backends.items():
+            count = backend.out_features if backend.granularity == "row" else backend.in_features
+            self._scores[name] = torch.zeros(count, dtype=torch.float64, device=backend.device)
+
+    def add(self, model: nn.Module, batch: Batch, run: Callable[[Batch], Any]) -> None:
+        """Adds the sequences of a batch; needs the memory of a training step on it.
+
+        Raises:
+            ValueError: If the model returns no loss.
+        """
+        labels = batch.inputs.get("labels")
+        if labels is None:
+            labels = batch.inputs["input_ids"].masked_fill(~batch.counted, IGNORED)
+        batch = Batch({**batch.inputs, "labels": labels}, batch.counted)
+        # Models average the loss over the labels of a batch. A sequence is to count the same in any batch.
+        scored = labels[:, 1:] if getattr(model, "loss_type", None) == "ForCausalLM" else labels
+        terms = int((scored != IGNORED).sum())
+        if not terms:
+            return
+        device = next(iter(self._backends.values())).device
+        anchor = torch.zeros((), device=device, requires_grad=True)
+        with torch.enable_grad(), ExitStack() as stack:
+            for name, backend in self._backends.items():
+                take = self._taker(name, backend, len(batch.counted), terms)
+                stack.enter_context(forward_replaced(backend.module, _observed_forward(backend, anchor, take)))
+            loss = getattr(run(batch), "loss", None)
+            if not isinstance(loss, torch.Tensor):
+                raise ValueError(
+                    f"The model returned no loss for a batch with {sorted(batch.inputs)}, expected one to "
+                    "differentiate; give data with the labels its forward method takes, or another criterion."
+                )
+            torch.autograd.grad(loss, anchor)
+
+    def _taker(self, name: str, backend: ScaleBackend, sequences: int, terms: int) -> Any:
+        def take(x: torch.Tensor, dy: torch.Tensor) -> None:
+            weight = backend.dequantize(backend.scales(), torch.float32)  # (N, K)
+            x, dy = (values.reshape(-1, values.shape[-1]) for values in (x, dy))
+            # Tokens that are not those of all sequences in order (an expert's) count as one sequence.
+            size = len(x) // sequences if len(x) % sequences == 0 else len(x)
+            for xs, dys in zip(x.split(size), dy.split(size), strict=True):
+                gradient = (dys.t() @ xs.to(dys.dtype)).float()  # (N, K), in the precision of training
+                scores = reduce_scores(self._criterion(weight, gradient, backend), backend)
+                self._scores[name] += scores.double() * terms**2
+
+        return take
+
+    def finish(self, tokens: int) -> dict[str, torch.Tensor]:
+        """The scores by name, summed over all processes and divided by the number of tokens, float64."""
+        sum_over_processes(self._scores.values())
+        return {name: scores / tokens for name, scores in self._scores.items()}
+
+
+def _observed_forward(backend: ScaleBackend, anchor: torch.Tensor, take: Any) -> Any:
+    unchanged = torch.zeros(backend.delta_shape(backend.selectable), device=backend.device)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        # As in SGRQLinear: the layer's own forward, which accelerate would hook into, is not called.
+        hook = getattr(backend.module, "_hf_hook", None)
+        if hook is not None:
+            (x, *_), _ = hook.pre_forward(backend.module, x)
+        x_cast = backend.cast_input(x)
+        y = backend.cast_output(scaled_linear(x_cast, unchanged, None, backend), x)
+        y = _Observed.apply(y, x.detach(), anchor.to(y.device), take)
+        return y if hook is None else hook.post_forward(backend.module, y)
+
+    return forward

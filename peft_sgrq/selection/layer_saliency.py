@@ -1,0 +1,80 @@
+"""The saliency of one layer: a score for each column (a row format: each row), and which scale a column belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from peft_sgrq.backends.base import ScaleBackend
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSaliency:
+    """The saliency of one layer, and what of its geometry a selection needs.
+
+    Attributes:
+        scores (`torch.Tensor`): Saliency of each column, float32 `[in_features]`; in a row format of each row,
+            `[out_features]`. On the CPU, not negative.
+        shape (`tuple[int, int]`): `(out_features, in_features)`.
+        granularity (`"group"` or `"row"`): What is selected: groups of columns, or rows.
+        group_size (`int`): Columns per scale.
+        fingerprint (`str`): Digest of the base layer, as in `ScaleBackend.fingerprint`.
+        groups (`torch.Tensor` or `None`): The group of each column, int64 `[in_features]`; `None` if it is
+            `column // group_size`, or in a row format.
+    """
+
+    scores: torch.Tensor
+    shape: tuple[int, int]
+    granularity: Literal["group", "row"]
+    group_size: int
+    fingerprint: str
+    groups: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, backend: ScaleBackend, scores: torch.Tensor, fingerprint: str | None = None) -> LayerSaliency:
+        """The saliency of a backend's layer from `scores` as the attribute of that name has them, on any device."""
+        return cls(
+            scores=scores.detach().to("cpu", torch.float32).contiguous(),
+            shape=(backend.out_features, backend.in_features),
+            granularity=backend.granularity,
+            group_size=backend.group_size,
+            fingerprint=backend.fingerprint() if fingerprint is None else fingerprint,
+            groups=_groups_of_columns(backend),
+        )
+
+    def scored(self, scores: torch.Tensor) -> LayerSaliency:
+        """The same layer with other scores."""
+        return replace(self, scores=scores.detach().to("cpu", torch.float32).contiguous())
+
+    @property
+    def selectable(self) -> int:
+        """How many groups (rows in a row format) there are to select from."""
+        return self.shape[0] if self.granularity == "row" else -(-self.shape[1] // self.group_size)
+
+    @property
+    def scales_per_group(self) -> int:
+        """How many scales are trained for each selected group."""
+        return -(-self.shape[1] // self.group_size) if self.granularity == "row" else self.shape[0]
+
+    def group_scores(self) -> torch.Tensor:
+        """Saliency of each group, the sum over its columns, or of each row in a row format, float32 `[selectable]`."""
+        if self.granularity == "row":
+            return self.scores
+        groups = self.groups
+        if groups is None:
+            groups = torch.arange(self.shape[1]) // self.group_size
+        return torch.zeros(self.selectable, dtype=torch.float64).index_add_(0, groups, self.scores.double()).float()
+
+
+def _groups_of_columns(backend: ScaleBackend) -> torch.Tensor | None:
+    if backend.granularity == "row":
+        return None
+    columns = torch.arange(1, backend.in_features + 1, dtype=torch.float32, device=backend.device)
+    slots = backend.select_columns(columns.unsqueeze(0), None).flatten().long().cpu()  # column + 1, or 0 for padding
+    slot = torch.arange(len(slots))[slots > 0]
+    groups = torch.empty(backend.in_features, dtype=torch.int64)
+    groups[slots[slot] - 1] = slot // backend.group_size
+    in_order = torch.arange(backend.in_features) // backend.group_size
+    return None if torch.equal(groups, in_order) else groups

@@ -1,0 +1,77 @@
+"""The file a saliency is kept in: one safetensors file, its description in the metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from peft_sgrq.selection.layer_saliency import LayerSaliency
+
+FORMAT_VERSION = 1
+_METADATA = "peft_sgrq_saliency"
+
+
+def write_saliency_file(path: str, layers: Mapping[str, LayerSaliency], described: Mapping[str, Any]) -> None:
+    """Writes the layers and further JSON values, beside `path` first, and puts the whole file in its place."""
+    tensors, geometry = {}, {}
+    for name, layer in layers.items():
+        tensors[f"{name}.scores"] = layer.scores
+        if layer.groups is not None:
+            tensors[f"{name}.groups"] = layer.groups
+        geometry[name] = {
+            "shape": layer.shape,
+            "granularity": layer.granularity,
+            "group_size": layer.group_size,
+            "fingerprint": layer.fingerprint,
+        }
+    text = json.dumps({"version": FORMAT_VERSION, **described, "layers": geometry})
+    beside = f"{path}.partial"
+    save_file(tensors, beside, metadata={_METADATA: text})
+    os.replace(beside, path)
+
+
+def read_saliency_file(path: str) -> tuple[dict[str, LayerSaliency], dict[str, Any]]:
+    """Reads what [`write_saliency_file`] wrote: the layers, and the further values.
+
+    Raises:
+        ValueError: If the file is truncated, no saliency file, of a newer version, or holds other than numbers >= 0.
+        OSError: If there is none.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_METADATA)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is truncated or corrupt: found {os.path.getsize(path)} bytes that do not make a safetensors file "
+            f"({error}), expected one that `Saliency.save` wrote; copy it again."
+        ) from error
+    if text is None:
+        raise ValueError(
+            f"{path} holds no saliency: found a safetensors file without {_METADATA!r} in its metadata, expected one "
+            "that `Saliency.save` or `peft-sgrq calibrate` wrote; give that one."
+        )
+    described = json.loads(text)
+    version = described.pop("version")
+    if not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version}, this peft-sgrq reads versions 1 to {FORMAT_VERSION}; upgrade with "
+            "`pip install -U peft-sgrq`."
+        )
+    layers = {}
+    for name, geometry in described.pop("layers").items():
+        scores = tensors[f"{name}.scores"]
+        if not (torch.isfinite(scores).all() and (scores >= 0).all()):
+            raise ValueError(
+                f"{path} has NaN, infinite or negative scores for layer {name!r}, expected numbers >= 0; calibrate "
+                "again."
+            )
+        geometry["shape"] = tuple(geometry["shape"])
+        layers[name] = LayerSaliency(scores, groups=tensors.get(f"{name}.groups"), **geometry)
+    return layers, described
