@@ -125,11 +125,27 @@ def weight_scores(name: str, backend: ScaleBackend, criterion: str, seed: int = 
     Random scores depend on the seed and the name of the layer, not on any state.
     """
     if criterion == "magnitude":
-        return reduce_scores(backend.dequantize(backend.scales(), torch.float32).square_(), backend)
+        return squared_weights(backend)
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
     scores = torch.rand(backend.selectable, generator=generator).to(backend.device)
     return scores if backend.granularity == "row" else spread_over_columns(scores, backend)
+
+
+_PART_BYTES = 2 << 20  # of the weight in float32; as much as stays in a cache, twice as fast as more
+
+
+def squared_weights(backend: ScaleBackend) -> torch.Tensor:
+    """The sum of squared weights of each column, float32 `[K]`, or of each row in a row format, `[N]`."""
+    scales = backend.scales()
+    if not backend.in_parts:
+        return reduce_scores(backend.dequantize(scales, torch.float32).square_(), backend)
+    step = max(1, _PART_BYTES // (4 * backend.out_features * backend.group_size)) * backend.group_size
+    sums = []
+    for start in range(0, backend.in_features, step):
+        columns = slice(start, min(start + step, backend.in_features))
+        sums.append(reduce_scores(backend.dequantize_columns(scales, torch.float32, columns).square_(), backend))
+    return torch.stack(sums).sum(0) if backend.granularity == "row" else torch.cat(sums)
 
 
 def check_criterion(criterion: object) -> None:
