@@ -101,7 +101,8 @@ def kept(rate: float, arguments: argparse.Namespace) -> dict[str, Any]:
         new = effective_scales(layer.backend, *layer.combined_delta(("default",)))[:, groups]
         sizes.append(((new - old) / old).abs().flatten())
         for name, total in totals.items():
-            base, stored = rounded(old, name, old), rounded(new, name, old)  # a base has its scales in that dtype
+            base = rounded(old, name, old)  # the base has its scales in that dtype already
+            stored = rounded(base * (new / old), name, old)
             wanted = (new / old - 1) * base
             total[0] += (stored - base - wanted).square().sum().item()
             total[1] += wanted.square().sum().item()
