@@ -197,7 +197,9 @@ def by_merging(model: PeftModel, directory: Path) -> None:
             module._unmerged_scales = ()
 
 
-DECODING = [change for change in (*OPTIMIZERS, *OTHERS) if change is not by_averaging] + [by_merging]
+DECODING = [change for change in (*OPTIMIZERS, *OTHERS) if change not in (by_averaging, by_fused_optimizer)] + [
+    by_merging
+]
 
 
 @kinds

@@ -37,8 +37,8 @@ def group_reduce(product: torch.Tensor, codes: torch.Tensor, group_size: int) ->
     Returns:
         `torch.Tensor`: float32 `[N, n]`.
     """
-    if torch.compiler.is_compiling():
-        return multiply_and_sum(product.float(), codes.float(), group_size)
+    if torch.compiler.is_compiling():  # the compiler makes one loop of it
+        return multiply_and_sum(product, codes, group_size)
     if product.is_cuda and (gpu := _gpu()) is not None:
         return gpu.group_reduce(product, codes, group_size)
     if product.device.type == "cpu" and product.numel() >= _WORTH_COMPILING:
