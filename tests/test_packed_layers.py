@@ -113,8 +113,8 @@ def test_the_weight_is_that_of_the_library(made, variant):
 @pytest.mark.parametrize("groups", [None, [0], [1, 2]], ids=str)
 def test_codes_come_in_the_order_of_the_selected_columns(made, variant, groups):
     backend = resolve_backend(made.layer, 7)
-    last = backend.selectable - 1
-    chosen = sorted({min(group, last) for group in (range(backend.selectable) if groups is None else groups)})
+    count = backend.selectable
+    chosen = list(range(count)) if groups is None else sorted({min(group, count - 1) for group in groups})
     index = None if groups is None else torch.tensor(chosen, dtype=torch.int64)
     size, columns = backend.group_size, torch.arange(backend.in_features, dtype=torch.float32).unsqueeze(0) + 1
     order = backend.select_columns(columns, index).view(len(chosen), size).long() - 1

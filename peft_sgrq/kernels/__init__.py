@@ -13,7 +13,7 @@ import torch
 from peft_sgrq.kernels import cpu
 from peft_sgrq.kernels.plain import multiply_and_sum
 
-_WORTH_COMPILING = 1 << 20  # numbers; below, a call costs less than looking up the compiled code
+_WORTH_COMPILING = 1 << 18  # numbers; below, a call costs less than looking up the compiled code
 
 
 @functools.cache
