@@ -5,6 +5,7 @@ The formats are those of `formats.py`; one whose library is not installed is ski
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ def quantized(format: Format, bias: bool = False) -> nn.Module:
     """A quantized layer with random weights, in float32 where the format allows it."""
     format.require()
     torch.manual_seed(0)
-    dense = nn.Linear(COLUMNS, ROWS, bias=bias, dtype=layer_dtype(format))
+    dense = nn.Linear(COLUMNS, ROWS, bias=bias, dtype=layer_dtype(format)).requires_grad_(False)
     return format.layer(dense).requires_grad_(False)
 
 
@@ -144,6 +145,39 @@ def test_rounding_is_in_the_forward_pass_and_not_in_the_gradient(format):
     y.float().square().sum().backward()
     assert torch.equal(y, base)
     assert delta.grad.abs().max() > 0
+
+
+@by_name(LAYER_FORMATS)
+def test_a_merged_layer_can_be_moved_copied_and_unmerged(format):
+    layer, x = quantized(format, bias=True), torch.randn(5, COLUMNS, dtype=layer_dtype(format))
+    base = layer(x)
+    model = adapted(layer)
+    unmerged = model(x)
+    model.merge_adapter()
+    model.to("cpu")
+    # quanto's tensors cannot be copied, with or without an adapter
+    for one in (model,) if format.library == "optimum" else (model, copy.deepcopy(model)):
+        assert torch.equal(one(x), unmerged)
+        one.unmerge_adapter()
+        assert torch.equal(one(x), unmerged)
+        with one.disable_adapter():
+            assert torch.equal(one(x), base)
+
+
+# float8 weights cannot be converted, with or without an adapter.
+CONVERTIBLE = [format for format in LAYER_FORMATS if format.library == "torchao" and "float8" not in format.name]
+
+
+@by_name([format for format in CONVERTIBLE if format.name != "torchao-int4-cpu"])
+def test_a_merged_torchao_layer_can_be_converted_and_unmerged(format):
+    x = torch.randn(5, COLUMNS, dtype=torch.bfloat16)
+    plain, model = (adapted(quantized(format, bias=True)) for _ in range(2))
+    delta_of(model).data.copy_(delta_of(plain).data)
+    plain.to(torch.bfloat16)
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    assert torch.equal(model(x), plain(x))
 
 
 # whole models
