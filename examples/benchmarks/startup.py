@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import tempfile
@@ -110,7 +111,9 @@ def measure_startup(device: torch.device, blocks: int = BLOCKS) -> dict[str, Any
             if name.startswith("SGRQ"):  # LoRA would quantize all weights again, and the base would not be the same
                 steps["merge_adapter"] = watch(peft_model.merge_adapter)
                 steps["unmerge_adapter"] = watch(peft_model.unmerge_adapter)
-            peft_model.unload()
+                steps["merge_and_unload"] = watch(peft_model.merge_and_unload)
+            else:
+                peft_model.unload()
         result[name] = steps
         del adapted, peft_model
     return result
@@ -119,8 +122,13 @@ def measure_startup(device: torch.device, blocks: int = BLOCKS) -> dict[str, Any
 def measure_import(repeats: int = 5) -> dict[str, float]:
     """Seconds that `import peft_sgrq` adds to `import peft`, the median of some fresh processes."""
     program = "import time; import peft; a = time.process_time(); import peft_sgrq; print(time.process_time() - a)"
+    alone = {**os.environ, "PEFT_SGRQ_AUTOLOAD": "0"}  # importing peft would import it as well
     found = [
-        float(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+        float(
+            subprocess.run(
+                [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=alone
+            ).stdout
+        )
         for _ in range(repeats)
     ]
     return {"seconds": sorted(found)[repeats // 2]}
