@@ -72,7 +72,8 @@ def allocate_ratios(
 
     A step on the scales a layer would select at each ratio is tried, alone and together with other layers of its
     block, and of all combinations the best within the budget is found exactly. What is tried, and why, is in
-    `interactions.py`, how it is solved in `allocation.py`.
+    `interactions.py`, how it is solved in `allocation.py`. On the small models of docs/selection-results.md this did
+    not beat one ratio for all layers: what one step gains says little about a long training.
 
     Args:
         model (`nn.Module`): The base model, without adapters. It is left as it was, bit for bit.
