@@ -59,14 +59,17 @@ def training_table(result: Mapping[str, Any]) -> str:
             milliseconds(values["step"]),
             f"{values['step']['median'] / lora['step']['median']:.2f}",
             megabytes(values["kept"]),
-            f"{values['kept'] / lora['kept']:.2f}",
+            megabytes(values["kept by the adapter"]),
+            f"{values['kept by the adapter'] / lora['kept by the adapter']:.2f}",
             megabytes(values["peak"]),
             f"{values['peak'] / lora['peak']:.2f}",
             megabytes(values["optimizer state"]),
         ]
         for name, values in result.items()
     ]
-    return table(["", "step ms", "/ LoRA", "kept MB", "/ LoRA", "peak MB", "/ LoRA", "optimizer MB"], rows)
+    return table(
+        ["", "step ms", "/ LoRA", "kept MB", "by the adapter", "/ LoRA", "peak MB", "/ LoRA", "optimizer MB"], rows
+    )
 
 
 def decoding_table(result: Mapping[str, Any]) -> str:

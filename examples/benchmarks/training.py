@@ -52,7 +52,8 @@ def measure_training(
         checkpointing (`bool`): Whether activations are checkpointed, TRL's default.
 
     Returns:
-        method -> `forward and backward`, `optimizer`, `step` (seconds), `kept`, `peak`, `optimizer state` (bytes),
+        method -> `forward and backward`, `optimizer`, `step` (seconds), `kept`, `kept by the adapter`, `peak`,
+        `optimizer state` (bytes),
         `parameters`.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -75,6 +76,8 @@ def measure_training(
         )
         trainers[name].create_optimizer()
         trainers[name].current_gradient_accumulation_steps = 1  # set by `train()`, which is not called here
+    base = load(model, device).train()
+    base.enable_input_require_grads()
     batches = {name: next(iter(trainer.get_train_dataloader())) for name, trainer in trainers.items()}
 
     def step(name: str) -> Mapping[str, float]:
@@ -90,12 +93,19 @@ def measure_training(
         return {"forward and backward": middle - start, "optimizer": end - middle, "step": end - start}
 
     result: dict[str, Any] = in_turn({name: (lambda name=name: step(name)) for name in trainers}, repeats)
+    some = next(iter(trainers.values()))
+    inputs = {key: value.to(device) for key, value in next(iter(batches.values())).items()}
+    with some.compute_loss_context_manager():
+        loss = some.compute_loss(base, inputs)
+    frozen = kept_bytes(loss, base)  # for the gradients of inputs alone; the model keeps it whatever is trained
+    del loss, base
     for name, trainer in trainers.items():
         inputs = {key: value.to(device) for key, value in batches[name].items()}
         trainer.model.train()
         with trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(trainer.model, inputs)
         result[name]["kept"] = kept_bytes(loss, trainer.model)
+        result[name]["kept by the adapter"] = result[name]["kept"] - frozen
         del loss
         result[name]["peak"] = peak_bytes(lambda name=name: step(name), device)
         states = trainer.optimizer.state.values()
