@@ -11,7 +11,7 @@ DEMO_ARGS ?=
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,torchao,hqq,quanto]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,torchao,hqq,quanto,compressed-tensors]"
 	touch $@
 
 # GPTQModel declares a newer torch than the one the tests pin and runs on that all the same; what it imports is listed.

@@ -1,4 +1,4 @@
-"""HQQ layers in HQQ's own format: 8, 6, 5, 4, 3, 2 or 1 bit, groups along rows (axis 1) or along columns (axis 0).
+"""HQQ layers in HQQ's own format: 8, 4, 3, 2 or 1 bit, groups along rows (axis 1) or along columns (axis 0).
 
 `W = (q - zero) * scale` over the weight reshaped to `[-1, group_size]` (axis 1: a group is `group_size` columns of one
 row) or `[group_size, -1]` (axis 0: a group is every `out_features / group_size`-th row of one column). Axis 0 thus
