@@ -4,6 +4,7 @@
     python -m examples.benchmarks training --model examples/demo_model
     python -m examples.benchmarks decoding --model examples/demo_model
     python -m examples.benchmarks startup
+    python -m examples.benchmarks tables --page docs/speed.md
 
 Each writes what it measured into `--out` (docs/results/speed-<device>.json), beside what is there already.
 """
@@ -86,7 +87,8 @@ def run_startup(args: argparse.Namespace, device: torch.device) -> tuple[Any, st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = {"layers": run_layers, "training": run_training, "decoding": run_decoding, "startup": run_startup}
-    parser.add_argument("what", choices=commands)
+    parser.add_argument("what", choices=[*commands, "tables"])
+    parser.add_argument("--page", type=Path, help="of `tables`: the page to write them into")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; one by default, times are CPU times")
     parser.add_argument("--shapes", nargs="+", default=["2048x2048", "4096x11008"], help=f"of {list(layers.SHAPES)}")
@@ -105,6 +107,13 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device(args.device)
     out = args.out or Path(f"docs/results/speed-{device.type}.json")
+    if args.what == "tables":
+        known = json.loads(out.read_text())
+        if args.page:
+            report.update(args.page, known)
+        else:
+            print(report.sections(known))
+        return
     results, text = commands[args.what](args, device)
     print(text)
     known = json.loads(out.read_text()) if out.exists() else {}

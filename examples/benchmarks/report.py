@@ -92,6 +92,55 @@ def startup_table(result: Mapping[str, Any]) -> str:
     return table(["", "", "seconds", "CPU seconds", "peak MB", "of the model"], rows)
 
 
+MARK = "<!-- tables: made by `python -m examples.benchmarks tables` -->\n"
+
+
+def sections(known: Mapping[str, Any]) -> str:
+    """Everything a file of results holds, as markdown; what was measured under which command and where."""
+    parts = []
+    for name, measured in known.items():
+        where, results = measured["machine"], measured["results"]
+        kind = where["command"].split()[3]
+        parts.append(f"### {name}\n")
+        if kind == "layers":
+            for entry in results["entries"]:
+                parts.append(
+                    f"{entry['shape']}, {entry['tokens']} tokens, {entry['quant']}:\n\n{layer_table(entry)}\n"
+                )
+            reached = results["ceilings"]
+            parts.append(
+                f"Ceilings: {reached['flops'] / 1e9:.0f} GFLOP/s of a bfloat16 product of 2048 x 2048, "
+                f"{reached['bytes'] / 1e9:.0f} GB/s of a copy of 16 MB.\n"
+            )
+        elif kind == "training":
+            parts.append(f"{results['model']}:\n\n{training_table(results['result'])}\n")
+        elif kind == "decoding":
+            parts.append(f"{results['model']}:\n\n{decoding_table(results['result'])}\n")
+        else:
+            size = results["result"]["model"]
+            parts.append(
+                f"{size['weights'] / 1e9:.2f} billion weights in {size['blocks']} blocks, "
+                f"{megabytes(size['bytes'])} MB:\n\n{startup_table(results['result'])}\n\n"
+                f"`import peft_sgrq` after `import peft`: {results['import']['seconds']:.3f} s.\n"
+            )
+        versions = ", ".join(f"{package} {number}" for package, number in where["versions"].items())
+        parts.append(
+            f"`{where['command']}`; {where['CPU'] or where['device']}"
+            f"{' (' + ', '.join(where['CPU extensions']) + ')' if where['device'] == 'x86_64' else ''}, "
+            f"{where['threads']} thread; {versions}; {where['date']}.\n"
+        )
+    return "\n".join(parts)
+
+
+def update(page: Path, known: Mapping[str, Any]) -> None:
+    """Writes the tables into a page, below its mark."""
+    text = page.read_text(encoding="utf-8")
+    head, mark, _ = text.partition(MARK)
+    if not mark:
+        raise ValueError(f"{page} has no line {MARK.strip()!r}, expected one where the tables go; add it.")
+    page.write_text(f"{head}{mark}\n{sections(known)}", encoding="utf-8")
+
+
 def plot(layers: list[Mapping[str, Any]], path: Path) -> None:
     """Step time over the bare base's, by layer, one point a method, with the spread of the quartiles."""
     try:
