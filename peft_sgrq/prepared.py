@@ -74,7 +74,7 @@ class Decoder:
         sources (`Sequence[torch.Tensor]`): The tensors it was made of.
     """
 
-    __slots__ = ("pointers", "run", "sources", "state", "versions")
+    __slots__ = ("run", "sources", "state")
 
     def __init__(
         self,
@@ -84,15 +84,13 @@ class Decoder:
     ) -> None:
         self.run = run
         self.state = state
-        self.sources = list(sources)
-        self.versions = [_version(source) for source in sources]
-        self.pointers = [source.data_ptr() for source in sources]
+        self.sources = [(source, source.data_ptr(), source.is_inference(), _version(source)) for source in sources]
 
     def is_current(self, state: tuple[object, ...], sources: Sequence[torch.Tensor]) -> bool:
         """Whether it may run, given what state and sources are now."""
         if state != self.state:
             return False
-        for now, then, version, pointer in zip(sources, self.sources, self.versions, self.pointers, strict=True):
-            if now is not then or _version(now) != version or now.data_ptr() != pointer:
+        for now, (then, pointer, constant, version) in zip(sources, self.sources, strict=True):
+            if now is not then or now.data_ptr() != pointer or not (constant or now._version == version):
                 return False
         return True

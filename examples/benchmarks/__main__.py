@@ -53,8 +53,9 @@ def run_layers(args: argparse.Namespace, device: torch.device) -> tuple[Any, str
         for tokens in args.tokens:
             size = layers.SHAPES.get(shape) or tuple(int(part) for part in shape.split("x"))
             result = layers.measure_layer(size, tokens, device, args.repeats, args.quant)
-            floors = {"base": layers.floor(size, tokens, 0.0, reached)}
+            floors = {}
             if args.quant == "nf4":
+                floors = {"base": layers.floor(size, tokens, 0.0, reached)}
                 floors |= {sgrq_name(ratio): layers.floor(size, tokens, ratio, reached) for ratio in RATIOS}
             entry = {"shape": shape, "tokens": tokens, "quant": args.quant, "floors": floors, "result": result}
             entries.append(entry)

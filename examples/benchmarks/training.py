@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import tempfile
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from examples.benchmarks.measure import clock, in_turn, kept_bytes, peak_bytes
@@ -20,8 +21,26 @@ from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
 TARGETS = "all-linear"
 
 
+@functools.cache
+def random_llama(width: int) -> str:
+    """The directory of a Llama of 4 blocks with random weights, as wide as wanted: large enough layers, quickly made."""
+    directory = tempfile.mkdtemp()
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4 // 64 * 64,
+        num_hidden_layers=4,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 256,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
 def load(model: str, device: torch.device) -> Any:
-    """The model in NF4, computing in bfloat16."""
+    """The model in NF4, computing in bfloat16; `random-2048` is a random one of that width."""
+    if model.startswith("random-"):
+        model = random_llama(int(model.removeprefix("random-")))
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     )
@@ -76,8 +95,6 @@ def measure_training(
         )
         trainers[name].create_optimizer()
         trainers[name].current_gradient_accumulation_steps = 1  # set by `train()`, which is not called here
-    base = load(model, device).train()
-    base.enable_input_require_grads()
     batches = {name: next(iter(trainer.get_train_dataloader())) for name, trainer in trainers.items()}
 
     def step(name: str) -> Mapping[str, float]:
@@ -95,10 +112,12 @@ def measure_training(
     result: dict[str, Any] = in_turn({name: (lambda name=name: step(name)) for name in trainers}, repeats)
     some = next(iter(trainers.values()))
     inputs = {key: value.to(device) for key, value in next(iter(batches.values())).items()}
-    with some.compute_loss_context_manager():
-        loss = some.compute_loss(base, inputs)
-    frozen = kept_bytes(loss, base)  # for the gradients of inputs alone; the model keeps it whatever is trained
-    del loss, base
+    some.model.enable_input_require_grads()
+    with some.compute_loss_context_manager(), some.model.disable_adapter():
+        loss = some.compute_loss(some.model, inputs)
+    frozen = kept_bytes(loss, some.model)  # for gradients of inputs alone: the model keeps it whatever is trained
+    some.model.disable_input_require_grads()
+    del loss
     for name, trainer in trainers.items():
         inputs = {key: value.to(device) for key, value in batches[name].items()}
         trainer.model.train()
