@@ -160,6 +160,8 @@ class _GroupScaledLinear(torch.autograd.Function):
                 ddelta.index_copy_(1, part.targets, sums)
         if ddelta is not None:
             ddelta = ddelta * _select(scales, groups, 1)
+        elif ctx.needs_input_grad[1]:  # nothing is selected
+            ddelta = torch.zeros_like(delta)
         return dx, ddelta, None, None, None
 
 

@@ -161,9 +161,9 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
             return forward_mixed(adapter_names, x, self._present, self._adapted)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        return self._adapted(x, self._present(self.active_adapters))
+        return self._adapted(x, self._present(self.active_adapters), plain=True)
 
-    def _adapted(self, x: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
+    def _adapted(self, x: torch.Tensor, names: tuple[str, ...], plain: bool = False) -> torch.Tensor:
         if not names:
             return self.base_layer(x)
         # The base layer's own forward is not called, so its accelerate hook (offloading, device maps) is.
@@ -182,8 +182,8 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
             with torch.no_grad():
                 prepared = self._prepared_scales(names, x_cast)
                 y = backend.linear(x_cast, prepared)
-            if hook is None and self._is_decoding(x):
-                self._decoder = Decoder(backend.bind(prepared), *self._decoding_state())
+            if plain and hook is None and self._is_decoding(x):  # not for some rows of a mixed batch
+                self._decoder = Decoder.of(backend.bind(prepared), *self._decoding_state())
         y = backend.cast_output(y, x)
         bias = backend.bias
         if bias is not None and bias.requires_grad and torch.is_grad_enabled():
@@ -197,11 +197,11 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
 
     def _decoding_state(self) -> tuple[tuple[object, ...], list[torch.Tensor]]:
         """All that decides what a forward pass computes, as `Decoder` compares it."""
-        module, deltas = self._modules["base_layer"], self._modules["sgrq_delta"]._modules  # type: ignore[union-attr]
+        module = self.base_layer
         active = self._active_adapter if isinstance(self._active_adapter, str) else tuple(self._active_adapter)
-        state = (module, active, self._disable_adapters, len(self.merged_adapters), "_hf_hook" in module.__dict__)
-        weights = [delta._parameters["weight"] for delta in deltas.values()]  # type: ignore[union-attr]
-        return state, [*weights, *self._backend.sources()]  # type: ignore[list-item]
+        state = (module, active, self._disable_adapters, len(self.merged_adapters), hasattr(module, "_hf_hook"))
+        weights = [self._delta(name).weight for name in self.sgrq_delta]
+        return state, [*weights, *self._backend.sources()]
 
     def _needs_grad(self, x: torch.Tensor, names: tuple[str, ...]) -> bool:
         if not torch.is_grad_enabled():
@@ -318,6 +318,9 @@ class SGRQLinear(nn.Module, BaseTunerLayer):
         for name in self.sgrq_delta:
             self._delta(name).restore_precision()
         return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_decoder": None}  # what is bound to this layer's tensors is not a copy's
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._forget()

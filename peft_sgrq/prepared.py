@@ -8,11 +8,6 @@ from typing import NamedTuple
 import torch
 
 
-def _version(tensor: torch.Tensor) -> int:
-    # Tensors made in inference mode have no version counter; they cannot be written to outside of it either.
-    return 0 if tensor.is_inference() else tensor._version
-
-
 class _Entry(NamedTuple):
     sources: list[torch.Tensor]
     versions: list[int]
@@ -46,7 +41,9 @@ class PreparedScales:
             reuse (`bool`): Whether to return what is there; `False` computes it anew.
         """
         entry = self._entries.get(names)
-        versions = [_version(source) for source in sources]
+        if any(source.is_inference() for source in sources):  # these count no versions
+            return make()
+        versions = [source._version for source in sources]
         if reuse and entry is not None and entry.versions == versions:
             # The entry's aliases keep their storages alive, so that an equal address means the same storage.
             same = (old.data_ptr() == new.data_ptr() for old, new in zip(entry.sources, sources, strict=True))
@@ -66,7 +63,8 @@ class PreparedScales:
 class Decoder:
     """The forward pass of a layer for one token, valid as long as nothing it was made of changes.
 
-    A token takes so little arithmetic that looking up adapters, scales and codes anew would show.
+    A token takes so little arithmetic that looking up adapters, scales and codes anew would show. As with
+    `PreparedScales`, a change through `.data` that keeps the storage goes unseen.
 
     Args:
         run (`Callable`): Takes the input and returns the output.
@@ -84,13 +82,23 @@ class Decoder:
     ) -> None:
         self.run = run
         self.state = state
-        self.sources = [(source, source.data_ptr(), source.is_inference(), _version(source)) for source in sources]
+        self.sources = [(source, source.data_ptr(), source._version) for source in sources]
+
+    @classmethod
+    def of(
+        cls,
+        run: Callable[[torch.Tensor], torch.Tensor],
+        state: tuple[object, ...],
+        sources: Sequence[torch.Tensor],
+    ) -> Decoder | None:
+        """A decoder, or `None` where changes cannot be seen: tensors made in inference mode count no versions."""
+        return None if any(source.is_inference() for source in sources) else cls(run, state, sources)
 
     def is_current(self, state: tuple[object, ...], sources: Sequence[torch.Tensor]) -> bool:
         """Whether it may run, given what state and sources are now."""
-        if state != self.state:
+        if state != self.state or len(sources) != len(self.sources):
             return False
-        for now, (then, pointer, constant, version) in zip(sources, self.sources, strict=True):
-            if now is not then or now.data_ptr() != pointer or not (constant or now._version == version):
+        for now, (then, pointer, version) in zip(sources, self.sources, strict=True):
+            if now is not then or now.data_ptr() != pointer or now._version != version:
                 return False
         return True

@@ -7,14 +7,13 @@ than the input itself, whatever each selects.
 
 from __future__ import annotations
 
-import weakref
 from typing import NamedTuple
 
 import torch
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from peft_sgrq.backends.base import ScaleBackend, gather_groups
 
-_ATTRIBUTE = "_sgrq_saved"
 _PLANS: dict[tuple[int, ...], tuple[tuple[torch.Tensor | None, ...], Plan]] = {}
 _MAX_PLANS = 4096
 
@@ -52,7 +51,7 @@ class Plan(NamedTuple):
 
 class _Piece(NamedTuple):
     groups: torch.Tensor | None
-    columns: weakref.ref[torch.Tensor]
+    columns: TensorWeakRef
 
 
 class SavedInput:
@@ -62,20 +61,23 @@ class SavedInput:
     layer saves its own: checkpointing compares what is saved by the first pass with what is saved by the second.
     """
 
-    def __init__(self, version: int = 0) -> None:
-        self.version = version
+    def __init__(self, state: tuple[object, ...] = ()) -> None:
+        self.state = state
         self._pieces: dict[tuple[str, int, torch.dtype], list[_Piece]] = {}
 
     @classmethod
     def of(cls, x: torch.Tensor) -> SavedInput:
-        """What is saved of a tensor, kept as an attribute of it, so that it is forgotten with the tensor."""
-        if torch.compiler.is_compiling():  # the compiler decides itself what is kept
+        """What is saved of a tensor; forgotten with the tensor, and when it changes.
+
+        As anywhere in autograd a change through `.data` or a NumPy view goes unseen.
+        """
+        # The compiler decides itself what is kept; tensors made in inference mode count no versions.
+        if torch.compiler.is_compiling() or x.is_inference():
             return cls()
-        version = 0 if x.is_inference() else x._version
-        saved = getattr(x, _ATTRIBUTE, None)
-        if saved is None or saved.version != version:
-            saved = cls(version)
-            setattr(x, _ATTRIBUTE, saved)
+        state = (x._version, x.data_ptr(), x.shape, x.stride())
+        saved = _SAVED.get(x)
+        if saved is None or saved.state != state:
+            saved = _SAVED[x] = cls(state)
         return saved
 
     def save(
@@ -92,16 +94,18 @@ class SavedInput:
         Returns:
             The saved pieces, `[T, columns]` each, and where the layer's groups are in them.
         """
-        if not backend.consecutive or torch.compiler.is_compiling() or _hooks_are_active():
-            columns = backend.select_columns(backend.computed_input(x), groups)
+        computed = backend.computed_input(x)  # layers may round it each in their own way
+        alone = computed is not x or not backend.consecutive or not self.state
+        if alone or torch.compiler.is_compiling() or _hooks_are_active():
+            columns = backend.select_columns(computed, groups)
             return [columns.to(dtype)], (Part(0, None, groups, None),)
         pieces = self._pieces.setdefault((backend.name, backend.group_size, dtype), [])
         kept = [(piece.groups, there) for piece in pieces if (there := piece.columns()) is not None]
         plan = _plan([there for there, _ in kept], groups, backend.selectable)
         if plan.saves:
-            rows = backend.computed_input(x).detach().reshape(-1, x.shape[-1])  # (T, K)
+            rows = x.detach().reshape(-1, x.shape[-1])  # (T, K)
             kept.append((plan.new, _columns(rows, plan.new, backend).to(dtype)))
-        pieces[:] = [_Piece(there, weakref.ref(columns)) for there, columns in kept]
+        pieces[:] = [_Piece(there, TensorWeakRef(columns)) for there, columns in kept]
         return [columns for _, columns in kept], plan.parts
 
 
@@ -124,7 +128,7 @@ def _columns(x: torch.Tensor, groups: torch.Tensor | None, backend: ScaleBackend
     size, width = backend.group_size, x.shape[1]
     columns = gather_groups(x, groups, backend.scales_shape[1], size)
     missing = backend.scales_shape[1] * size - width
-    if missing and int(groups[-1]) == backend.selectable - 1:
+    if missing and len(groups) and int(groups[-1]) == backend.selectable - 1:
         return columns[:, :-missing].contiguous()
     return columns
 
@@ -133,11 +137,14 @@ def _plan(kept: list[torch.Tensor | None], groups: torch.Tensor | None, selectab
     # Selections are the same tensors at every step, so the plan is made once, without a look at their values later.
     tensors = (*kept, groups)
     key = (selectable, *map(id, tensors))
-    if key not in _PLANS:
-        if len(_PLANS) >= _MAX_PLANS:
-            _PLANS.clear()
-        _PLANS[key] = tensors, _make_plan(kept, groups, selectable)  # the tensors are kept, lest an id is used again
-    return _PLANS[key][1]
+    known = _PLANS.get(key)
+    if known is not None:
+        return known[1]
+    if len(_PLANS) >= _MAX_PLANS:
+        _PLANS.clear()
+    plan = _make_plan(kept, groups, selectable)
+    _PLANS[key] = tensors, plan  # the tensors are kept, lest an id is used again
+    return plan
 
 
 def _make_plan(kept: list[torch.Tensor | None], groups: torch.Tensor | None, selectable: int) -> Plan:
@@ -173,3 +180,6 @@ def _make_plan(kept: list[torch.Tensor | None], groups: torch.Tensor | None, sel
     if not kept:  # the layer's own index tensor, so that a layer which selects the same has the same plan
         return Plan(True, groups, tuple(part._replace(groups=groups) for part in parts))
     return Plan(bool(new), index(new, selectable), tuple(parts))
+
+
+_SAVED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

@@ -118,7 +118,7 @@ def main() -> None:
     results, text = commands[args.what](args, device)
     print(text)
     known = json.loads(out.read_text()) if out.exists() else {}
-    known[args.name or args.what] = {"machine": machine(device), "results": results}
+    known[args.name or args.what] = {"what": args.what, "machine": machine(device), "results": results}
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_suffix(".tmp")
     beside.write_text(json.dumps(known, indent=1) + "\n")

@@ -76,7 +76,7 @@ def measure_layer(
 
 
 def floor(shape: tuple[int, int], tokens: int, ratio: float, ceilings: Mapping[str, float]) -> float:
-    """Seconds a step must take on this machine: counted operations over what its matrix product reaches.
+    """Seconds a step would take at the rates of `ceilings`: counted operations and bytes; an estimate, not a bound.
 
     Forward pass and input gradient are a product of `2 T N K` operations each, the gradient of the deltas is one of
     the selected columns. The weight is dequantized twice: 0.5625 bytes a number read, 2 written.

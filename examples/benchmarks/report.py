@@ -100,7 +100,7 @@ def sections(known: Mapping[str, Any]) -> str:
     parts = []
     for name, measured in known.items():
         where, results = measured["machine"], measured["results"]
-        kind = where["command"].split()[3]
+        kind = measured["what"]
         parts.append(f"### {name}\n")
         if kind == "layers":
             for entry in results["entries"]:

@@ -23,7 +23,7 @@ TARGETS = "all-linear"
 
 @functools.cache
 def random_llama(width: int) -> str:
-    """The directory of a Llama of 4 blocks with random weights, as wide as wanted: large enough layers, quickly made."""
+    """The directory of a Llama of 4 blocks with random weights, as wide as wanted."""
     directory = tempfile.mkdtemp()
     config = LlamaConfig(
         vocab_size=4096,

@@ -92,8 +92,9 @@ class Bnb4bitBackend(ScaleBackend):
         return absmax_of(self._state).view(self.scales_shape)
 
     def sources(self) -> list[torch.Tensor]:
-        weight: Any = self.module._parameters["weight"]
-        return [weight, (getattr(weight, "quant_state", None) or self._state).absmax]
+        state = self._state
+        levels = [state.offset, state.state2.absmax] if state.nested else []
+        return [self.module.weight, state.absmax, *levels]  # type: ignore[list-item]
 
     @property
     def _packed_groups(self) -> torch.Tensor:
@@ -151,12 +152,13 @@ class Bnb4bitBackend(ScaleBackend):
 
     def bind(self, prepared: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         gemm = torch.ops.bitsandbytes.gemm_4bit.default
-        packed, shape, bias = self._packed, (self.out_features, self.in_features), self.bias
+        module: Any = self.module
+        packed, shape = self._packed, (self.out_features, self.in_features)
         size, quant_type = self.group_size, self._state.quant_type
-        compute_dtype: Any = self.module.compute_dtype
 
         def run(x: torch.Tensor) -> torch.Tensor:
-            cast = x if compute_dtype is None or x.dtype == compute_dtype else x.to(compute_dtype)
+            dtype, bias = module.compute_dtype, module.bias
+            cast = x if dtype is None or x.dtype == dtype else x.to(dtype)
             if not cast.numel():
                 return self.cast_output(self.linear(cast, prepared), x)
             own = None if bias is None else bias.to(cast.dtype)

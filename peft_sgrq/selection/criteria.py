@@ -140,7 +140,8 @@ def squared_weights(backend: ScaleBackend) -> torch.Tensor:
     scales = backend.scales()
     if not backend.in_parts:
         return reduce_scores(backend.dequantize(scales, torch.float32).square_(), backend)
-    step = max(1, _PART_BYTES // (4 * backend.out_features * backend.group_size)) * backend.group_size
+    size = 1 if backend.granularity == "row" else backend.group_size
+    step = max(1, _PART_BYTES // (4 * backend.out_features * size)) * size
     sums = []
     for start in range(0, backend.in_features, step):
         columns = slice(start, min(start + step, backend.in_features))
