@@ -65,6 +65,7 @@ class Format:
         load (`Callable`): `(directory, dtype) -> model`, quantized, from the checkpoint of a dense model.
         dtype (`torch.dtype`): The dtype of the model in tests of whole models.
         save (`Callable` or `None`): `(model, directory)`, the format's own saving; `None` if it has none.
+        on_files (`bool`): Whether what `save` wrote can be merged on files.
         reload (`str`): Python code that sets `model` from `directory` by the format's own loader.
         layer (`Callable` or `None`): `(dense layer) -> quantized layer`, for tests of single layers.
         weight (`Callable`): The library's own dequantized weight of a layer, float32.
@@ -79,6 +80,7 @@ class Format:
     weight: Callable[[nn.Module], torch.Tensor]
     dtype: torch.dtype = torch.bfloat16
     save: Callable[[Any, Path], None] | None = lambda model, directory: model.save_pretrained(directory)
+    on_files: bool = False
     reload: str = _AUTO
     layer: Callable[[nn.Linear], nn.Module] | None = None
     block: tuple[int, int] = (1, 0)
@@ -119,6 +121,7 @@ def _torchao(name: str, config: Callable[[], Any], **settings: Any) -> Format:
 
     return Format(
         **{"name": f"torchao-{name}", "library": "torchao", "load": load, "layer": layer, "weight": _dequantized}
+        | {"on_files": True}
         | settings
     )
 
@@ -226,12 +229,13 @@ _TORCHAO = [
     *(_torchao(f"intx{bits}", lambda bits=bits: _intx(bits), block=(1, 64)) for bits in range(1, 9)),
     _torchao("intx4-row", _intx_row),
     _torchao("float8-row", _float8),
-    _torchao("nvfp4", _nvfp4, block=(1, 16)),
+    _torchao("nvfp4", _nvfp4, block=(1, 16), on_files=False),
     _torchao("int8-dynamic", _int8_dynamic, rounded_input=_rounded_to_int8),
     _torchao("intx4-dynamic", _intx_dynamic, block=(1, 64), rounded_input=_rounded_to_int8_asymmetric),
     _torchao(
         "int4-cpu",
         _int4_opaque,
+        on_files=False,
         block=(1, 64),
         load=_load_int4_opaque,
         weight=_weight_int4_opaque,

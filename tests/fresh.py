@@ -63,15 +63,18 @@ def run_where_not_installed(code: str, scratch: Path, *arguments: str) -> None:
         scratch (`Path`): A directory to work in.
         arguments (`str`): For the code.
     """
-    site = scratch / "site-packages"
-    site.mkdir()
-    for place in [Path(path) for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]:
+    places = [Path(path) for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    sites = []  # one for each place: a namespace package such as optimum may have parts in several
+    for index, place in enumerate(places):
+        site = scratch / f"site-{index}" / "site-packages"
+        site.mkdir(parents=True)
         for entry in place.iterdir():
-            if "peft_sgrq" not in entry.name and not (site / entry.name).exists():
+            if "peft_sgrq" not in entry.name:
                 (site / entry.name).symlink_to(entry)
+        sites.append(str(site))
     done = subprocess.run(
         [sys.executable, "-S", "-c", code, *arguments],
-        env={**os.environ, "PYTHONPATH": str(site)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sites)},
         cwd=scratch,
         capture_output=True,
         text=True,

@@ -15,14 +15,16 @@ from typing import Any
 import pytest
 import torch
 from bases import logits, save_small_llama, train_steps
+from checkpoints import same_bytes, tensors_of
 from formats import FORMATS, Format
 from fresh import run_where_not_installed
 from layers import delta_of, relative_error, the_layer
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_sgrq import SGRQConfig
+from peft_sgrq import SGRQConfig, merge_checkpoint, verify_checkpoint
 from peft_sgrq.backends import is_quantized
+from peft_sgrq.checkpoint.verify import VerifyReport
 
 ROWS, COLUMNS = 128, 256
 LAYER_FORMATS = [format for format in FORMATS if format.layer is not None]
@@ -197,6 +199,7 @@ class Run:
     merged_and_unloaded: torch.Tensor
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     refusal: str = ""
+    verified: VerifyReport | None = None
 
 
 def flat_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -216,12 +219,6 @@ def flat_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(
-        one.reshape(-1).contiguous().view(torch.uint8), other.reshape(-1).contiguous().view(torch.uint8)
-    )
-
-
 def same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(same_bytes(one[name], other[name]) for name in one)
 
@@ -235,6 +232,8 @@ def run(format: Format, directory: Path, scratch: Path) -> Run:
     ids = torch.randint(3, 256, (2, 16), generator=torch.Generator().manual_seed(1))
     model = format.load(directory, format.dtype).eval()
     base, tensors = logits(model, ids), {"base": flat_state(model)}
+    if format.on_files:
+        format.save(model, scratch / "base" / format.name)
     model = get_peft_model(model, SGRQConfig(ratio=0.5, task_type="CAUSAL_LM")).eval()
     at_zero = logits(model, ids)
     losses = train_steps(model, ids, steps=20)
@@ -258,7 +257,14 @@ def run(format: Format, directory: Path, scratch: Path) -> Run:
     if format.save is not None:
         (scratch / "merged" / format.name).mkdir(parents=True)
         format.save(plain, scratch / "merged" / format.name)
-    return Run(losses, base, at_zero, unmerged, merged, unmerged_again, loaded, logits(plain, ids), tensors, refusal)
+    found = Run(losses, base, at_zero, unmerged, merged, unmerged_again, loaded, logits(plain, ids), tensors, refusal)
+    if format.on_files:
+        folders = [scratch / kind / format.name for kind in ("base", "adapter", "files")]
+        merge_checkpoint(*folders)
+        found.verified = verify_checkpoint(*folders)
+        for kind in ("base", "merged", "files"):
+            tensors[f"{kind} file"] = tensors_of(scratch / kind / format.name)
+    return found
 
 
 _RELOAD = """
@@ -291,7 +297,12 @@ def runs(request, small_dir, tmp_path_factory) -> tuple[dict[str, Run], dict[str
     wanted = {name: format for name, format in wanted.items() if find_spec(format.library) is not None}
     scratch = tmp_path_factory.mktemp("formats")
     found = {name: run(format, small_dir, scratch) for name, format in wanted.items()}
-    plan = {name: (format.reload, str(scratch / "merged" / name)) for name, format in wanted.items() if format.save}
+    plan = {
+        f"{kind}/{name}": (format.reload, str(scratch / kind / name))
+        for name, format in wanted.items()
+        for kind, written in (("merged", format.save is not None), ("files", format.on_files))
+        if written
+    }
     (scratch / "plan.json").write_text(json.dumps(plan))
     run_where_not_installed(_RELOAD, scratch, str(scratch / "reloaded.pt"), str(scratch / "plan.json"))
     return found, torch.load(scratch / "reloaded.pt")
@@ -344,6 +355,35 @@ def test_an_adapter_is_refused_on_what_has_it_merged(format, runs):
 @by_name([format for format in FORMATS if format.save is not None])
 def test_the_merged_file_gives_the_same_bits_where_peft_sgrq_is_not_installed(format, runs):
     found = run_of(format, runs)
-    reloaded = runs[1][format.name]
+    reloaded = runs[1][f"merged/{format.name}"]
     assert isinstance(reloaded, torch.Tensor), reloaded
     assert torch.equal(reloaded, found.unmerged)
+
+
+ON_FILES = [format for format in FORMATS if format.on_files]
+
+
+@by_name(ON_FILES)
+def test_what_is_merged_on_files_gives_the_same_bits_where_peft_sgrq_is_not_installed(format, runs):
+    found = run_of(format, runs)
+    reloaded = runs[1][f"files/{format.name}"]
+    assert isinstance(reloaded, torch.Tensor), reloaded
+    assert torch.equal(reloaded, found.unmerged)
+
+
+@by_name(ON_FILES)
+def test_merging_on_files_writes_the_bytes_of_the_merge_in_memory_and_changes_scales_alone(format, runs):
+    tensors = run_of(format, runs).tensors
+    base, in_memory, on_files = (tensors[f"{kind} file"] for kind in ("base", "merged", "files"))
+    assert base.keys() == on_files.keys() == in_memory.keys()
+    assert [name for name in base if not same_bytes(on_files[name], in_memory[name])] == []
+    changed = {name for name in base if not same_bytes(on_files[name], base[name])}
+    assert changed == {name for name in base if name.endswith("._weight_scale")} != set()
+
+
+@by_name(ON_FILES)
+def test_verify_finds_the_merge_on_files_right(format, runs):
+    found = run_of(format, runs)
+    assert (found.verified.errors, found.verified.notes) == ([], [])
+    assert found.verified.merged == sum(name.endswith("._weight_scale") for name in found.tensors["base file"])
+    assert found.verified.same + found.verified.merged == len(found.tensors["base file"])

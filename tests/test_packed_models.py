@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from bases import logits, save_small_llama, train_steps
+from checkpoints import same_bytes
 from fresh import run_where_not_installed
 from packed_checkpoints import CHECKPOINTS, Checkpoint, make
 from peft import PeftModel, get_peft_model
@@ -19,8 +20,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from peft_sgrq import SGRQConfig, SGRQLinear
+from peft_sgrq import SGRQConfig, SGRQLinear, merge_checkpoint, verify_checkpoint
 from peft_sgrq.base_check import loading_code
+from peft_sgrq.checkpoint.verify import VerifyReport
 
 IDS = torch.randint(3, 256, (2, 16), generator=torch.Generator().manual_seed(1))
 by_name = functools.partial(pytest.mark.parametrize, "checkpoint", CHECKPOINTS, ids=lambda checkpoint: checkpoint.name)
@@ -45,6 +47,7 @@ class Run:
     states: dict[str, dict[str, torch.Tensor]]
     code: str
     refusal: str
+    verified: VerifyReport
 
 
 def copied_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -74,6 +77,8 @@ def run(checkpoint: Checkpoint, directory: Path, scratch: Path) -> Run:
     with model.disable_adapter():
         found["disabled"] = logits(model, IDS)
     model.save_pretrained(scratch / "adapter")
+    merge_checkpoint(directory, scratch / "adapter", scratch / "files")
+    verified = verify_checkpoint(directory, scratch / "adapter", scratch / "files")
     code = loading_code(model.peft_config["default"])
     plain = model.unload()
     states["unloaded"] = copied_state(plain)
@@ -91,7 +96,7 @@ def run(checkpoint: Checkpoint, directory: Path, scratch: Path) -> Run:
         PeftModel.from_pretrained(checkpoint.load(scratch / "merged"), scratch / "adapter")
     except ValueError as error:
         refusal = str(error)
-    return Run(losses, found, states, code, refusal)
+    return Run(losses, found, states, code, refusal, verified)
 
 
 _RELOAD = """
@@ -118,16 +123,21 @@ def runs(directories, tmp_path_factory) -> dict[str, Run]:
     scratch = tmp_path_factory.mktemp("runs")
     wanted = {checkpoint.name: checkpoint for checkpoint in CHECKPOINTS if checkpoint.name in directories}
     found = {name: run(checkpoint, directories[name], scratch / name) for name, checkpoint in wanted.items()}
-    plan = {name: (checkpoint.reload, str(scratch / name / "merged")) for name, checkpoint in wanted.items()}
+    plan = {
+        f"{name}/{merge}": (checkpoint.reload, str(scratch / name / merge))
+        for name, checkpoint in wanted.items()
+        for merge in ("merged", "files")
+    }
     (scratch / "plan.json").write_text(json.dumps(plan))
     torch.save(IDS, scratch / "ids.pt")
     names = ("reloaded.pt", "plan.json", "ids.pt")
     run_where_not_installed(_RELOAD, scratch, *(str(scratch / name) for name in names))
-    for name, value in torch.load(scratch / "reloaded.pt").items():
+    for key, value in torch.load(scratch / "reloaded.pt").items():
         assert isinstance(value, torch.Tensor), value
-        found[name].logits["reloaded"] = value
+        name, merge = key.split("/")
+        found[name].logits[f"reloaded {merge}"] = value
+        found[name].states[merge] = load_file(scratch / name / merge / "model.safetensors")
         found[name].states["file"] = load_file(directories[name] / "model.safetensors")
-        found[name].states["merged file"] = load_file(scratch / name / "merged" / "model.safetensors")
     return found
 
 
@@ -156,7 +166,31 @@ def test_the_merged_model_gives_the_bits_of_the_unmerged_one(checkpoint, found):
 
 @by_name()
 def test_the_merged_file_gives_the_same_bits_where_peft_sgrq_is_not_installed(checkpoint, found):
-    check_equal(found, "unmerged", "reloaded")
+    check_equal(found, "unmerged", "reloaded merged")
+
+
+@by_name()
+def test_what_is_merged_on_files_gives_the_same_bits_where_peft_sgrq_is_not_installed(checkpoint, found):
+    check_equal(found, "unmerged", "reloaded files")
+
+
+@by_name()
+def test_merging_on_files_writes_the_scales_of_the_merge_in_memory_and_nothing_else(checkpoint, found):
+    base, in_memory, on_files = (found.states[name] for name in ("file", "merged", "files"))
+    assert on_files.keys() == base.keys()
+    scales = {name for name in base if name.endswith(".scales")}
+    assert scales and same({name: on_files[name] for name in scales}, {name: in_memory[name] for name in scales})
+    others = base.keys() - scales
+    assert all(same_bytes(on_files[name], base[name]) for name in others)
+    changed = {name for name in scales if not same_bytes(on_files[name], base[name].to(on_files[name].dtype))}
+    assert changed == scales
+
+
+@by_name()
+def test_verify_finds_the_merge_on_files_right(checkpoint, found):
+    assert (found.verified.errors, found.verified.notes) == ([], [])
+    assert found.verified.merged == sum(name.endswith(".scales") for name in found.states["file"])
+    assert found.verified.same + found.verified.merged == len(found.states["file"])
 
 
 @by_name()
@@ -172,7 +206,7 @@ def test_undoing_gives_the_base_back(checkpoint, found):
 
 @by_name()
 def test_the_merged_file_differs_from_the_checkpoint_in_scales_alone(checkpoint, found):
-    before, after = found.states["file"], found.states["merged file"]
+    before, after = found.states["file"], found.states["merged"]
     assert before.keys() == after.keys()
     half = (torch.float16, torch.bfloat16)
     for name, value in before.items():

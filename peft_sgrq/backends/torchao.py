@@ -8,7 +8,7 @@ rounding of the activations (torchao's own forward pass loses it). The packed la
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from peft_sgrq.backends.base import ScaleBackend, gather_groups
+from peft_sgrq.backends.scales import Geometry
 
-_PLAIN = {"Int8Tensor": "int8", "IntxUnpackedToInt8Tensor": "intx", "Float8Tensor": "float8"}
+PLAIN = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
 
 
 def weight_type(module: nn.Module) -> str | None:
@@ -100,28 +101,19 @@ class TorchaoPlainBackend(TorchaoBackend):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         weight = self.weight
-        rows, columns = (int(size) for size in weight.block_size)
+        dtype = weight.target_dtype if type(weight).__name__ == "IntxUnpackedToInt8Tensor" else weight.qdata.dtype
         if getattr(weight, "act_pre_scale", None) is not None:
             raise ValueError(
                 "its weight has an activation pre-scale (SmoothQuant or AWQ in torchao), which is not supported; "
                 "leave the layer out with `exclude_modules`, or quantize without it"
             )
-        self.rows_per_scale = rows
-        self.group_size = columns
-        if (rows, columns) == (1, self.in_features):
-            self.granularity = "row"
-        kind = _PLAIN[type(weight).__name__]
-        if kind == "intx":
-            kind = str(weight.target_dtype).removeprefix("torch.").replace("int", "intx")
-        elif kind == "float8":
-            kind = str(weight.qdata.dtype).removeprefix("torch.")
-        block = "row" if self.granularity == "row" else str(columns) if rows == 1 else f"{rows}x{columns}"
-        activations = "" if self._activations is None else "-dynamic"
-        self.name = f"torchao-{kind}-{block}{activations}"
+        self._set_geometry(
+            geometry(type(weight).__name__, dtype, weight.shape, weight.block_size, self._activations is not None)
+        )
 
     @staticmethod
     def matches(module: nn.Module) -> bool:
-        return weight_type(module) in _PLAIN
+        return weight_type(module) in PLAIN
 
     @property
     def _activations(self) -> Any:
@@ -177,6 +169,28 @@ class TorchaoPlainBackend(TorchaoBackend):
         rows, groups = self.scales_shape
         weight = self.codes(None, torch.float32).view(rows, self.rows_per_scale, groups, -1)
         return (weight * scales.view(rows, 1, groups, 1)).view(self.out_features, -1).to(dtype)
+
+
+def geometry(
+    kind: str, dtype: torch.dtype, shape: Sequence[int], block_size: Sequence[int], dynamic: bool
+) -> Geometry:
+    """The geometry and the name of a layer, in memory or in a file.
+
+    Args:
+        kind (`str`): The class of its weight, one of `PLAIN`.
+        dtype (`torch.dtype`): That of the codes; for intx, the one they have the range of (`target_dtype`).
+        shape (`Sequence[int]`): That of the weight, `[N, K]`.
+        block_size (`Sequence[int]`): Rows and columns that share a scale.
+        dynamic (`bool`): Whether activations are quantized, too.
+    """
+    (out_features, in_features), (rows, columns) = map(int, shape), map(int, block_size)
+    values = str(dtype).removeprefix("torch.")
+    if kind == "IntxUnpackedToInt8Tensor":
+        values = values.replace("int", "intx")
+    is_row = (rows, columns) == (1, in_features)
+    block = "row" if is_row else str(columns) if rows == 1 else f"{rows}x{columns}"
+    name = f"torchao-{values}-{block}{'-dynamic' if dynamic else ''}"
+    return Geometry(name, "row" if is_row else "group", out_features, in_features, columns, rows)
 
 
 def loading_code(load: Callable[..., str], quantization: Mapping[str, Any]) -> str:

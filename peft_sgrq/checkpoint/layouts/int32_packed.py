@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from peft_sgrq.backends.integer import digest_tensors, format_name
 from peft_sgrq.backends.scales import Geometry
 from peft_sgrq.checkpoint.folder import CheckpointFolder
 from peft_sgrq.checkpoint.layouts.base import PlainScales, StoredLayer
@@ -21,9 +22,7 @@ class _PackedLayer(PlainScales):
     transposed = True
 
     def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        # bfloat16 makes the digest the same whichever half-precision dtype the scales are held in. Zero points are
-        # left out: GPTQ's are others in the file than in memory.
-        return self.tensor("qweight"), self.tensor("scales").to(torch.bfloat16)
+        return digest_tensors(self.tensor("qweight"), self.tensor("scales"))
 
     def _measure(self, family: str, bits: int, columns: int) -> None:
         groups, rows = self.folder.entry(self.key("scales")).shape
@@ -31,7 +30,7 @@ class _PackedLayer(PlainScales):
         if size < 1 or -(-columns // size) != groups:
             size = -(-columns // groups)
         size = min(size, columns)
-        self._set_geometry(Geometry(f"{family}-w{bits}g{size}", "group", rows, columns, size, 1))
+        self._set_geometry(Geometry(format_name(family, bits, size), "group", rows, columns, size, 1))
 
 
 class GptqLayer(_PackedLayer):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
-from peft_sgrq.backends.scales import Geometry
+import torch
+
+from peft_sgrq.backends.torchao import PLAIN, geometry
 from peft_sgrq.checkpoint.folder import CheckpointFolder
 from peft_sgrq.checkpoint.layouts.base import PlainScales, StoredLayer
 from peft_sgrq.config import SGRQConfig
-
-_PLAIN = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
 
 
 class TorchaoLayer(PlainScales):
@@ -26,25 +25,16 @@ class TorchaoLayer(PlainScales):
             return None
         described = json.loads(folder.metadata(codes).get(f"{prefix}.weight", "{}"))
         kind = described.get("_type", "tensor without a description")
-        if kind not in _PLAIN:
+        if kind not in PLAIN:
             raise ValueError(
-                f"it is stored as torchao's {kind}, expected one of {', '.join(_PLAIN)}, whose scales are a plain "
+                f"it is stored as torchao's {kind}, expected one of {', '.join(PLAIN)}, whose scales are a plain "
                 "matrix in the file; merge in memory with `merge_and_unload` instead"
             )
         layer = cls(folder, prefix)
-        rows, columns = folder.entry(codes).shape
-        layer._set_geometry(_geometry(described["_data"], kind, folder.entry(codes).dtype, rows, columns))
+        data, stored = described["_data"], layer.tensor("_weight_qdata")
+        dtype = stored.dtype
+        if kind == "IntxUnpackedToInt8Tensor":
+            dtype = getattr(torch, data["target_dtype"]["_data"])
+        dynamic = bool(data.get("act_quant_kwargs") or data.get("activation_quantization"))
+        layer._set_geometry(geometry(kind, dtype, stored.shape, data["block_size"], dynamic))
         return layer
-
-
-def _geometry(data: dict[str, Any], kind: str, dtype: str, rows: int, columns: int) -> Geometry:
-    height, width = (int(size) for size in data["block_size"])
-    if kind == "IntxUnpackedToInt8Tensor":
-        name = data["target_dtype"]["_data"].replace("int", "intx")
-    else:
-        name = "int8" if kind == "Int8Tensor" else {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}[dtype]
-    is_row = (height, width) == (1, columns)
-    block = "row" if is_row else str(width) if height == 1 else f"{height}x{width}"
-    dynamic = data.get("act_quant_kwargs") or data.get("activation_quantization")
-    name = f"torchao-{name}-{block}{'-dynamic' if dynamic else ''}"
-    return Geometry(name, "row" if is_row else "group", rows, columns, width, height)
