@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -275,3 +276,56 @@ def test_scales_prepared_in_inference_mode_serve_training_too(base, llama_dir, i
     assert torch.equal(logits(model, ids), expected)
     model(input_ids=ids, labels=ids).loss.backward()  # in eval mode
     assert all(delta.grad is not None for delta in deltas(model))
+
+
+@kinds
+def test_a_mixed_batch_leaves_nothing_for_the_next_token(base, llama_dir, ids):
+    model, token = adapted(base, llama_dir), ids[:, :1]
+    model.add_adapter("b", SGRQConfig(init_weights=False))
+    before = logits(model, token)
+    mixed = logits(model, token, adapter_names=["b"] * len(token))
+    assert not torch.equal(mixed, before)
+    assert torch.equal(logits(model, token), before)
+    assert torch.equal(logits(model, token, adapter_names=["b"] * len(token)), mixed)
+
+
+@kinds
+def test_a_model_that_has_decoded_can_be_copied_and_pickled(base, llama_dir, ids):
+    model, token = adapted(base, llama_dir), ids[:, :1]
+    before = logits(model, token)
+    assert torch.equal(logits(model, token), before)
+    layer = next(module for module in model.modules() if isinstance(module, SGRQLinear))
+    assert layer._decoder is not None
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin._decoder is None
+
+
+@pytest.mark.parametrize("make", [linear_4bit, linear_8bit, linear_dense])
+def test_decoding_sees_a_new_bias(make):
+    model, x = adapt(make(16, 128)).eval(), torch.randn(1, 128)
+    base = model.base_model.model[0].base_layer
+    with torch.no_grad():
+        before = model(x)
+        assert torch.equal(model(x), before)
+        base.bias = nn.Parameter(base.bias + 1, requires_grad=False)
+        torch.testing.assert_close(model(x), before + 1)
+
+
+def test_decoding_sees_new_second_level_scales():
+    model, x = adapt(linear_4bit(64, 512, nested=True, bias=False)).eval(), torch.randn(1, 512)
+    state = model.base_model.model[0].base_layer.weight.quant_state
+    with torch.no_grad():
+        before = model(x)
+        assert torch.equal(model(x), before)
+        state.offset = state.offset * 3
+        assert not torch.equal(model(x), before)
+
+
+def test_deltas_made_and_changed_in_inference_mode_are_seen():
+    with torch.inference_mode():
+        model, x = adapt(linear_4bit(16, 128)).eval(), torch.randn(1, 128)
+        before = model(x)
+        assert torch.equal(model(x), before)
+        for delta in deltas(model):
+            delta.mul_(3)
+        assert not torch.equal(model(x), before)

@@ -94,7 +94,7 @@ class Bnb4bitBackend(ScaleBackend):
     def sources(self) -> list[torch.Tensor]:
         state = self._state
         levels = [state.offset, state.state2.absmax] if state.nested else []
-        return [self.module.weight, state.absmax, *levels]  # type: ignore[list-item]
+        return [self.module.weight, state.absmax, *levels]
 
     @property
     def _packed_groups(self) -> torch.Tensor:
