@@ -90,8 +90,8 @@ def measure_startup(device: torch.device, blocks: int = BLOCKS) -> dict[str, Any
     """
     watch = Watch(device)
     model = make(blocks, device)
-    tensors = [*model.parameters(), *(m.weight.quant_state.absmax for m in model.modules() if hasattr(m, "weight"))]
-    size = sum(tensor.nbytes for tensor in tensors)
+    size = sum(tensor.nbytes for tensor in model.parameters())
+    size += sum(m.weight.quant_state.absmax.nbytes for m in model.modules() if hasattr(m, "weight"))
     weights = sum(2 * p.numel() for p in model.parameters())
     result: dict[str, Any] = {"model": {"bytes": size, "weights": weights, "blocks": blocks}}
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
