@@ -42,7 +42,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "date": date.today().isoformat(),
         "versions": {package: version(package) for package in PACKAGES},
-        "command": "python -m examples.benchmarks " + " ".join(sys.argv[1:]),
+        "command": "python -m examples.benchmarks " + " ".join(map(training.local, sys.argv[1:])),
     }
 
 
