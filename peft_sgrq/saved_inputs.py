@@ -14,6 +14,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from peft_sgrq.backends.base import ScaleBackend, gather_groups
 
+_SAVED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # input -> `SavedInput`
 _PLANS: dict[tuple[int, ...], tuple[tuple[torch.Tensor | None, ...], Plan]] = {}
 _MAX_PLANS = 4096
 
@@ -180,6 +181,3 @@ def _make_plan(kept: list[torch.Tensor | None], groups: torch.Tensor | None, sel
     if not kept:  # the layer's own index tensor, so that a layer which selects the same has the same plan
         return Plan(True, groups, tuple(part._replace(groups=groups) for part in parts))
     return Plan(bool(new), index(new, selectable), tuple(parts))
-
-
-_SAVED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

@@ -96,19 +96,18 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_tiny_llama(directory: Path) -> Path:
-    """Saves a random float32 Llama: hidden 64, intermediate 128, 2 blocks, 4 heads of which 2 key-value."""
+def _save_llama(directory: Path, hidden: int, initializer_range: float) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
         tie_word_embeddings=False,
-        initializer_range=0.2,  # larger than usual, so that a change of scales shows in the logits
+        initializer_range=initializer_range,  # larger than usual, so that a change of scales shows in the logits
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
@@ -116,28 +115,16 @@ def save_tiny_llama(directory: Path) -> Path:
     LlamaForCausalLM(config).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory
+
+
+def save_tiny_llama(directory: Path) -> Path:
+    """Saves a random float32 Llama: hidden 64, intermediate 128, 2 blocks, 4 heads of which 2 key-value."""
+    return _save_llama(directory, hidden=64, initializer_range=0.2)
 
 
 def save_small_llama(directory: Path) -> Path:
     """Saves a random float32 Llama wide enough for groups of 128: hidden 256, intermediate 512, 2 blocks."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        initializer_range=0.1,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
+    return _save_llama(directory, hidden=256, initializer_range=0.1)
 
 
 def save_tiny_gpt2(directory: Path) -> Path:

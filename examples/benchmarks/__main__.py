@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import sys
 from datetime import date
 from importlib.metadata import version
@@ -42,7 +43,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "date": date.today().isoformat(),
         "versions": {package: version(package) for package in PACKAGES},
-        "command": "python -m examples.benchmarks " + " ".join(map(training.local, sys.argv[1:])),
+        "command": "python -m examples.benchmarks " + shlex.join(map(training.local, sys.argv[1:])),
     }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
@@ -39,7 +39,7 @@ from peft_sgrq.selection.original import original_weights
 from peft_sgrq.selection.processes import gather, process_index
 from peft_sgrq.selection.saliency import Saliency
 from peft_sgrq.selection.statistics import InputStatistics
-from peft_sgrq.selection.untouched import untouched
+from peft_sgrq.selection.untouched import refuse_adapters, untouched
 from peft_sgrq.targets import find_targets, supported_layers
 from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
 
@@ -113,7 +113,7 @@ def calibrate(
     start = time.perf_counter()
     if isinstance(model, DistributedDataParallel):
         model = model.module
-    _refuse_adapters(model)
+    refuse_adapters(model, "calibrate")
     chosen = criterion if criterion is not None else config.criterion or DEFAULT_CRITERION
     if not callable(chosen):
         check_criterion(chosen)
@@ -169,15 +169,6 @@ def _known(name: str) -> str:
             "itself; give it as `criterion=` again."
         )
     return name
-
-
-def _refuse_adapters(model: nn.Module) -> None:
-    adapted = isinstance(getattr(model, "base_model", None), BaseTuner) or isinstance(model, BaseTuner)
-    if adapted or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError(
-            "The model has an adapter, expected the base model alone; calibrate before `get_peft_model`, or take the "
-            "adapter off with `model.unload()`."
-        )
 
 
 def _targets(model: nn.Module, config: SGRQConfig) -> dict[str, ScaleBackend]:

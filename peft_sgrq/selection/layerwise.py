@@ -19,6 +19,7 @@ from peft_sgrq.selection.interactions import Options, count_terms, directions, e
 from peft_sgrq.selection.probe import probing, split_rows, stack_rows
 from peft_sgrq.selection.processes import process_index
 from peft_sgrq.selection.ratio import Budget, budget_in_scales, check_ratio, count_selected
+from peft_sgrq.selection.untouched import refuse_adapters
 from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def allocate_ratios(
     if method not in METHODS:
         raise ValueError(f"`method` is {method!r}, expected one of {METHODS}; fisher is the cheaper one.")
     offered = _check_ratios(ratios)
-    _refuse_adapters(model)
+    refuse_adapters(model, "allocate ratios")
     disable_cpu_packing(model)
     saliency.check(model)
     rows = split_rows(load_batches(data, tokenizer, column, samples, max_length, batch_size, seed))
@@ -178,17 +179,6 @@ def _check_ratios(ratios: Sequence[float]) -> list[float]:
         if isinstance(ratio, str):
             raise TypeError(f"`ratios` has {ratio!r}, expected numbers in (0, 1] such as {DEFAULT_RATIOS}.")
     return sorted(set(ratios))
-
-
-def _refuse_adapters(model: nn.Module) -> None:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            raise ValueError(
-                f"Layer {name!r} has an adapter, expected the base model alone; allocate ratios before "
-                "`get_peft_model`, or `unload` the adapter first."
-            )
 
 
 def _fixed_counts(config: SGRQConfig, saliency: Saliency) -> dict[str, int]:
