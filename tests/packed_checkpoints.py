@@ -7,6 +7,7 @@ transformers, which is nothing for the process of the tests.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 _GPTQMODEL = """
@@ -132,6 +134,21 @@ def _save_one_block(base: Path, directory: Path, intermediate_size: int) -> Path
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
     AutoTokenizer.from_pretrained(base).save_pretrained(directory)
     return directory
+
+
+def in_dtype(directory: Path, dtype: torch.dtype, out: Path) -> Path:
+    """The checkpoint as it would be published in a dtype: what is not quantized is cast to it."""
+    shutil.copytree(directory, out)
+    fields = ("qweight", "qzeros", "scales", "g_idx")
+    tensors = {
+        name: tensor if name.endswith(fields) else tensor.to(dtype)
+        for name, tensor in load_file(directory / "model.safetensors").items()
+    }
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    (out / "config.json").write_text(json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}))
+    return out
 
 
 def make(checkpoints: list[Checkpoint], base: Path, scratch: Path) -> dict[str, Path]:

@@ -14,7 +14,7 @@ import torch
 from bases import logits, save_small_llama, train_steps
 from checkpoints import same_bytes
 from fresh import run_where_not_installed
-from packed_checkpoints import CHECKPOINTS, Checkpoint, make
+from packed_checkpoints import CHECKPOINTS, Checkpoint, in_dtype, make
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -48,6 +48,7 @@ class Run:
     code: str
     refusal: str
     verified: VerifyReport
+    verified_in_memory: VerifyReport
 
 
 def copied_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -96,7 +97,9 @@ def run(checkpoint: Checkpoint, directory: Path, scratch: Path) -> Run:
         PeftModel.from_pretrained(checkpoint.load(scratch / "merged"), scratch / "adapter")
     except ValueError as error:
         refusal = str(error)
-    return Run(losses, found, states, code, refusal, verified)
+    published = in_dtype(directory, checkpoint.dtype, scratch / "published")
+    verified_in_memory = verify_checkpoint(published, scratch / "adapter", scratch / "merged")
+    return Run(losses, found, states, code, refusal, verified, verified_in_memory)
 
 
 _RELOAD = """
@@ -191,6 +194,12 @@ def test_verify_finds_the_merge_on_files_right(checkpoint, found):
     assert (found.verified.errors, found.verified.notes) == ([], [])
     assert found.verified.merged == sum(name.endswith(".scales") for name in found.states["file"])
     assert found.verified.same + found.verified.merged == len(found.states["file"])
+
+
+@by_name()
+def test_verify_finds_the_merge_in_memory_right(checkpoint, found):
+    assert found.verified_in_memory.errors == []
+    assert found.verified_in_memory.merged == found.verified.merged
 
 
 @by_name()

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 from peft_sgrq.checkpoint.folder import INDEX, CheckpointFolder
 from peft_sgrq.checkpoint.plan import MergePlan, plan_merge
+from peft_sgrq.checkpoint.quantization_fields import reading_fields, without_empty
 from peft_sgrq.checkpoint.sources import base_of, find_folder, other_files
 
 # What transformers writes anew whenever it saves.
 _VOLATILE = ("transformers_version", "_name_or_path")
-# And what it leaves out then: empty values, and the version of the package that quantized the base.
-_PACKAGE_VERSIONS = {"compressed-tensors": "version"}
 
 
 class VerifyReport(NamedTuple):
@@ -94,7 +93,10 @@ def _compare_tensors(plan: MergePlan, result: CheckpointFolder, errors: list[str
         elif plan.base.same_bytes(name, result):
             same += 1
         else:
-            errors.append(f"{name} differs from the base, which the adapter does not change.")
+            found, expected = result.entry(name).dtype, plan.base.entry(name).dtype
+            dtypes = f" Its dtype is {found}, expected {expected}: load the base in the dtype of its file."
+            differs = f"{name} differs from the base, which the adapter does not change."
+            errors.append(differs + (dtypes if found != expected else ""))
     errors.extend(f"{name} is not in the base." for name in result if name not in plan.base)
     return same, changed
 
@@ -126,19 +128,25 @@ def _load(path: Path) -> Any:
 def _compare_fields(file: str, expected: Any, found: Any) -> list[str]:
     if not isinstance(expected, dict) or not isinstance(found, dict):
         return [] if expected == found else [f"{file} differs from the file of the base."]
-    keys = sorted({*expected, *found} - set(_VOLATILE))
-    return [
-        f"{file} has {key} = {found.get(key)!r}, expected {expected.get(key)!r}."
-        for key in keys
-        if _stripped(expected.get(key)) != _stripped(found.get(key))
-    ]
+    expected, found = _with_dtype(expected), _with_dtype(found)
+    errors = []
+    for key in sorted({*expected, *found} - set(_VOLATILE)):
+        values = expected.get(key), found.get(key)
+        if key == "quantization_config" and all(isinstance(value, dict) for value in values):
+            fields, others = (reading_fields(value) for value in values)
+            errors += [
+                f"{file} has {key}.{field} = {others.get(field)!r}, expected {fields.get(field)!r}."
+                for field in sorted({*fields, *others})
+                if fields.get(field) != others.get(field)
+            ]
+        elif without_empty(values[0]) != without_empty(values[1]):
+            errors.append(f"{file} has {key} = {values[1]!r}, expected {values[0]!r}.")
+    return errors
 
 
-def _stripped(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_stripped(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    version = _PACKAGE_VERSIONS.get(value.get("quant_method", ""))
-    items = ((key, _stripped(item)) for key, item in value.items() if key != version)
-    return {key: item for key, item in items if item not in (None, {}, [])}
+def _with_dtype(fields: dict[str, Any]) -> dict[str, Any]:
+    """Says `dtype` where transformers 4 said `torch_dtype`, and some files say both."""
+    old = fields.get("torch_dtype")
+    if old is None or fields.get("dtype", old) != old:
+        return fields
+    return {**{key: value for key, value in fields.items() if key != "torch_dtype"}, "dtype": old}
