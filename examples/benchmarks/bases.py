@@ -11,24 +11,30 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 Load = Callable[[str, torch.dtype], nn.Module]
+Requantize = Callable[[nn.Module, nn.Module], torch.Tensor]
 
 
 class Base(NamedTuple):
-    """A format: its name, the package it needs, and `(model name, dtype) -> quantized model`."""
+    """A format: its name, the package it needs, and `(model name, dtype) -> quantized model`.
+
+    `requantize` is there where PEFT merges LoRA into dense weights and the format is not what it merges into: it maps
+    `(model, dense layer)` to the dense weight that quantizing the layer anew leaves.
+    """
 
     name: str
     library: str
     load: Load
+    requantize: Requantize | None = None
 
 
 BASES: dict[str, Base] = {}
 
 
-def base(name: str, library: str) -> Callable[[Load], Load]:
+def base(name: str, library: str, requantize: Requantize | None = None) -> Callable[[Load], Load]:
     """Registers a format under a name."""
 
     def register(load: Load) -> Load:
-        BASES[name] = Base(name, library, load)
+        BASES[name] = Base(name, library, load, requantize)
         return load
 
     return register

@@ -6,8 +6,9 @@
 An adapter with random numbers is scaled so that it changes every quantized weight by 2 % or 10 % of its norm. Error is
 the distance of the merged model's logits from the unmerged one's, effect that of the unmerged one's from the base's: 1
 means that as much is wrong as the adapter does. Drift is what is left in the base after unmerging, over its logits.
-PEFT merges LoRA by dequantizing, adding and quantizing again; SGRQ writes scales. A table is printed, and numbers are
-kept in a JSON file, to which a run adds those of its formats.
+PEFT merges LoRA by dequantizing, adding and quantizing again; SGRQ writes scales. Where PEFT merges into dense weights
+instead, the script quantizes them anew, after merging and after unmerging (see compressed_bases.py). A table is
+printed, and numbers are kept in a JSON file, to which a run adds those of its formats.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import compressed_bases  # noqa: F401 (registers its formats)
 import torch
 from bases import Base, installed, quantized_layers
 from peft import LoraConfig, get_peft_model
@@ -31,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 from peft_sgrq import SGRQConfig, SGRQLinear
 
 HERE = Path(__file__).resolve().parent
-PACKAGES = ("peft", "torch", "transformers", "bitsandbytes", "torchao", "hqq", "optimum-quanto")
+PACKAGES = ("peft", "torch", "transformers", "bitsandbytes", "torchao", "hqq", "optimum-quanto", "compressed-tensors")
 
 
 @torch.no_grad()
@@ -67,19 +69,36 @@ def scale_sgrq(model: nn.Module, size: float) -> None:
 def weight_norm(layer: nn.Module) -> float:
     from peft_sgrq.backends import resolve_backend
 
+    weight: Any = layer.weight
+    if type(weight) is nn.Parameter and weight.element_size() > 1 and weight.is_floating_point():
+        return weight.float().norm().item()  # dense by now
     backend = resolve_backend(layer, 64)
     return backend.dequantize(backend.scales(), torch.float32).norm().item()
+
+
+@torch.no_grad()
+def quantize_again(model: nn.Module, base: Base) -> None:
+    """Gives every layer with an adapter the dense weight that quantizing it anew leaves."""
+    if base.requantize is None:
+        return
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            layer = module.get_base_layer()
+            layer.weight.data = base.requantize(model, layer)
 
 
 def measure(base: Base, method: str, size: float, arguments: argparse.Namespace) -> dict[str, Any]:
     """Error over effect, and drift, of one method on one base at one size of the adapter."""
     torch.manual_seed(0)
     ids = torch.randint(3, 256, (4, 64))
+    before = logits(base.load(arguments.model, torch.bfloat16), ids)
     model = base.load(arguments.model, torch.bfloat16)
-    before = logits(model, ids)
-    if method == "LoRA":
-        config: Any = LoraConfig(r=16, target_modules=quantized_layers(model), task_type="CAUSAL_LM")
-        model = get_peft_model(model, config)
+    lora = method == "LoRA"
+    if lora:
+        targets = quantized_layers(model)
+        if base.requantize is not None:
+            model = dense_of(model, ids)
+        model = get_peft_model(model, LoraConfig(r=16, target_modules=targets, task_type="CAUSAL_LM"))
         scale_lora(model, size)
     else:
         model = get_peft_model(model, SGRQConfig(ratio=1.0, task_type="CAUSAL_LM"))
@@ -89,8 +108,12 @@ def measure(base: Base, method: str, size: float, arguments: argparse.Namespace)
         model.merge_adapter()
     except Exception as error:
         return {"refused": f"{type(error).__name__}: {error}"[:200]}
+    if lora:
+        quantize_again(model, base)
     merged = logits(model, ids)
     model.unmerge_adapter()
+    if lora:
+        quantize_again(model, base)
     with model.disable_adapter():
         after = logits(model, ids)
     return {
@@ -99,6 +122,21 @@ def measure(base: Base, method: str, size: float, arguments: argparse.Namespace)
         "equal bits": torch.equal(merged, unmerged),
         "drift": distance(after, before) / before.norm().item(),
     }
+
+
+def dense_of(model: Any, ids: torch.Tensor) -> Any:
+    """The model as PEFT's LoRA gets it: decompressed by its first forward pass, or fp8 layers as dense ones."""
+    from peft_sgrq.backends.fp8_blocks import Fp8BlockLinear
+
+    logits(model, ids)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Fp8BlockLinear):
+            dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, dtype=model.dtype)
+            dense.weight.data = module.dense_weight(module.weight_scale_inv)
+            if module.bias is not None:
+                dense.bias.data = module.bias.data
+            model.set_submodule(name, dense)
+    return model
 
 
 def spell(result: dict[str, Any], key: str) -> str:
