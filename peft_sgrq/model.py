@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,16 +14,15 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import TaskType
 from torch import nn
 
+from peft_sgrq.adapter_state import in_adapter_dtype, take_over
 from peft_sgrq.backends import ScaleBackend
 from peft_sgrq.backends.bnb_4bit import nested_layers, note_unnested
 from peft_sgrq.backends.compressed_tensors import keep_compressed
 from peft_sgrq.base_check import check_base, describe_quantization
-from peft_sgrq.config import ADAPTER_DTYPES, SGRQConfig
-from peft_sgrq.delta import Delta
+from peft_sgrq.config import SGRQConfig
 from peft_sgrq.layer import SGRQLinear
 from peft_sgrq.mixed_batch import adapter_names_for, check_adapter_names
 from peft_sgrq.selection import decode_mask, encode_mask, select_without_data
-from peft_sgrq.selection.masks import unpack_mask
 from peft_sgrq.targets import (
     TASK_HEADS,
     backend_of,
@@ -41,6 +38,7 @@ from peft_sgrq.upstream.awq_scale_dtype import keep_awq_scales
 from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
 from peft_sgrq.upstream.gptq_zero_points import save_zero_points_as_loaded
 from peft_sgrq.upstream.transformers_save import drop_irreversible_conversions
+from peft_sgrq.weighted_sum import check_sum, config_of_sum
 
 logger = logging.getLogger(__name__)
 
@@ -217,36 +215,9 @@ class SGRQModel(BaseTuner):
         Raises:
             ValueError: If an adapter does not exist, the new name does already, or the lengths differ.
         """
-        if not adapters:
-            raise ValueError(f"Found no adapters to add up, expected some of {sorted(self.peft_config)}; name them.")
-        unknown = [name for name in adapters if name not in self.peft_config]
-        if unknown:
-            raise ValueError(
-                f"Adapter(s) {unknown} do not exist, expected names among {sorted(self.peft_config)}; load them first."
-            )
-        if len(adapters) != len(weights):
-            raise ValueError(f"Found {len(adapters)} adapters and {len(weights)} weights; give one weight for each.")
-        if adapter_name in self.peft_config:
-            raise ValueError(f"Adapter {adapter_name!r} exists already; choose another name or delete it first.")
-        configs = [self.peft_config[name] for name in adapters]
-        for name, config in zip(adapters, configs, strict=True):
-            if config.modules_to_save or config.trainable_token_indices:
-                raise ValueError(
-                    f"Adapter {name!r} also trains `modules_to_save` or `trainable_token_indices`, expected adapters "
-                    "of scales alone: whole weights have no weighted sum here; add up the others."
-                )
+        check_sum(self.peft_config, adapters, weights, adapter_name)
         selection = self._union_of_selections(adapters)
-        self.peft_config[adapter_name] = replace(
-            configs[0],
-            target_modules="|".join(map(re.escape, selection)),  # a list would also match by the ends of names
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
-            adapter_dtype="float32",  # a sum of bfloat16 numbers is not one
-            init_weights=True,
-            selection=selection,
-            base_fingerprint=None,
-        )
+        self.peft_config[adapter_name] = config_of_sum(self.peft_config[adapters[0]], selection)
         try:
             self.inject_adapter(self.model, adapter_name)
         except Exception:
@@ -288,12 +259,7 @@ class SGRQModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        dtype = getattr(torch, config.adapter_dtype)
-        suffix = f".{adapter_name}.weight"
-        return {
-            key: value.to(dtype) if key.endswith(suffix) and f".{cls.prefix}" in f".{key}" else value
-            for key, value in selected.items()
-        }
+        return in_adapter_dtype(selected, config, adapter_name, cls.prefix)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -305,24 +271,7 @@ class SGRQModel(BaseTuner):
             ValueError: If a tensor does not fit the layer it is for, before any of them is loaded.
         """
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        suffix = f".{cls.prefix}delta.{adapter_name}"
-        deltas = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, Delta) and name.endswith(suffix)
-        }
-        errors = [error for name, delta in deltas.items() for error in delta.find_errors(renamed, name + ".")]
-        if errors:
-            raise ValueError(f"The adapter file does not fit ({len(errors)} tensors, the first:) {errors[0]}")
-        # PEFT does not read the config of an adapter that replaces another in place.
-        for name, delta in deltas.items():
-            mask, weight = renamed.get(name + ".selection"), renamed.get(name + ".weight")
-            layer_name = name.removesuffix(suffix).removeprefix("base_model.model.")
-            if mask is not None and config.selection and layer_name in config.selection:
-                config.selection[layer_name] = encode_mask(unpack_mask(mask), delta.selectable)
-            if weight is not None and str(weight.dtype).removeprefix("torch.") in ADAPTER_DTYPES:
-                delta.dtype = weight.dtype
-                config.adapter_dtype = str(weight.dtype).removeprefix("torch.")
+        take_over(model, config, renamed, f".{cls.prefix}delta.{adapter_name}")
         return renamed
 
 

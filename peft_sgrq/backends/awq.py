@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_sgrq.backends.gptq import is_gptqmodel_layer
+from peft_sgrq.backends.gptqmodel_layer import check_kernel, is_gptqmodel_layer
 from peft_sgrq.backends.integer import IntegerBackend
 from peft_sgrq.backends.packing import unpack
 
@@ -27,18 +27,12 @@ class AWQBackend(IntegerBackend):
 
     def __init__(self, module: nn.Module) -> None:
         layer: Any = module
-        if type(module).__name__ != "AwqTorchLinear":
-            raise ValueError(
-                f"it runs on the kernel {type(module).__name__}, which loses the gradient of the input or changes the "
-                "layer's tensors; load the model with the kernel that can be trained through: "
-                'quantization_config=AwqConfig(bits=..., backend="torch_awq"), AutoRoundConfig(backend="torch"), or '
-                "GPTQModel.load(..., backend=BACKEND.AWQ_TORCH)"
-            )
-        if layer.adapter is not None:
-            raise ValueError(
-                "it carries an adapter of GPTQModel's own, expected a plain AWQ layer; leave it out with "
-                "`exclude_modules`"
-            )
+        check_kernel(
+            module,
+            "AwqTorchLinear",
+            'quantization_config=AwqConfig(bits=..., backend="torch_awq"), AutoRoundConfig(backend="torch"), or '
+            "GPTQModel.load(..., backend=BACKEND.AWQ_TORCH)",
+        )
         super().__init__(module, layer.in_features, layer.out_features, layer.bits, layer.group_size)
 
     @staticmethod

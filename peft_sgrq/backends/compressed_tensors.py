@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from peft_sgrq.backends.base import ScaleBackend, gather_groups
+from peft_sgrq.backends.base import gather_groups
+from peft_sgrq.backends.parameter_scales import ParameterScales
 from peft_sgrq.backends.scales import Geometry
 
 _RELOAD = "load the model anew and add the adapter before its first forward pass"
@@ -70,8 +71,10 @@ def geometry(
 _CODE_DTYPES = (torch.int32, torch.int8, torch.float8_e4m3fn)
 
 
-class CompressedTensorsBackend(ScaleBackend):
+class CompressedTensorsBackend(ParameterScales):
     """A compressed `nn.Linear`: integers of any width, or float8; scales for groups, rows, blocks or the weight."""
+
+    scale_name = "weight_scale"
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -103,24 +106,6 @@ class CompressedTensorsBackend(ScaleBackend):
         packed = getattr(self.module, "weight_packed", None)
         return (self.module.weight if packed is None else packed).data  # type: ignore[return-value]
 
-    @property
-    def _stored(self) -> nn.Parameter:
-        return self.module.weight_scale  # type: ignore[return-value]
-
-    @property
-    def device(self) -> torch.device:
-        return self._stored.device
-
-    @property
-    def storage_dtype(self) -> torch.dtype:
-        return self._stored.dtype
-
-    def scales(self) -> torch.Tensor:
-        return self._stored.detach().float().reshape(self.scales_shape)
-
-    def sources(self) -> list[torch.Tensor]:
-        return [self._stored]
-
     def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         stored, packed, count = self._stored.detach(), self._codes, self.scales_shape[1]
         words = packed.shape[1] // count
@@ -143,9 +128,6 @@ class CompressedTensorsBackend(ScaleBackend):
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
         return _decompress(self.module, self._to_stored(scales))  # (N, K)
 
-    def _to_stored(self, scales: torch.Tensor) -> torch.Tensor:
-        return scales.to(self.storage_dtype).reshape(self._stored.shape)
-
     def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
         return F.linear(x, prepared, self.bias)
 
@@ -154,17 +136,6 @@ class CompressedTensorsBackend(ScaleBackend):
 
     def cast_output(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return _quantize_activation(self.module, y, "output")
-
-    def write_scales(self, scales: torch.Tensor) -> Any:
-        return self.restore_scales(nn.Parameter(self._to_stored(scales), requires_grad=False))
-
-    def restore_scales(self, stored: Any) -> Any:
-        replaced, self.module.weight_scale = self._stored, stored
-        return replaced
-
-    def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-        converted = fn(stored.data)
-        return stored if converted is stored.data else nn.Parameter(converted, requires_grad=False)
 
     def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         return digest_tensors(self._codes, self._stored.detach())

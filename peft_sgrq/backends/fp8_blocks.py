@@ -8,14 +8,15 @@ model, bit for bit, so that scales can be trained there too.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from peft_sgrq.backends.base import ScaleBackend, gather_groups
+from peft_sgrq.backends.base import gather_groups
+from peft_sgrq.backends.parameter_scales import ParameterScales
 from peft_sgrq.backends.scales import Geometry
 
 
@@ -99,8 +100,10 @@ def dequantize_blocks(codes: torch.Tensor, scales: torch.Tensor, block: Sequence
     return codes.to(torch.float32) * expanded
 
 
-class Fp8BlocksBackend(ScaleBackend):
+class Fp8BlocksBackend(ParameterScales):
     """transformers' `FP8Linear`, computing by its own kernels on a GPU, and `Fp8BlockLinear`."""
+
+    scale_name = "weight_scale_inv"
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -120,20 +123,6 @@ class Fp8BlocksBackend(ScaleBackend):
     def _codes(self) -> torch.Tensor:
         return self.module.weight.data  # type: ignore[return-value]
 
-    @property
-    def _stored(self) -> nn.Parameter:
-        return self.module.weight_scale_inv  # type: ignore[return-value]
-
-    @property
-    def storage_dtype(self) -> torch.dtype:
-        return self._stored.dtype
-
-    def scales(self) -> torch.Tensor:
-        return self._stored.detach().float().reshape(self.scales_shape)
-
-    def sources(self) -> list[torch.Tensor]:
-        return [self._stored]
-
     def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         return gather_groups(self._codes.to(dtype), groups, self.scales_shape[1], self.group_size)
 
@@ -141,9 +130,6 @@ class Fp8BlocksBackend(ScaleBackend):
         if isinstance(self.module, Fp8BlockLinear):
             return self.module.dense_weight(scales).to(dtype)
         return dequantize_blocks(self._codes, scales, self.module.block_size).to(dtype)  # type: ignore[arg-type]
-
-    def _to_stored(self, scales: torch.Tensor) -> torch.Tensor:
-        return scales.to(self.storage_dtype).reshape(self._stored.shape)
 
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
         if isinstance(self.module, Fp8BlockLinear):
@@ -159,17 +145,6 @@ class Fp8BlocksBackend(ScaleBackend):
         return fp8_linear(
             x, own.weight, prepared, own.block_size, own.bias, own.activation_scale, not own._deepgemm_disabled
         )
-
-    def write_scales(self, scales: torch.Tensor) -> Any:
-        return self.restore_scales(nn.Parameter(self._to_stored(scales), requires_grad=False))
-
-    def restore_scales(self, stored: Any) -> Any:
-        replaced, self.module.weight_scale_inv = self._stored, stored
-        return replaced
-
-    def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-        converted = fn(stored.data)
-        return stored if converted is stored.data else nn.Parameter(converted, requires_grad=False)
 
     def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self._codes, self._stored.detach()

@@ -7,17 +7,15 @@ In memory zero points are stored as they are (`gptq_v2`), whatever the file does
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from peft_sgrq.backends.gptqmodel_layer import check_kernel, is_gptqmodel_layer
 from peft_sgrq.backends.integer import IntegerBackend
 from peft_sgrq.backends.packing import WORD, unpack, unpack_rows
-
-_MODULE = "gptqmodel.nn_modules.qlinear"
 
 
 class GPTQLayout(IntegerBackend):
@@ -51,22 +49,21 @@ class GPTQBackend(GPTQLayout):
 
     def __init__(self, module: nn.Module) -> None:
         layer: Any = module
-        if type(module).__name__ != "TorchLinear":
-            raise ValueError(
-                f"it runs on the kernel {type(module).__name__}, which loses the gradient of the input or changes the "
-                "layer's tensors; load the model with the kernel that can be trained through: "
-                'quantization_config=GPTQConfig(bits=..., backend="torch"), or GPTQModel.load(..., '
-                "backend=BACKEND.GPTQ_TORCH)"
-            )
+        check_kernel(
+            module,
+            "TorchLinear",
+            'quantization_config=GPTQConfig(bits=..., backend="torch"), or GPTQModel.load(..., '
+            "backend=BACKEND.GPTQ_TORCH)",
+        )
         if layer.planar or layer.pack_dtype != torch.int32:
             raise ValueError(
                 f"its {layer.bits}-bit codes are packed as bit planes or in {layer.pack_dtype}, expected 2, 3, 4 or 8 "
                 "bits in one stream of torch.int32; quantize it with format='gptq'"
             )
-        if layer.adapter is not None or layer.online_full_had or layer.online_partial_had:
+        if layer.online_full_had or layer.online_partial_had:
             raise ValueError(
-                "it carries an adapter or a rotation of GPTQModel's own, expected a plain GPTQ layer; leave it out "
-                "with `exclude_modules`"
+                "it carries a rotation of GPTQModel's own, expected a plain GPTQ layer; leave it out with "
+                "`exclude_modules`"
             )
         super().__init__(module, layer.in_features, layer.out_features, layer.bits, layer.group_size)
         _ = self.columns  # an index that cannot be used is found now
@@ -85,16 +82,6 @@ class GPTQBackend(GPTQLayout):
 
     def quantization(self) -> dict[str, Any] | None:
         return {"quant_method": "gptq", **self.scale_fields()}
-
-
-def is_gptqmodel_layer(module: nn.Module, method: str) -> bool:
-    """Whether a module is a linear layer of GPTQModel for a method, on any of its kernels."""
-    layers: Any = sys.modules.get(_MODULE)  # without it imported no module can be one of its layers
-    if layers is None or not isinstance(module, layers.BaseQuantLinear):
-        return False
-    return method in {str(getattr(name, "value", name)) for name in type(module).SUPPORTS_METHODS} and (
-        type(module).__name__ != "TorchQuantEmbeddings"
-    )
 
 
 def loading_code(load: Callable[..., str], quantization: Mapping[str, Any]) -> str:

@@ -92,8 +92,7 @@ class QuantoBackend(ScaleBackend):
         """The tensors of `_fields` for other scales, in quanto's form."""
         old, offsets = self._scales_and_offsets()
         stored = self.sources()
-        if self._fields == ("_scale_shift",):
-            assert offsets is not None
+        if len(stored) == 1 and offsets is not None:  # `_scale_shift`: both in one tensor
             dtype = stored[0].dtype
             scales, offset = scales.to(dtype), rescaled_offset(offsets, scales, old).to(dtype)
             # quanto's files hold `8 * scale - offset`, in this dtype: the offset is one that survives the way there

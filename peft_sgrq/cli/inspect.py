@@ -40,12 +40,12 @@ def run(args: argparse.Namespace) -> int:
             f"--ratio is {args.ratio!r} and {args.path} an adapter, whose ratios are what they are, expected a "
             "saliency file; leave --ratio out."
         )
-    path = args.path if saliency_file else args.saliency
-    saliency = Saliency.load(path) if path else None
+    saliency: Saliency | None
     if saliency_file:
-        assert saliency is not None
+        saliency = Saliency.load(args.path)
         report = report_saliency(saliency, args.ratio or "knee", args.budget)
     else:
+        saliency = Saliency.load(args.saliency) if args.saliency else None
         report = report_adapter(args.path, saliency)
     if args.plot:
         from peft_sgrq.plotting import plot_report
