@@ -8,14 +8,16 @@ columns by `obs`. HOW is `global` or `layerwise` (ratios by layer, at the same n
 scales with the largest mean gradient instead of whole columns of them, which saves no work and is for analysis only.
 
 Every selection gets the same learning rates: all of them at the first seed, then for the others the one with the
-lowest loss on the validation split, the last tenth of the training text. The seed sets the order of the data, the
-calibration rows and the random selection. What is done already is found in the results, so the command can be stopped
-and repeated.
+lowest loss on the validation split, the last tenth of the training text. With `--all-rates` the other seeds get all of
+them, too, which is for rates whose losses are close: the table takes the one with the lowest mean. The seed sets the
+order of the data, the calibration rows and the random selection. What is done already is found in the results, so the
+command can be stopped and repeated.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -46,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-full", action="store_true", help="leave out ratio 1.0")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[2e-2, 4e-2, 8e-2, 0.16])
+    parser.add_argument("--all-rates", action="store_true", help="all learning rates at all seeds")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=128, help="tokens in a window")
@@ -71,7 +74,8 @@ def main() -> None:
         (method, ratio, first, rate) for method, ratio in pairs for rate in arguments.learning_rates
     ]  # the sweep; the other seeds are added as the sweep of a pair is done
     for method, ratio in pairs:
-        todo += [(method, ratio, seed, None) for seed in others]
+        rates = arguments.learning_rates if arguments.all_rates else [None]
+        todo += [(method, ratio, seed, rate) for seed in others for rate in rates]
     for method, ratio, seed, rate in todo:
         if time.perf_counter() - start > arguments.limit:
             print("The time is up; run the command again to go on.")
@@ -86,9 +90,8 @@ def main() -> None:
         results.setting["untrained"] = bench.evaluate(bench.load())
         results.save()
     for seed in arguments.seeds:
-        if str(seed) not in results.setting["overlap"]:
-            results.setting["overlap"][str(seed)] = bench.overlaps(seed)
-            results.save()
+        if not results.has_overlaps(seed, [method for method in arguments.methods if ":scale" not in method]):
+            results.add_overlaps(seed, bench.overlaps(seed))
     print("Everything is done.")
 
 
@@ -97,13 +100,14 @@ class Results:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.path: Path = arguments.results
+        self.ratios: list[float] = arguments.ratios
         self.settings = json.loads(self.path.read_text()) if self.path.exists() else []
         shared = {
             key: "/".join(Path(value).parts[-2 if key != "model" else -1 :])
             if key in ("model", "train", "test")
             else value
             for key, value in vars(arguments).items()
-            if key not in ("methods", "ratios", "no_full", "seeds", "learning_rates", "results", "limit")
+            if key not in ("methods", "ratios", "no_full", "seeds", "learning_rates", "all_rates", "results", "limit")
         }
         for setting in self.settings:
             if setting["shared"] == shared:
@@ -133,6 +137,20 @@ class Results:
 
     def add(self, run: dict[str, Any]) -> None:
         self.setting["runs"].append(run)
+        self.save()
+
+    def has_overlaps(self, seed: int, methods: list[str]) -> bool:
+        """Whether the overlap of every two of these selections is there, at all ratios of this call."""
+        found = {(item["ratio"], *item["methods"]) for item in self.setting["overlap"].get(str(seed), [])}
+        pairs = itertools.combinations(methods, 2)
+        return all((ratio, *pair) in found for pair in pairs for ratio in self.ratios)
+
+    def add_overlaps(self, seed: int, found: list[dict[str, Any]]) -> None:
+        """Adds overlaps; those of the same selections are replaced."""
+        new = [(item["ratio"], item["methods"]) for item in found]
+        old = self.setting["overlap"].get(str(seed), [])
+        kept = [item for item in old if (item["ratio"], item["methods"]) not in new]
+        self.setting["overlap"][str(seed)] = found + kept
         self.save()
 
     def save(self) -> None:

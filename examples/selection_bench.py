@@ -40,6 +40,7 @@ class Bench:
             ],
         }
         self._saliency: dict[tuple[str, int], Saliency] = {}
+        self._selections: dict[tuple[str, float, int], dict[str, str]] = {}
 
     # model
 
@@ -92,6 +93,12 @@ class Bench:
 
     def select(self, method: str, ratio: float, seed: int) -> dict[str, str]:
         """Module name -> mask of the selected groups."""
+        key = (method, ratio, seed)
+        if key not in self._selections:
+            self._selections[key] = self._select(*key)
+        return self._selections[key]
+
+    def _select(self, method: str, ratio: float, seed: int) -> dict[str, str]:
         criterion, _, how = method.partition(":")
         saliency = self.saliency(criterion, seed)
         generator = torch.Generator().manual_seed(seed)

@@ -78,13 +78,17 @@ def losses(runs: list[Run]) -> str:
 
 
 def best(runs: list[Run], method: str, ratio: float) -> dict[int, Run]:
-    """By seed the runs at the learning rate with the lowest validation loss at the first seed."""
+    """By seed the runs at one learning rate: of those run at all seeds, that with the lowest mean validation loss."""
     own = [run for run in runs if (run["method"], run["ratio"]) == (method, ratio)]
     if not own:
         return {}
-    first = min(run["seed"] for run in own)
-    rate = min((run for run in own if run["seed"] == first), key=lambda run: run["validation"])["learning_rate"]
-    return {run["seed"]: run for run in own if run["learning_rate"] == rate}
+    by_rate: dict[float, list[Run]] = {}
+    for run in own:
+        by_rate.setdefault(run["learning_rate"], []).append(run)
+    most = max(map(len, by_rate.values()))
+    full = [found for found in by_rate.values() if len(found) == most]
+    chosen = min(full, key=lambda found: mean(run["validation"] for run in found))
+    return {run["seed"]: run for run in sorted(chosen, key=lambda run: run["seed"])}
 
 
 def spell(values: list[float], sign: str = "") -> str:
