@@ -149,6 +149,28 @@ def test_tables_give_mean_spread_and_the_difference_seed_by_seed():
     assert "| 0.1 | random | 1,234 | 0.1 | 3.100 ± 0.100 |  | 3 |" in table
 
 
+def test_of_rates_run_at_all_seeds_the_one_with_the_lowest_mean_is_taken():
+    low = [a_run("obs", seed, 0.1, value) for seed, value in enumerate((2.0, 3.0, 3.0))]
+    high = [a_run("obs", seed, 0.2, value) for seed, value in enumerate((2.5, 2.6, 2.7))]
+    once = a_run("obs", 0, 0.4, 1.0)
+    chosen = selection_table.best([*low, once, *high], "obs", 0.1)
+    assert list(chosen) == [0, 1, 2] and all(run["learning_rate"] == 0.2 for run in chosen.values())
+
+
+def test_all_rates_run_at_all_seeds_and_new_selections_get_overlaps(llama_dir, text, tmp_path, monkeypatch):
+    results = tmp_path / "results.json"
+    arguments = arguments_for(llama_dir, text, results, "--no-full")
+    run(monkeypatch, [*arguments, "--methods", "random", "magnitude"])
+    run(monkeypatch, [*arguments, "--methods", "random", "magnitude", "bottom", "--all-rates"])
+    (setting,) = json.loads(results.read_text())
+    runs = {(run["method"], run["seed"], run["learning_rate"]) for run in setting["runs"]}
+    assert runs == {
+        (method, seed, rate) for method in ("random", "magnitude", "bottom") for seed in (0, 1) for rate in (0.01, 0.3)
+    }
+    pairs = [tuple(item["methods"]) for item in setting["overlap"]["1"]]
+    assert sorted(pairs) == [("magnitude", "bottom"), ("random", "bottom"), ("random", "magnitude")]
+
+
 def test_the_tables_on_the_page_are_those_of_the_results(tmp_path, monkeypatch):
     root = EXAMPLES.parent
     results = sorted(map(str, (root / "docs" / "results").glob("selection-*.json")))
