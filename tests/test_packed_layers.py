@@ -1,4 +1,4 @@
-"""GPTQ, AWQ and AutoRound on single layers: packing, gradients, merging, activation order, refusals."""
+"""GPTQ, AWQ and AutoRound on single layers: packing, gradients, merging, activation order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import delta_of, relative_error, the_layer
-from packed_layers import LIBRARY, Packed, pack_along, packed_layer, require
+from packed_layers import LIBRARY, Packed, pack_along, packed_layer
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -347,85 +347,6 @@ def test_magnitude_selects_the_groups_of_the_largest_weights():
     made.layer.scales[3] *= 20
     model = adapted(made.layer, ratio=0.25)
     assert the_layer(model).sgrq_delta["default"].groups.tolist() == [3]
-
-
-# refusals
-
-
-def refused(layer: nn.Module) -> str:
-    with pytest.raises(ValueError) as error:
-        adapted(layer)
-    assert "Layer '0' cannot be adapted" in str(error.value)
-    return str(error.value)
-
-
-@pytest.mark.parametrize(
-    "kernel",
-    ["torch_fused.TorchFusedLinear", "torch_aten_kernel.TorchAtenLinear", "torch_cpu_avx512.TorchCpuAvx512Linear"],
-)
-def test_gptq_kernels_without_gradients_are_refused_with_the_argument_that_loads_the_right_one(kernel):
-    require("gptq")
-    file, name = kernel.split(".")
-    made = _kernel(file, name)
-    message = refused(made)
-    assert name in message and 'GPTQConfig(bits=..., backend="torch")' in message
-
-
-@pytest.mark.parametrize(
-    "kernel",
-    [
-        "torch_fused_awq.TorchFusedAwqLinear",
-        "torch_aten_kernel_awq.TorchAtenAwqLinear",
-        "torch_cpu_avx512_awq.TorchCpuAvx512AwqLinear",
-    ],
-)
-def test_awq_kernels_without_gradients_are_refused_with_the_argument_that_loads_the_right_one(kernel):
-    require("awq")
-    file, name = kernel.split(".")
-    message = refused(_kernel(file, name))
-    assert name in message and 'AwqConfig(bits=..., backend="torch_awq")' in message
-
-
-def _kernel(file: str, name: str) -> nn.Module:
-    from importlib import import_module
-
-    cls = getattr(import_module(f"gptqmodel.nn_modules.qlinear.{file}"), name)
-    return cls(
-        bits=4, group_size=32, sym=False, desc_act=False, in_features=128, out_features=64, register_buffers=True
-    )
-
-
-def test_an_autoround_kernel_of_another_package_is_refused_with_the_argument_that_loads_the_right_one():
-    require("autoround")
-    made = packed_layer("autoround").layer
-    other = type("QuantLinearGPTQ", (type(made),), {"__module__": "auto_round_kernel.qlinear"})
-    made.__class__ = other
-    message = refused(made)
-    assert "QuantLinearGPTQ" in message and 'AutoRoundConfig(backend="torch")' in message
-
-
-def test_bit_planes_are_refused():
-    require("gptq")
-    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
-
-    layer = TorchLinear(bits=5, group_size=32, sym=False, desc_act=False, in_features=128, out_features=64)
-    assert "5-bit codes are packed as bit planes" in refused(layer)
-
-
-@pytest.mark.parametrize(
-    ("index", "said"),
-    [(torch.zeros(128), "puts 128 columns into one group"), (torch.full((128,), 9), "names groups 9 to 9")],
-)
-def test_an_index_that_is_no_map_of_groups_is_refused(index, said):
-    made = packed_layer("gptq")
-    made.layer.g_idx.copy_(index)
-    assert said in refused(made.layer)
-
-
-def test_scales_of_another_shape_are_refused():
-    made = packed_layer("gptq")
-    made.layer.scales = made.layer.scales[:2]
-    assert "its scales have shape (2, 64), expected (groups, out_features) = (4, 64)" in refused(made.layer)
 
 
 # torch.compile: fullgraph=True raises at a graph break.
