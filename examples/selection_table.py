@@ -49,7 +49,7 @@ def describe(setting: dict[str, Any]) -> str:
     if "untrained" in setting:
         parts.append(f"Untrained: test loss {setting['untrained']['test']:.3f}.")
     parts.append(losses(setting["runs"]))
-    parts += [table for table in (overlaps(setting["overlap"]),) if table]
+    parts += [table for table in (*same_rates(setting["runs"]), overlaps(setting["overlap"])) if table]
     return "\n\n".join(parts)
 
 
@@ -89,6 +89,37 @@ def best(runs: list[Run], method: str, ratio: float) -> dict[int, Run]:
     full = [found for found in by_rate.values() if len(found) == most]
     chosen = min(full, key=lambda found: mean(run["validation"] for run in found))
     return {run["seed"]: run for run in sorted(chosen, key=lambda run: run["seed"])}
+
+
+def same_rates(runs: list[Run]) -> list[str]:
+    """Where several learning rates were run at all seeds: at each of them every selection beside `random`."""
+    tables = []
+    for ratio in sorted({run["ratio"] for run in runs}):
+        found: dict[tuple[str, float], dict[int, float]] = {}
+        for run in runs:
+            if run["ratio"] == ratio:
+                found.setdefault((run["method"], run["learning_rate"]), {})[run["seed"]] = run["test"]
+        seeds = max(map(len, found.values()))
+        rates = sorted(
+            rate for (method, rate), tests in found.items() if method == "random" and len(tests) == seeds > 1
+        )
+        if len(rates) < 2:
+            continue
+        heads = [f"rate {rate:g}: test loss | less random" for rate in rates]
+        rows = [f"| ratio {ratio:g}, same rate | {' | '.join(heads)} |", "|" + "---|" * (1 + 2 * len(rates))]
+        for method in dict.fromkeys(method for method, _ in found):
+            cells = []
+            for rate in rates:
+                tests, control = found.get((method, rate), {}), found["random", rate]
+                differences = [tests[seed] - control[seed] for seed in sorted(tests)]
+                full = len(tests) == seeds
+                cells += [
+                    spell(list(tests.values())) if full else "",
+                    spell(differences, sign="+") if full and method != "random" else "",
+                ]
+            rows.append(f"| {method} | {' | '.join(cells)} |")
+        tables.append("\n".join(rows))
+    return tables
 
 
 def spell(values: list[float], sign: str = "") -> str:

@@ -157,6 +157,24 @@ def test_of_rates_run_at_all_seeds_the_one_with_the_lowest_mean_is_taken():
     assert list(chosen) == [0, 1, 2] and all(run["learning_rate"] == 0.2 for run in chosen.values())
 
 
+def test_selections_are_compared_at_the_same_rate_where_several_were_run():
+    runs = [
+        a_run(method, seed, rate, 3.0 + rate + 0.01 * seed + (0.5 if method == "obs" else 0))
+        for method in ("random", "obs")
+        for rate in (0.1, 0.2)
+        for seed in range(3)
+    ]
+    once = a_run("random", 0, 0.4, 1.0)
+    (table,) = selection_table.same_rates([*runs, once])
+    assert table.splitlines() == [
+        "| ratio 0.1, same rate | rate 0.1: test loss | less random | rate 0.2: test loss | less random |",
+        "|---|---|---|---|---|",
+        "| random | 3.110 ± 0.010 |  | 3.210 ± 0.010 |  |",
+        "| obs | 3.610 ± 0.010 | +0.500 ± 0.000 | 3.710 ± 0.010 | +0.500 ± 0.000 |",
+    ]
+    assert selection_table.same_rates([run for run in runs if run["learning_rate"] == 0.1]) == []
+
+
 def test_all_rates_run_at_all_seeds_and_new_selections_get_overlaps(llama_dir, text, tmp_path, monkeypatch):
     results = tmp_path / "results.json"
     arguments = arguments_for(llama_dir, text, results, "--no-full")
