@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_sgrq import SGRQConfig, calibrate
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "benchmarks"))
+# At the end: modules of the tests have names that occur there, too.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples" / "benchmarks"))
 
 from calibration_memory import PeakMemory
 
