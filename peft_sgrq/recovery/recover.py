@@ -165,8 +165,8 @@ def recover(
     refuse_adapters(model, "recover")
     if process_count() > 1:
         raise ValueError(
-            f"Recovery runs in one process, found {process_count()}; run it on its own, save the adapter, and load that "
-            "in all processes."
+            f"Recovery runs in one process, found {process_count()}; run it on its own, save the adapter, and load "
+            "that in all processes."
         )
     check_tokenizer(tokenizer, reference)
     batches = load_batches(data, tokenizer, column, samples, longest(model, max_length), batch_size, seed)

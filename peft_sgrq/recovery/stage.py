@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -23,6 +24,8 @@ from peft_sgrq.selection.statistics import InputStatistics
 
 if TYPE_CHECKING:
     from peft_sgrq.recovery.recover import Settings
+
+logger = logging.getLogger(__name__)
 
 
 class BlockStage:
@@ -67,6 +70,13 @@ class BlockStage:
         ]
         while not self._layers[-1]:
             self._layers.pop()
+        outside = len(layers) - sum(map(len, self._layers))
+        if outside:
+            logger.warning(
+                "%d adapted layers are in none of the blocks %s; only `distill_steps` trains them.",
+                outside,
+                self._name,
+            )
         self._count = len(self._layers)
         self._model, self._blocks = model, list(blocks)[: self._count]
         self._reference, self._batches, self._settings = reference, batches, settings
