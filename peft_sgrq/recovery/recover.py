@@ -173,11 +173,14 @@ def recover(
     for parameter in model.parameters():
         if parameter.is_meta:
             raise ValueError("The model is on the meta device, expected one with weights; load them first.")
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     peft_model = get_peft_model(model, config, adapter_name)
     try:
         recovery = _recover(peft_model, model, reference, batches, adapter_name, settings, progress_file, progress)
     except BaseException:
         peft_model.unload()
+        for parameter, required in trainable.items():
+            parameter.requires_grad_(required)
         raise
     recovery.seconds = time.perf_counter() - start
     return recovery
