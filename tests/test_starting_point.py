@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from bases import INT8, NF4, adapted, logits, train_steps
+from bases import INT8, NF4, TRAINING, adapted, byte_tokenizer, logits, train_steps
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from recovery import deltas
+from trl import SFTConfig, SFTTrainer
 
 from peft_sgrq import SGRQConfig
 from peft_sgrq.selection import decode_mask, encode_mask
@@ -53,6 +55,22 @@ def test_what_is_saved_stands_alone(base, source, llama_dir: Path, tmp_path: Pat
     assert config["init_weights"] is True
     loaded = PeftModel.from_pretrained(base.load(llama_dir), str(tmp_path / "trained"))
     assert torch.equal(logits(loaded, ids), logits(model.eval(), ids))
+
+
+def test_a_trainer_starts_from_it(source, base, llama_dir: Path, tmp_path: Path, ids):
+    texts = Dataset.from_dict({"text": ["One and one is two."] * 4})
+    trainer = SFTTrainer(
+        base.load(llama_dir),
+        args=SFTConfig(**{**TRAINING, "learning_rate": 0.0}, output_dir=str(tmp_path / "out"), max_steps=1),
+        train_dataset=texts,
+        processing_class=byte_tokenizer(),
+        peft_config=SGRQConfig(init_weights=source, task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "trained"))
+    expected = PeftModel.from_pretrained(base.load(llama_dir), str(source))
+    loaded = PeftModel.from_pretrained(base.load(llama_dir), str(tmp_path / "trained"))
+    assert torch.equal(logits(loaded, ids), logits(expected, ids))
 
 
 def test_the_callers_config_can_be_used_again(base, source, llama_dir: Path):
