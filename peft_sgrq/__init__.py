@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from peft_sgrq.config import SGRQConfig
     from peft_sgrq.layer import SGRQLinear
     from peft_sgrq.model import SGRQModel
+    from peft_sgrq.recovery.recover import Recovery, recover
     from peft_sgrq.registration import register
     from peft_sgrq.selection.calibrate import calibrate
     from peft_sgrq.selection.layerwise import allocate_ratios
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Recovery",
     "SGRQConfig",
     "SGRQLinear",
     "SGRQModel",
@@ -31,12 +33,14 @@ __all__ = [
     "allocate_ratios",
     "calibrate",
     "merge_checkpoint",
+    "recover",
     "register",
     "restore_codes",
     "verify_checkpoint",
 ]
 
 _HOMES = {
+    "Recovery": "recovery.recover",
     "SGRQConfig": "config",
     "SGRQLinear": "layer",
     "SGRQModel": "model",
@@ -44,6 +48,7 @@ _HOMES = {
     "allocate_ratios": "selection.layerwise",
     "calibrate": "selection.calibrate",
     "merge_checkpoint": "checkpoint.merge",
+    "recover": "recovery.recover",
     "register": "registration",
     "restore_codes": "checkpoint.restore",
     "verify_checkpoint": "checkpoint.verify",

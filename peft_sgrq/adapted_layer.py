@@ -82,7 +82,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         shape = backend.delta_shape(len(groups))
         dtype = getattr(torch, config.adapter_dtype)
         self.sgrq_delta[adapter_name] = Delta(
-            shape, groups, backend.selectable, dtype, zero=config.init_weights, device=backend.device
+            shape, groups, backend.selectable, dtype, zero=config.init_weights is not False, device=backend.device
         )
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 

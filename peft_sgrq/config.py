@@ -43,8 +43,9 @@ class SGRQConfig(PeftConfig):
         group_size (`int`): Columns per scale in a layer that is not quantized; a quantized one has its own.
         adapter_dtype (`"float32"` or `"bfloat16"`): With `"bfloat16"` the forward pass rounds the deltas to it, so
             that the adapter file of half the size holds what was trained. Training keeps float32 values either way.
-        init_weights (`bool`): `True` starts at zero change, where outputs equal the base's bit for bit. `False`
-            starts from small random changes, for tests.
+        init_weights (`bool` or `str`): `True` starts at zero change, where outputs equal the base's bit for bit. The
+            folder of a saved SGRQ adapter, or its name on the Hub, starts from that one, selecting the same scales:
+            from a recovery, say. `False` starts from small random changes, for tests.
         layers_to_transform (`list[int]`, `int` or `None`): Indices of the blocks to adapt.
         layers_pattern (`list[str]`, `str` or `None`): Name of the list of blocks those indices count in.
         modules_to_save (`list[str]` or `None`): Further modules to train and save whole.
@@ -76,7 +77,10 @@ class SGRQConfig(PeftConfig):
     criterion: str | None = field(default=None, metadata={"help": "How salience is measured."})
     group_size: int = field(default=64, metadata={"help": "Columns per scale in layers that are not quantized."})
     adapter_dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16."})
-    init_weights: bool = field(default=True, metadata={"help": "Start at zero change (True) or at random (False)."})
+    init_weights: bool | str = field(
+        default=True,
+        metadata={"help": "Start at zero change (True), from a saved adapter, or randomly."},
+    )
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Block indices to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train and save whole."})
@@ -160,8 +164,13 @@ class SGRQConfig(PeftConfig):
                 f"`adapter_dtype` is {self.adapter_dtype!r}, expected one of {ADAPTER_DTYPES}; float32 is exact on "
                 "resuming, bfloat16 halves the file."
             )
-        if not isinstance(self.init_weights, bool):
-            raise TypeError(f"`init_weights` is {self.init_weights!r}, expected True (zero change) or False (random).")
+        if isinstance(self.init_weights, os.PathLike):
+            self.init_weights = os.fspath(self.init_weights)
+        if not isinstance(self.init_weights, (bool, str)):
+            raise TypeError(
+                f"`init_weights` is {self.init_weights!r}, expected True (zero change), the folder of a saved "
+                "adapter, or False (random)."
+            )
 
     @classmethod
     def from_pretrained(

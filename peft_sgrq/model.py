@@ -23,6 +23,7 @@ from peft_sgrq.config import SGRQConfig
 from peft_sgrq.layer import SGRQLinear
 from peft_sgrq.mixed_batch import adapter_names_for, check_adapter_names
 from peft_sgrq.selection import decode_mask, encode_mask, select_without_data
+from peft_sgrq.starting_point import StartingPoint
 from peft_sgrq.targets import (
     TASK_HEADS,
     backend_of,
@@ -82,6 +83,9 @@ class SGRQModel(BaseTuner):
             heads = TASK_HEADS[config.task_type]
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if isinstance(config.init_weights, str):
+            StartingPoint(config.init_weights).write(model, adapter_name)
+            config.init_weights = True  # where it is saved, its own deltas say where it is
 
     def _prepare_adapter_config(self, peft_config: SGRQConfig, model_config: dict[str, Any]) -> SGRQConfig:
         if peft_config.target_modules is None:
@@ -95,6 +99,8 @@ class SGRQModel(BaseTuner):
         backends = find_targets(model, peft_config, self._check_target_module_exists)
         check_group_sizes(model, backends)
         check_gradient_paths(model, backends, peft_config)
+        if isinstance(peft_config.init_weights, str):
+            StartingPoint(peft_config.init_weights).configure(peft_config, backends)
         disable_cpu_packing(model)
         keep_awq_scales(model)
         with _original_scales(model):  # whatever is merged into the base

@@ -66,7 +66,7 @@ def trainable(model: torch.nn.Module) -> set[str]:
         ("adapter_dtype", "float16", ValueError),
         ("adapter_dtype", torch.float16, ValueError),
         ("adapter_dtype", 16, ValueError),
-        ("init_weights", "gaussian", TypeError),
+        ("init_weights", 0.5, TypeError),
         ("init_weights", 1, TypeError),
         ("init_weights", None, TypeError),
         ("selection", "ff", TypeError),

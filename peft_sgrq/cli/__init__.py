@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-COMMANDS: tuple[str, ...] = ("calibrate", "inspect", "merge", "verify")
+COMMANDS: tuple[str, ...] = ("calibrate", "inspect", "merge", "recover", "verify")
 
 
 def build_parser() -> argparse.ArgumentParser:

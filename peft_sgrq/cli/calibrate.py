@@ -13,23 +13,33 @@ _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parqu
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a causal language model: a directory or a name on the Hub")
+    add_model_arguments(parser)
     parser.add_argument("data", metavar="DATA", help="a .txt, .jsonl, .csv or .parquet file, or a dataset of the Hub")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the safetensors file to write")
     parser.add_argument("--criterion", default="obs", help="how salience is measured (default: obs)")
+    add_data_arguments(parser)
+    parser.add_argument("--original", help="for the criterion error: the model before quantization")
+    parser.add_argument("--memory-limit", metavar="SIZE", help='of Hessians in models that are no chain, e.g. "4GB"')
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those that `load_model` and a config take."""
+    parser.add_argument("model", metavar="MODEL", help="a causal language model: a directory or a name on the Hub")
+    parser.add_argument("--target-modules", nargs="+", metavar="NAME", help="layers (default: all quantized ones)")
+    parser.add_argument("--group-size", type=int, default=64, help="columns per scale where nothing is quantized")
+    parser.add_argument("--quantize", choices=("nf4", "fp4", "int8"), help="quantize the model by bitsandbytes first")
+    parser.add_argument("--double-quant", action="store_true", help="with nf4 and fp4: quantize the scales, too")
+    parser.add_argument("--dtype", default="auto", help="of what is not quantized (default: that of the checkpoint)")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those that say which part of the data is used, and `--quiet`."""
     parser.add_argument("--column", help="of the dataset, with texts, chats or token ids (default: text)")
     parser.add_argument("--split", default="train", help="of a dataset of the Hub (default: train)")
     parser.add_argument("--samples", type=int, default=128, help="sequences at most (default: 128)")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a sequence at most (default: 512)")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences in a batch (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples")
-    parser.add_argument("--target-modules", nargs="+", metavar="NAME", help="layers (default: all quantized ones)")
-    parser.add_argument("--group-size", type=int, default=64, help="columns per scale where nothing is quantized")
-    parser.add_argument("--quantize", choices=("nf4", "fp4", "int8"), help="quantize the model by bitsandbytes first")
-    parser.add_argument("--double-quant", action="store_true", help="with nf4 and fp4: quantize the scales, too")
-    parser.add_argument("--dtype", default="auto", help="of what is not quantized (default: that of the checkpoint)")
-    parser.add_argument("--original", help="for the criterion error: the model before quantization")
-    parser.add_argument("--memory-limit", metavar="SIZE", help='of Hessians in models that are no chain, e.g. "4GB"')
     parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 

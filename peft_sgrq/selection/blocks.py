@@ -71,11 +71,32 @@ class Chain:
                 self._hidden.append(_hidden_of(*record[0]))
                 self._calls.append([_without_hidden(*call) for call in record])
 
+    @classmethod
+    def checked(cls, blocks: Sequence[nn.Module], run: Callable[[Batch], Any], batches: Sequence[Batch]) -> Chain:
+        """A chain whose blocks have been run on the first sequence, and give what they give in the model.
+
+        Raises:
+            NotAChainError: If they do not.
+        """
+        first = cls(blocks, run, [batches[0].first()])
+        for index in range(len(blocks)):
+            first.run_block(index, 0)
+        first.check()
+        return cls(blocks, run, batches)
+
+    def hidden(self, batch: int) -> torch.Tensor:
+        """The hidden states of a batch that the next block takes, `[B, T, D]`."""
+        return self._hidden[batch]
+
+    def call(self, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Runs one block on given hidden states of a batch, `[B, T, D]`, and returns the new ones."""
+        args, kwargs = self._calls[batch][index]
+        return _first(self._blocks[index](hidden, *args, **kwargs))
+
     def run_block(self, index: int, batch: int) -> None:
         """Runs one block on the hidden states that the block before it left of a batch, and keeps the new ones."""
-        args, kwargs = self._calls[batch][index]
+        self._hidden[batch] = self.call(index, batch, self._hidden[batch])
         self._calls[batch][index] = ((), {})  # needed no more
-        self._hidden[batch] = _first(self._blocks[index](self._hidden[batch], *args, **kwargs))
 
     def check(self) -> None:
         """Raises NotAChainError if the first sequence has not come out of the last block as it does in the model."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import os
 import time
@@ -37,6 +36,7 @@ from peft_sgrq.selection.gradients import GradientScores
 from peft_sgrq.selection.layer_saliency import LayerSaliency
 from peft_sgrq.selection.original import original_weights
 from peft_sgrq.selection.processes import gather, process_index
+from peft_sgrq.selection.running import longest, runner
 from peft_sgrq.selection.saliency import Saliency
 from peft_sgrq.selection.statistics import InputStatistics
 from peft_sgrq.selection.untouched import refuse_adapters, untouched
@@ -126,7 +126,7 @@ def calibrate(
     batches: list[Batch] = []
     with untouched(model), tqdm(desc="Calibrating", disable=not progress or process_index() > 0) as bar:
         if name not in WEIGHTS or data is not None:
-            batches = load_batches(data, tokenizer, column, samples, _longest(model, max_length), batch_size, seed)
+            batches = load_batches(data, tokenizer, column, samples, longest(model, max_length), batch_size, seed)
             saliency.tokens = sum(gather(sum(int(batch.counted.sum()) for batch in batches)))
         loaded = time.perf_counter()
         if name in WEIGHTS:
@@ -137,7 +137,7 @@ def calibrate(
             function = chosen if callable(chosen) else (HESSIAN | DIAGONAL)[_known(name)]
             score = _scorer(model, backends, function, original if name == "error" or callable(chosen) else None)
             scores = collect_input_scores(
-                model, backends, batches, _runner(model), score, name not in DIAGONAL, memory_limit, bar
+                model, backends, batches, runner(model), score, name not in DIAGONAL, memory_limit, bar
             )
     if name == "error" and not any(bool(values.any()) for values in scores.values()):
         raise ValueError(
@@ -191,34 +191,11 @@ def _targets(model: nn.Module, config: SGRQConfig) -> dict[str, ScaleBackend]:
     return backends
 
 
-def _longest(model: nn.Module, max_length: int) -> int:
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return min(max_length, positions) if isinstance(positions, int) and positions > 0 else max_length
-
-
-def _runner(model: nn.Module, with_labels: bool = False) -> Callable[[Batch], Any]:
-    """Runs the model on what of a batch its forward pass takes."""
-    parameters = inspect.signature(model.forward).parameters
-    device = next(model.parameters()).device
-    any_keyword = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    extra = {"use_cache": False} if "use_cache" in parameters else {}
-
-    def run(batch: Batch) -> Any:
-        if "input_ids" not in parameters and not any_keyword:
-            return model(batch.inputs["input_ids"].to(device))
-        wanted = {key: value for key, value in batch.inputs.items() if with_labels or key != "labels"}
-        if "input_ids" in parameters:  # a wrapper that takes anything is given everything
-            wanted = {key: value for key, value in wanted.items() if key in parameters}
-        return model(**{key: value.to(device) for key, value in wanted.items()}, **extra)
-
-    return run
-
-
 def _gradient_scores(
     model: nn.Module, backends: dict[str, ScaleBackend], batches: list[Batch], criterion: Any, tokens: int, bar: Any
 ) -> dict[str, torch.Tensor]:
     collected = GradientScores(backends, criterion)
-    run = _runner(model, with_labels=True)
+    run = runner(model, with_labels=True)
     bar.reset(total=len(batches))
     for batch in batches:
         collected.add(model, batch, run)

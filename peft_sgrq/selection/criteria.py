@@ -88,9 +88,19 @@ def gradient(weight: torch.Tensor, gradient: torch.Tensor, backend: ScaleBackend
     product = weight * gradient  # (N, K)
     if backend.granularity == "row":
         return product.sum(1).square()  # (N,)
-    size = backend.group_size
-    sums = backend.select_columns(product, None).view(product.shape[0], -1, size).sum(2)  # (N, G)
+    sums = _sum_groups(product, backend)  # (N, G)
     return spread_over_columns(sums.square().sum(0), backend)
+
+
+def _sum_groups(elements: torch.Tensor, backend: ScaleBackend) -> torch.Tensor:
+    return backend.select_columns(elements, None).view(elements.shape[0], -1, backend.group_size).sum(2)
+
+
+def sum_by_scale(elements: torch.Tensor, backend: ScaleBackend) -> torch.Tensor:
+    """Sums of values of each weight, `[N, K]`, over the weights that each scale multiplies, `[rows, groups]`."""
+    if backend.granularity == "row":
+        return elements.sum(1, keepdim=True)
+    return backend.reduce_rows(_sum_groups(elements, backend))
 
 
 def spread_over_columns(values: torch.Tensor, backend: ScaleBackend) -> torch.Tensor:

@@ -6,7 +6,7 @@ that of the tuner, so a format whose own kernel drops gradients gives them too. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -41,6 +41,74 @@ class _Observed(torch.autograd.Function):
         return grads[0], None, torch.zeros((), device=grads[0].device), None
 
 
+# Of a layer's weight gradients, `[N, K]` of each sequence, in the order of the batch.
+TakeGradients = Callable[[str, Iterator[torch.Tensor]], None]
+
+
+def observe_gradients(
+    model: nn.Module,
+    layers: Mapping[str, tuple[nn.Module, Callable[..., torch.Tensor]]],
+    batch: Batch,
+    run: Callable[[Batch], Any],
+    take: TakeGradients,
+) -> None:
+    """Hands on the gradient of each sequence's loss in the weights of layers, while a backward pass runs.
+
+    A sequence's loss is the sum over its tokens, whatever batch it is in.
+
+    Args:
+        model (`nn.Module`): The model; it has no gradients afterwards.
+        layers (`dict`): Name -> the layer's module, and the forward pass to put in place of its own.
+        batch (`Batch`): The sequences. Without labels the loss is that of the next token.
+        run (`Callable`): Runs the model on a batch with labels.
+        take (`Callable`): Given the name of a layer and its gradients, float32 `[N, K]`, one sequence after another;
+            tokens that are not those of all sequences in order (an expert's) are one sequence.
+
+    Raises:
+        ValueError: If the model returns no loss.
+    """
+    labels = batch.inputs.get("labels")
+    if labels is None:
+        labels = batch.inputs["input_ids"].masked_fill(~batch.counted, IGNORED)
+    batch = Batch({**batch.inputs, "labels": labels}, batch.counted)
+    # Models average the loss over the labels of a batch. A sequence is to count the same in any batch.
+    scored = labels[:, 1:] if getattr(model, "loss_type", None) == "ForCausalLM" else labels
+    terms = int((scored != IGNORED).sum())
+    if not terms:
+        return
+    sequences = len(batch.counted)
+
+    def taker(name: str) -> Any:
+        def receive(x: torch.Tensor, dy: torch.Tensor) -> None:
+            x, dy = (values.reshape(-1, values.shape[-1]) for values in (x, dy))
+            size = len(x) // sequences if len(x) % sequences == 0 else len(x)
+            parts = zip(x.split(size), dy.split(size), strict=True)
+            # In the precision of training.
+            take(name, ((dys.t() @ xs.to(dys.dtype)).float() * terms for xs, dys in parts))
+
+        return receive
+
+    anchor = torch.zeros((), requires_grad=True)
+    with torch.enable_grad(), ExitStack() as stack:
+        for name, (module, forward) in layers.items():
+            stack.enter_context(forward_replaced(module, _observed(forward, anchor, taker(name))))
+        loss = getattr(run(batch), "loss", None)
+        if not isinstance(loss, torch.Tensor):
+            raise ValueError(
+                f"The model returned no loss for a batch with {sorted(batch.inputs)}, expected one to differentiate; "
+                "give data with the labels its forward method takes, or another criterion."
+            )
+        torch.autograd.grad(loss, anchor)
+
+
+def _observed(forward: Callable[..., torch.Tensor], anchor: torch.Tensor, take: Any) -> Any:
+    def observed(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = forward(x, *args, **kwargs)
+        return _Observed.apply(y, x.detach(), anchor.to(y.device), take)
+
+    return observed
+
+
 class GradientScores:
     """Scores of layers by gradients of a loss, added up over sequences.
 
@@ -64,41 +132,14 @@ class GradientScores:
         Raises:
             ValueError: If the model returns no loss.
         """
-        labels = batch.inputs.get("labels")
-        if labels is None:
-            labels = batch.inputs["input_ids"].masked_fill(~batch.counted, IGNORED)
-        batch = Batch({**batch.inputs, "labels": labels}, batch.counted)
-        # Models average the loss over the labels of a batch. A sequence is to count the same in any batch.
-        scored = labels[:, 1:] if getattr(model, "loss_type", None) == "ForCausalLM" else labels
-        terms = int((scored != IGNORED).sum())
-        if not terms:
-            return
-        device = next(iter(self._backends.values())).device
-        anchor = torch.zeros((), device=device, requires_grad=True)
-        with torch.enable_grad(), ExitStack() as stack:
-            for name, backend in self._backends.items():
-                take = self._taker(name, backend, len(batch.counted), terms)
-                stack.enter_context(forward_replaced(backend.module, _observed_forward(backend, anchor, take)))
-            loss = getattr(run(batch), "loss", None)
-            if not isinstance(loss, torch.Tensor):
-                raise ValueError(
-                    f"The model returned no loss for a batch with {sorted(batch.inputs)}, expected one to "
-                    "differentiate; give data with the labels its forward method takes, or another criterion."
-                )
-            torch.autograd.grad(loss, anchor)
+        layers = {name: (backend.module, _tuned_forward(backend)) for name, backend in self._backends.items()}
+        observe_gradients(model, layers, batch, run, self._take)
 
-    def _taker(self, name: str, backend: ScaleBackend, sequences: int, terms: int) -> Any:
-        def take(x: torch.Tensor, dy: torch.Tensor) -> None:
-            weight = backend.dequantize(backend.scales(), torch.float32)  # (N, K)
-            x, dy = (values.reshape(-1, values.shape[-1]) for values in (x, dy))
-            # Tokens that are not those of all sequences in order (an expert's) count as one sequence.
-            size = len(x) // sequences if len(x) % sequences == 0 else len(x)
-            for xs, dys in zip(x.split(size), dy.split(size), strict=True):
-                gradient = (dys.t() @ xs.to(dys.dtype)).float()  # (N, K), in the precision of training
-                scores = reduce_scores(self._criterion(weight, gradient, backend), backend)
-                self._scores[name] += scores.double() * terms**2
-
-        return take
+    def _take(self, name: str, gradients: Iterator[torch.Tensor]) -> None:
+        backend = self._backends[name]
+        weight = backend.dequantize(backend.scales(), torch.float32)  # (N, K)
+        for gradient in gradients:
+            self._scores[name] += reduce_scores(self._criterion(weight, gradient, backend), backend).double()
 
     def finish(self, tokens: int) -> dict[str, torch.Tensor]:
         """The scores by name, summed over all processes and divided by the number of tokens, float64."""
@@ -106,7 +147,8 @@ class GradientScores:
         return {name: scores / tokens for name, scores in self._scores.items()}
 
 
-def _observed_forward(backend: ScaleBackend, anchor: torch.Tensor, take: Any) -> Any:
+def _tuned_forward(backend: ScaleBackend) -> Any:
+    """The tuner's forward pass of a layer with nothing changed."""
     unchanged = torch.zeros(backend.delta_shape(backend.selectable), device=backend.device)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -114,9 +156,7 @@ def _observed_forward(backend: ScaleBackend, anchor: torch.Tensor, take: Any) ->
         hook = getattr(backend.module, "_hf_hook", None)
         if hook is not None:
             (x, *_), _ = hook.pre_forward(backend.module, x)
-        x_cast = backend.cast_input(x)
-        y = backend.cast_output(scaled_linear(x_cast, unchanged, None, backend), x)
-        y = _Observed.apply(y, x.detach(), anchor.to(y.device), take)
+        y = backend.cast_output(scaled_linear(backend.cast_input(x), unchanged, None, backend), x)
         return y if hook is None else hook.post_forward(backend.module, y)
 
     return forward

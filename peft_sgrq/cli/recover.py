@@ -1,0 +1,76 @@
+"""Train the scales of a quantized model to give back what quantization took, and save them as an adapter.
+
+The adapter is an ordinary one: `peft-sgrq merge` writes a better checkpoint of the same size, and
+`SGRQConfig(init_weights=ADAPTER)` starts the training of a task from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from peft_sgrq.cli.calibrate import add_data_arguments, add_model_arguments, load_data, load_model
+
+_OPTIONS = (
+    "epochs",
+    "learning_rate",
+    "augmented",
+    "preservation",
+    "importance",
+    "distill_steps",
+    "distill_learning_rate",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--reference", required=True, help="the model before quantization: a directory or a name")
+    parser.add_argument("--data", required=True, help="a .txt, .jsonl, .csv or .parquet file, or a dataset of the Hub")
+    parser.add_argument("-o", "--output", required=True, metavar="ADAPTER", help="the folder to write")
+    add_data_arguments(parser)
+    parser.add_argument("--ratio", type=float, default=1.0, help="share of the scales trained (default: 1.0)")
+    parser.add_argument("--epochs", type=int, help="of each block; 0 leaves the first stage out")
+    parser.add_argument("--learning-rate", type=float, help="of the first stage, of relative changes")
+    parser.add_argument("--augmented", action=argparse.BooleanOptionalAction, help="match f(X_q) as well as f(X)")
+    parser.add_argument("--preservation", type=float, metavar="WEIGHT", help="how much salient weights are held")
+    parser.add_argument("--importance", help="which are: fisher, diag, obs, billm or magnitude")
+    parser.add_argument("--distill-steps", type=int, help="steps of the second stage")
+    parser.add_argument("--distill-learning-rate", type=float, help="of the second stage")
+    parser.add_argument("--progress-file", metavar="FILE", help="to go on from when interrupted (default: beside -o)")
+
+
+def run(args: argparse.Namespace) -> int:
+    import os
+
+    from transformers import AutoTokenizer
+
+    from peft_sgrq.config import SGRQConfig
+    from peft_sgrq.recovery.recover import recover
+
+    if os.path.exists(args.output) and (not os.path.isdir(args.output) or os.listdir(args.output)):
+        raise ValueError(f"{args.output} exists already, expected a new folder; delete it, or name another one.")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    config = SGRQConfig(
+        ratio=args.ratio, target_modules=args.target_modules, group_size=args.group_size, task_type="CAUSAL_LM"
+    )
+    found = recover(
+        load_model(args),
+        args.reference,
+        load_data(args, tokenizer),
+        config,
+        tokenizer,
+        column=args.column,
+        samples=args.samples,
+        max_length=args.max_length,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        progress_file=args.progress_file or f"{os.path.normpath(args.output)}.progress",
+        progress=not args.quiet,
+        **{name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None},
+    )
+    found.model.save_pretrained(args.output)
+    for block in found.blocks:
+        print(f"{block.name}: error {block.before:.4g} -> {block.after:.4g}, {block.seconds:.1f} s")
+    if found.divergences:
+        print(f"divergence {found.divergences[0]:.4g} -> {found.divergences[-1]:.4g} nats a token")
+    print(f"{args.output}: recovered in {found.seconds:.1f} s")
+    return 0

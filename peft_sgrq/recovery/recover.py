@@ -1,0 +1,253 @@
+"""`recover`: an adapter that gives a quantized model back what quantization took."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+from torch import nn
+from tqdm.auto import tqdm
+
+from peft_sgrq.config import SGRQConfig
+from peft_sgrq.layer import SGRQLinear
+from peft_sgrq.recovery.block import BlockError
+from peft_sgrq.recovery.distillation import distill
+from peft_sgrq.recovery.preservation import IMPORTANCES
+from peft_sgrq.recovery.progress_file import ProgressFile
+from peft_sgrq.recovery.reference import Reference, check_tokenizer
+from peft_sgrq.recovery.stage import BlockStage
+from peft_sgrq.selection.blocks import find_stack
+from peft_sgrq.selection.data import Batch, load_batches
+from peft_sgrq.selection.processes import process_count
+from peft_sgrq.selection.running import longest, runner
+from peft_sgrq.selection.untouched import refuse_adapters, untouched
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is recovered; the fields are arguments of [`recover`] and described there."""
+
+    epochs: int
+    learning_rate: float
+    augmented: bool
+    preservation: float
+    importance: str
+    distill_steps: int
+    distill_learning_rate: float
+    seed: int
+
+    def check(self) -> None:
+        """Raises a ValueError or TypeError if a field has a value that cannot be used."""
+        for name in ("epochs", "distill_steps", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"`{name}` is {value!r}, expected an int.")
+            if value < 0:
+                raise ValueError(f"`{name}` is {value}, expected 0 or more.")
+        for name in ("learning_rate", "preservation", "distill_learning_rate"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"`{name}` is {value!r}, expected a number.")
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"`{name}` is {value}, expected a number >= 0.")
+        if self.importance not in IMPORTANCES:
+            raise ValueError(f"`importance` is {self.importance!r}, expected one of {IMPORTANCES}.")
+        if not self.epochs and not self.distill_steps:
+            raise ValueError(
+                "`epochs` and `distill_steps` are both 0 and nothing would be trained, expected one of them above 0."
+            )
+
+
+@dataclass
+class Recovery:
+    """What [`recover`] returns.
+
+    Attributes:
+        model (`PeftModel`): The quantized model with the adapter on it.
+        blocks (`list[BlockError]`): How far each block's outputs were off before and after, and the seconds it took.
+        divergences (`list[float]`): Of the second stage: the divergence of each step's batch, in nats a token.
+        seconds (`float`): All in all.
+    """
+
+    model: PeftModel
+    blocks: list[BlockError] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def recover(
+    model: nn.Module,
+    reference: nn.Module | str | os.PathLike[str],
+    data: Any,
+    config: SGRQConfig | None = None,
+    tokenizer: Any = None,
+    *,
+    adapter_name: str = "default",
+    epochs: int = 10,
+    learning_rate: float = 1e-2,
+    augmented: bool = False,
+    preservation: float = 0.0,
+    importance: str = "fisher",
+    distill_steps: int = 0,
+    distill_learning_rate: float = 5e-3,
+    column: str | None = None,
+    samples: int | None = 128,
+    max_length: int = 512,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress_file: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Recovery:
+    """Trains the scales of a quantized model so that it computes what the model did before quantization.
+
+    Block by block, each transformer block's outputs are matched to those of the reference's block; the inputs of a
+    block come from the recovered blocks before it. A second stage may then train all scales together on the
+    reference's next-token probabilities. Codes and zero points stay, and no scale changes its sign. The result is an
+    ordinary SGRQ adapter: save it, merge it (exactly), go on training it, or start another from it with
+    `SGRQConfig(init_weights=path)`.
+
+    Beside the model in memory are one block of the reference, if that is a checkpoint, and the hidden states of the
+    data at one block: what the quantized block gets, and what it is to give (with `augmented` also `f(X)` itself).
+
+    Args:
+        model (`nn.Module`): The quantized model, without adapters.
+        reference (`nn.Module`, `str` or path): The model before quantization, or its checkpoint, which is read
+            block by block and never whole in memory.
+        data: Calibration data, as in [`calibrate`].
+        config (`SGRQConfig` or `None`): What to train; `None` is `SGRQConfig(ratio=1.0)`, all scales.
+        tokenizer: The tokenizer for texts.
+        adapter_name (`str`): Name of the adapter.
+        epochs (`int`): How often each block sees the data; 0 leaves the first stage out.
+        learning_rate (`float`): Of the first stage. Deltas are relative changes.
+        augmented (`bool`): Match `f(X_q)` as well as `f(X)`: what the reference's block makes of the inputs that the
+            quantized block really gets.
+        preservation (`float`): How much salient weights are held at their values before quantization, relative to the
+            error of the outputs; 0 does not.
+        importance (`str`): Which weights are salient there: `"fisher"` by squared gradients of the reference's loss,
+            `"diag"`, `"obs"`, `"billm"` by its inputs, `"magnitude"` all alike.
+        distill_steps (`int`): Steps of the second stage, a batch each.
+        distill_learning_rate (`float`): Of the second stage.
+        column, samples, max_length, batch_size: Of the data, as in [`calibrate`].
+        seed (`int`): Of the choice of samples and the order of batches.
+        progress_file (`str`, path or `None`): A file to keep finished blocks in. Called again with the same arguments
+            an interrupted recovery goes on from it; it is deleted in the end.
+        progress (`bool`): Show a progress bar, with the block's error before and after.
+
+    Returns:
+        `Recovery`: The model with the adapter, and the errors by block.
+
+    Raises:
+        ValueError: If the reference is not that of the model (layers, shapes, tensors, vocabulary, tokenizer), the
+            data is empty, the blocks cannot be run one by one, or the progress file is another recovery's. The model
+            is as it was then, also when interrupted.
+        TypeError: If an argument has the wrong type.
+
+    Source: block-wise matching with preservation, Cao and Aref 2025 (arXiv 2504.13932), on ApiQ (Liao et al. 2024,
+    arXiv 2402.05147); scales alone, and the second stage, EfficientQAT (Chen et al. 2024, arXiv 2407.11062).
+
+    Example:
+        ```py
+        >>> recovery = peft_sgrq.recover(model, "org/model", texts, tokenizer=tokenizer)
+        >>> recovery.model.merge_and_unload().save_pretrained("recovered")
+        ```
+    """
+    start = time.perf_counter()
+    settings = Settings(
+        epochs, learning_rate, augmented, preservation, importance, distill_steps, distill_learning_rate, seed
+    )
+    settings.check()
+    config = _checked_config(config)
+    refuse_adapters(model, "recover")
+    if process_count() > 1:
+        raise ValueError(
+            f"Recovery runs in one process, found {process_count()}; run it on its own, save the adapter, and load "
+            "that in all processes."
+        )
+    check_tokenizer(tokenizer, reference)
+    batches = load_batches(data, tokenizer, column, samples, longest(model, max_length), batch_size, seed)
+    for parameter in model.parameters():
+        if parameter.is_meta:
+            raise ValueError("The model is on the meta device, expected one with weights; load them first.")
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    peft_model = get_peft_model(model, config, adapter_name)
+    try:
+        recovery = _recover(peft_model, model, reference, batches, adapter_name, settings, progress_file, progress)
+    except BaseException:
+        peft_model.unload()
+        for parameter, required in trainable.items():
+            parameter.requires_grad_(required)
+        raise
+    recovery.seconds = time.perf_counter() - start
+    return recovery
+
+
+def _recover(
+    peft_model: PeftModel,
+    model: nn.Module,
+    reference: Any,
+    batches: list[Batch],
+    adapter_name: str,
+    settings: Settings,
+    progress_file: str | os.PathLike[str] | None,
+    progress: bool,
+) -> Recovery:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SGRQLinear)}
+    stack = find_stack(model, layers)
+    before = Reference(reference, model, stack and stack[0], {name: layer.backend for name, layer in layers.items()})
+    recovery = Recovery(peft_model)
+    written: Any = peft_model.peft_config[adapter_name]
+    with untouched(model), untouched(before.model), tqdm(desc="Recovering", disable=not progress) as bar:
+        file = ProgressFile(progress_file, _made_with(settings, written, before, batches))
+        if settings.epochs:
+            block_stage = BlockStage(model, layers, stack, before, batches, adapter_name, settings, file, bar)
+            recovery.blocks = block_stage.run()
+        if settings.distill_steps:
+            bar.reset(total=settings.distill_steps)
+            recovery.divergences = distill(
+                runner(model),
+                before.run,
+                [layer._delta(adapter_name) for layer in layers.values()],
+                batches,
+                settings.distill_steps,
+                settings.distill_learning_rate,
+                settings.seed,
+                lambda divergence: (bar.set_postfix_str(f"divergence {divergence:.4f}", refresh=False), bar.update()),
+            )
+    file.remove()
+    return recovery
+
+
+def _checked_config(config: SGRQConfig | None) -> SGRQConfig:
+    if config is None:
+        return SGRQConfig(ratio=1.0)
+    if not isinstance(config, SGRQConfig):
+        raise TypeError(f"`config` is a {type(config).__name__}, expected an SGRQConfig, or None for all scales.")
+    if config.modules_to_save or config.trainable_token_indices:
+        raise ValueError(
+            "The config has `modules_to_save` or `trainable_token_indices`, expected scales alone: recovery trains "
+            "nothing else; leave them out, and train them with the task."
+        )
+    return config
+
+
+def _made_with(
+    settings: Settings, config: SGRQConfig, reference: Reference, batches: list[Batch]
+) -> Mapping[str, Any]:
+    """What the finished blocks depend on."""
+    values = {key: value for key, value in asdict(settings).items() if not key.startswith("distill_")}
+    digest = hashlib.blake2b(digest_size=16)
+    for batch in batches:
+        digest.update(batch.inputs["input_ids"].cpu().numpy().tobytes())
+        digest.update(batch.counted.cpu().numpy().tobytes())
+    return {
+        **values,
+        "data": digest.hexdigest(),
+        "reference": reference.fingerprint(),
+        "base": config.base_fingerprint,
+        "selection": config.selection,
+    }

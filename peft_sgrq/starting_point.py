@@ -1,0 +1,98 @@
+"""An adapter that starts from another one, a recovery for instance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from peft_sgrq.backends import ScaleBackend
+from peft_sgrq.checkpoint.adapter import StoredDelta, read_adapter
+from peft_sgrq.checkpoint.sources import find_folder
+from peft_sgrq.config import SGRQConfig
+from peft_sgrq.layer import SGRQLinear
+from peft_sgrq.selection.masks import decode_mask, encode_mask
+
+
+class StartingPoint:
+    """A saved adapter whose deltas a new one begins with.
+
+    Args:
+        source (`str`): Folder of the adapter, or its name on the Hub.
+
+    Raises:
+        ValueError: If there is none, it is no SGRQ adapter, or it holds more than scales.
+    """
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._config, self._deltas, whole, rows = read_adapter(find_folder(source, "adapter of `init_weights`"))
+        if whole or rows:
+            raise ValueError(
+                f"The adapter {source!r} of `init_weights` has modules or embedding rows trained whole, expected "
+                "scales alone; load it with `PeftModel.from_pretrained(..., is_trainable=True)` to go on training it."
+            )
+
+    def configure(self, config: SGRQConfig, backends: Mapping[str, ScaleBackend]) -> None:
+        """Has a config select what the adapter does, on the base it was trained on.
+
+        Args:
+            config (`SGRQConfig`): The config of the new adapter; changed in place.
+            backends (`dict[str, ScaleBackend]`): The layers it targets, by name.
+
+        Raises:
+            ValueError: If it leaves out layers or scales that the adapter changes, or these have other shapes.
+        """
+        missing = [name for name in self._deltas if name not in backends]
+        if missing:
+            raise ValueError(
+                f"The adapter {self._source!r} of `init_weights` changes {len(missing)} layers that the config does "
+                f"not target (the first: {missing[0]!r}), expected all of them; target them, or merge that adapter "
+                "first."
+            )
+        if config.selection is None:
+            config.ratio, config.ratio_pattern = self._config.ratio, dict(self._config.ratio_pattern)
+            config.criterion = self._config.criterion
+        selection = dict(config.selection or {})
+        for name, delta in self._deltas.items():
+            backend = backends[name]
+            expected = backend.delta_shape(len(delta.groups))
+            if tuple(delta.values.shape) != expected:
+                raise ValueError(
+                    f"The adapter {self._source!r} of `init_weights` has {tuple(delta.values.shape)} deltas for layer "
+                    f"{name!r}, expected {expected}; give the config its group size ({self._config.group_size}), and "
+                    "the model the base it was trained on."
+                )
+            if name in selection:
+                self._check_selected(name, delta, selection[name], backend)
+            else:
+                selection[name] = encode_mask(delta.groups, backend.selectable)
+        config.selection = selection
+        if self._config.base_fingerprint:
+            config.base_fingerprint = {**(config.base_fingerprint or {}), **self._config.base_fingerprint}
+
+    def _check_selected(self, name: str, delta: StoredDelta, mask: str, backend: ScaleBackend) -> None:
+        changed = delta.groups[delta.values.ne(0).any(1 - backend.selected_dim)]
+        lost = ~torch.isin(changed, decode_mask(mask, backend.selectable))
+        if lost.any():
+            raise ValueError(
+                f"The config selects other groups of layer {name!r} than the adapter {self._source!r} of "
+                f"`init_weights` changes ({int(lost.sum())} of them would be lost), expected all of these; leave "
+                "`selection` out, or merge that adapter first."
+            )
+
+    @torch.no_grad()
+    def write(self, model: nn.Module, adapter_name: str) -> None:
+        """Writes the deltas into a model's adapter of that name, which selects at least what the source does."""
+        modules = dict(model.named_modules())
+        for name, stored in self._deltas.items():
+            layer = modules[name]
+            if not isinstance(layer, SGRQLinear) or layer._delta(adapter_name).weight.is_meta:
+                continue  # on the meta device: loaded into later
+            delta = layer._delta(adapter_name)
+            rows = torch.isin(stored.groups, delta.groups.cpu())
+            places = torch.searchsorted(delta.groups.cpu(), stored.groups[rows])
+            dim = layer.backend.selected_dim
+            kept = stored.values.index_select(dim, rows.nonzero().flatten()).to(delta.weight.device)
+            delta.weight.index_copy_(dim, places.to(delta.weight.device), kept)
