@@ -141,15 +141,14 @@ class Results:
 
     def has_overlaps(self, seed: int, methods: list[str]) -> bool:
         """Whether the overlap of every two of these selections is there, at all ratios of this call."""
-        found = {(item["ratio"], *item["methods"]) for item in self.setting["overlap"].get(str(seed), [])}
+        found = {pair_of(item) for item in self.setting["overlap"].get(str(seed), [])}
         pairs = itertools.combinations(methods, 2)
-        return all((ratio, *pair) in found for pair in pairs for ratio in self.ratios)
+        return all((ratio, frozenset(pair)) in found for pair in pairs for ratio in self.ratios)
 
     def add_overlaps(self, seed: int, found: list[dict[str, Any]]) -> None:
         """Adds overlaps; those of the same selections are replaced."""
-        new = [(item["ratio"], item["methods"]) for item in found]
-        old = self.setting["overlap"].get(str(seed), [])
-        kept = [item for item in old if (item["ratio"], item["methods"]) not in new]
+        new = {pair_of(item) for item in found}
+        kept = [item for item in self.setting["overlap"].get(str(seed), []) if pair_of(item) not in new]
         self.setting["overlap"][str(seed)] = found + kept
         self.save()
 
@@ -157,6 +156,11 @@ class Results:
         beside = self.path.with_suffix(".partial")
         beside.write_text(json.dumps(self.settings, indent=1) + "\n")
         os.replace(beside, self.path)
+
+
+def pair_of(overlap: dict[str, Any]) -> tuple[float, frozenset[str]]:
+    """What an overlap is of: a ratio and two selections, in any order."""
+    return overlap["ratio"], frozenset(overlap["methods"])
 
 
 if __name__ == "__main__":

@@ -141,7 +141,8 @@ def overlaps(by_seed: dict[str, list[dict[str, Any]]]) -> str:
     ratios = sorted({ratio for cells in values.values() for ratio in cells})
     rows = [f"| overlap of | and | {' | '.join(f'ratio {r:g}' for r in ratios)} |", "|" + "---|" * (2 + len(ratios))]
     for (one, other), cells in values.items():
-        rows.append(f"| {one} | {other} | " + " | ".join(f"{mean(cells.get(r, [0])):.2f}" for r in ratios) + " |")
+        shown = [f"{mean(cells[ratio]):.2f}" if ratio in cells else "" for ratio in ratios]
+        rows.append(f"| {one} | {other} | {' | '.join(shown)} |")
     return "\n".join(rows)
 
 
