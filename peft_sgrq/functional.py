@@ -175,7 +175,8 @@ class _RowScaledLinear(torch.autograd.Function):
         backend: ScaleBackend,
         saved_input: SavedInput,
     ) -> torch.Tensor:
-        y = backend.linear(x, backend.prepare(effective_scales(backend, delta, groups)))  # (..., N)
+        own = x.clone() if backend.writes_to_input else x
+        y = backend.linear(own, backend.prepare(effective_scales(backend, delta, groups)))  # (..., N)
         # A bias much larger than the product would leave few digits of y - b.
         ctx.product_known = backend.bias is None
         saved = None

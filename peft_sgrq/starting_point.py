@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -13,6 +14,8 @@ from peft_sgrq.checkpoint.sources import find_folder
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.layer import SGRQLinear
 from peft_sgrq.selection.masks import decode_mask, encode_mask
+
+logger = logging.getLogger(__name__)
 
 
 class StartingPoint:
@@ -52,17 +55,29 @@ class StartingPoint:
                 "first."
             )
         if config.selection is None:
+            if config.ratio not in (SGRQConfig.ratio, self._config.ratio):
+                logger.warning(
+                    "The ratio %s is not used: the adapter starts from %r and selects what that one does, with a "
+                    "ratio of %s. To tune another part, merge that adapter first.",
+                    config.ratio,
+                    self._source,
+                    self._config.ratio,
+                )
             config.ratio, config.ratio_pattern = self._config.ratio, dict(self._config.ratio_pattern)
             config.criterion = self._config.criterion
         selection = dict(config.selection or {})
         for name, delta in self._deltas.items():
             backend = backends[name]
             expected = backend.delta_shape(len(delta.groups))
-            if tuple(delta.values.shape) != expected:
+            fits = tuple(delta.values.shape) == expected and int(delta.groups.max()) < backend.selectable
+            if backend.quantization() is None:
+                fits = fits and config.group_size == self._config.group_size
+            if not fits:
                 raise ValueError(
-                    f"The adapter {self._source!r} of `init_weights` has {tuple(delta.values.shape)} deltas for layer "
-                    f"{name!r}, expected {expected}; give the config its group size ({self._config.group_size}), and "
-                    "the model the base it was trained on."
+                    f"The adapter {self._source!r} of `init_weights` has {tuple(delta.values.shape)} deltas for "
+                    f"layer {name!r}, found {backend.selectable} groups to select from there and a group size of "
+                    f"{config.group_size}; give the config the adapter's group size ({self._config.group_size}), and "
+                    "the model it was trained on."
                 )
             if name in selection:
                 self._check_selected(name, delta, selection[name], backend)

@@ -13,6 +13,8 @@ from torch import nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    FalconConfig,
+    FalconForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -51,6 +53,16 @@ def test_models_that_are_no_chain_of_blocks_are_passed_through_whole(llama_dir: 
     assert [name.removeprefix("model.") for name in found.scores] == list(plain.scores)
     for name, scores in plain.scores.items():
         close(found.scores["model." + name], scores.double())
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "gradient"])
+def test_models_that_add_to_outputs_in_place_are_differentiated(criterion):
+    torch.manual_seed(0)
+    config = FalconConfig(
+        vocab_size=259, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, new_decoder_architecture=False
+    )
+    found = run(FalconForCausalLM(config).eval(), criterion)
+    assert found.scores and all(bool(scores.any()) for scores in found.scores.values())
 
 
 class Block(nn.Module):

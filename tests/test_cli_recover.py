@@ -63,15 +63,31 @@ def test_an_interrupted_command_goes_on(llama_dir: Path, data: Path, tmp_path: P
         trained.append(args)
         if len(trained) == 2:
             raise KeyboardInterrupt
-        train(self, *args)
+        return train(self, *args)
 
     monkeypatch.setattr(stage.BlockTraining, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         command(llama_dir, data, output)
-    assert not output.exists()
+    assert list(output.iterdir()) == []
     assert (tmp_path / "adapter.progress").exists()
     assert command(llama_dir, data, output) == 0
     assert len(trained) == 3
+    assert not (tmp_path / "adapter.progress").exists()
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_work(llama_dir: Path, data: Path, monkeypatch, capsys):
+    monkeypatch.setattr(stage.BlockTraining, "train", None)
+    assert command(llama_dir, data, data / "adapter") == 2
+    assert "Not a directory" in capsys.readouterr().err
+
+
+def test_what_was_recovered_is_kept_when_it_cannot_be_saved(llama_dir: Path, data: Path, tmp_path: Path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", fail)
+    assert command(llama_dir, data, tmp_path / "adapter") == 2
+    assert (tmp_path / "adapter.progress").exists()
 
 
 def test_an_output_that_exists_is_not_overwritten(llama_dir: Path, data: Path, tmp_path: Path, capsys):

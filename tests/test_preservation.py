@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from peft_sgrq import SGRQConfig
 from peft_sgrq.backends import resolve_backend
 from peft_sgrq.functional import effective_scales
-from peft_sgrq.recovery.preservation import FROM_INPUTS, IMPORTANCES, Pull, gradient_pulls
+from peft_sgrq.recovery import stage
+from peft_sgrq.recovery.preservation import FROM_INPUTS, IMPORTANCES, Pull, gradient_pulls, input_pulls
 from peft_sgrq.recovery.reference import Reference
 from peft_sgrq.selection.criteria import DIAGONAL, HESSIAN, LayerStatistics
 from peft_sgrq.selection.data import load_batches
@@ -146,6 +147,36 @@ def test_without_preservation_its_importance_does_not_matter(llama_dir: Path):
     zero = deltas(recovered(llama_dir, preservation=0.0, importance="diag").model)
     for name, delta in deltas(recovered(llama_dir).model).items():
         assert torch.equal(delta, zero[name])
+
+
+@pytest.mark.parametrize("importance", sorted(FROM_INPUTS))
+def test_importance_is_of_the_references_inputs_at_tokens_that_count(importance, llama_dir: Path, monkeypatch):
+    seen: dict[str, Pull] = {}
+
+    def spy(*args):
+        found = input_pulls(*args)
+        seen.update(found)
+        return found
+
+    monkeypatch.setattr(stage, "input_pulls", spy)
+    recovered(llama_dir, preservation=0.1, importance=importance, epochs=1)
+    reference, model = full(llama_dir), rounded(llama_dir)
+    (batch,) = load_batches(sequences(), batch_size=12)
+    assert not batch.counted.all()
+    name = "model.layers.1.mlp.down_proj"
+    inputs: list[torch.Tensor] = []
+    reference.get_submodule(name).register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    with torch.no_grad():
+        reference(**batch.inputs)
+    statistics = InputStatistics(128, full=True)
+    statistics.update(inputs[0][batch.counted])
+    expected = Pull.of(
+        backend_of(name, model.get_submodule(name), 16),
+        reference.get_submodule(name).weight.detach(),
+        FROM_INPUTS[importance](statistics).float(),
+    )
+    torch.testing.assert_close(seen[name].curvature, expected.curvature, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(seen[name].slope, expected.slope, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES)

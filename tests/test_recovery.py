@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from bases import INT8, NF4, NF4_NESTED, adapted, logits, train_steps
+from bases import INT8, NF4, NF4_NESTED, Base, adapted, logits, train_steps
 from peft import PeftModel, get_peft_model
 from recovery import deltas, full, recovered, rounded, sequences
 from torch.nn import functional as F
+from transformers.masking_utils import create_causal_mask
 
 from peft_sgrq import SGRQConfig
 from peft_sgrq.layer import SGRQLinear
-from peft_sgrq.recovery.block import LEAST_DELTA
+from peft_sgrq.recovery.block import LEAST_DELTA, BlockTraining
+from peft_sgrq.recovery.distillation import DistillationStage
 from peft_sgrq.selection.data import load_batches
 
 
@@ -108,10 +110,12 @@ def test_the_adapter_merges_exactly_and_is_saved_and_loaded(base, llama_dir: Pat
 
 
 @pytest.mark.parametrize("how", ["blocks", "distillation"])
-def test_no_scale_loses_its_sign_however_large_the_steps(how, llama_dir: Path):
+def test_no_scale_loses_its_sign_however_large_the_steps(how, llama_dir: Path, monkeypatch):
     if how == "blocks":
         found = recovered(llama_dir, learning_rate=0.5, epochs=10)
     else:
+        measured = iter([2.0, 1.0])  # lest what such steps do is undone
+        monkeypatch.setattr(DistillationStage, "measure", lambda self: next(measured))
         found = recovered(llama_dir, epochs=0, distill_steps=3, distill_learning_rate=5.0)
     smallest = min(float(delta.min()) for delta in deltas(found.model).values())
     assert smallest > -1
@@ -149,8 +153,120 @@ def test_distillation_lowers_the_divergence(llama_dir: Path):
         ours = F.log_softmax(rounded(llama_dir)(**batch.inputs).logits.double(), -1)[batch.counted]
         theirs = F.log_softmax(full(llama_dir)(**batch.inputs).logits.double(), -1)[batch.counted]
     divergence = float((theirs.exp() * (theirs - ours)).sum(-1).mean())
-    assert found.divergences[0] == pytest.approx(divergence, rel=1e-4)
-    assert found.divergences[-1] < 0.8 * found.divergences[0]
+    assert found.distillation.before == pytest.approx(divergence, rel=1e-4)
+    assert found.distillation.steps[0] == pytest.approx(divergence, rel=1e-4)
+    with torch.no_grad():
+        ours = F.log_softmax(found.model(**batch.inputs).logits.double(), -1)[batch.counted]
+    divergence = float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+    assert found.distillation.after == pytest.approx(divergence, rel=1e-4)
+    assert found.distillation.after < 0.8 * found.distillation.before
+
+
+def test_distillation_that_went_wrong_is_undone(llama_dir: Path, caplog):
+    found = recovered(llama_dir, epochs=1, distill_steps=2, distill_learning_rate=3.0)
+    assert "was undone" in caplog.text
+    for name, delta in deltas(recovered(llama_dir, epochs=1).model).items():
+        assert torch.equal(delta, deltas(found.model)[name])
+
+
+def test_logits_a_model_masks_do_not_count_and_others_must_be_finite(llama_dir: Path):
+    def masked(model: Any, value: float) -> Any:
+        def fill(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+            return output.index_fill(-1, torch.tensor([3, 4]), value)
+
+        model.lm_head.register_forward_hook(fill)
+        return model
+
+    options = {"epochs": 0, "distill_steps": 3, "data": sequences(4)}
+    found = recovered(
+        llama_dir, masked(rounded(llama_dir), -torch.inf), masked(full(llama_dir), -torch.inf), **options
+    )
+    assert found.distillation.after < found.distillation.before
+    model = masked(rounded(llama_dir), torch.inf)
+    with pytest.raises(ValueError, match="divergence of next-token probabilities is nan"):
+        recovered(llama_dir, model, **options)
+
+
+def test_the_augmented_loss_has_the_gradient_of_its_formula(llama_dir: Path, monkeypatch):
+    """`|f_q(X_q) - f(X)|^2 + |f_q(X_q) - f(X_q)|^2`: the second target is the reference's block on the same input."""
+    seen = []
+    train = BlockTraining.train
+
+    def spy(self: BlockTraining, *args: Any) -> bool:
+        seen.append((self, [delta.weight for delta in self._deltas]))
+        with torch.enable_grad():
+            loss = self._error(0)
+        seen[-1] += (torch.autograd.grad(loss, seen[-1][1]),)
+        return train(self, *args)
+
+    monkeypatch.setattr(BlockTraining, "train", spy)
+    data = sequences(count=4)
+    found = recovered(llama_dir, data=data, augmented=True)
+    (batch,) = load_batches(data, batch_size=4)
+    model, reference = found.model.base_model.model, full(llama_dir)
+    inputs: list[torch.Tensor] = []
+    for one in (model, reference):
+        one.model.layers[1].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    _, weights, gradients = seen[1]
+    with torch.no_grad():
+        for weight in weights:
+            weight.zero_()  # as when the training of this block began
+        for one in (model, reference):
+            one(**batch.inputs)
+    rotary = model.model.rotary_emb(inputs[0], torch.arange(inputs[0].shape[1])[None])
+    mask = create_causal_mask(model.config, inputs[0], batch.inputs["attention_mask"], past_key_values=None)
+
+    def block(one: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return one.model.layers[1](hidden, attention_mask=mask, position_embeddings=rotary)
+
+    with torch.no_grad():
+        targets = [block(reference, inputs[1]), block(reference, inputs[0])]
+    output = block(model, inputs[0])[batch.counted]
+    loss = sum((output - target[batch.counted]).square().sum() for target in targets)
+    for expected, gradient in zip(torch.autograd.grad(loss, weights), gradients, strict=True):
+        torch.testing.assert_close(2 * gradient, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_int8_layers_with_outliers_are_recovered(dtype, llama_dir: Path):
+    """bitsandbytes touches the inputs of int8 layers in eval mode, which autograd minds."""
+    base = Base("int8", False, dtype)
+    model = base.load(llama_dir)
+    for block in model.model.layers:
+        block.input_layernorm.weight.data.mul_(8)
+    reference = full(llama_dir)
+    for block in reference.model.layers:
+        block.input_layernorm.weight.data.mul_(8)
+    found = recovered(llama_dir, model, reference, learning_rate=1e-3)
+    assert all(block.after <= block.before for block in found.blocks)
+    assert any(block.after < block.before for block in found.blocks)
+
+
+def test_blocks_that_are_not_finite_are_named(llama_dir: Path):
+    model = rounded(llama_dir)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="Outputs are not finite"):
+        recovered(llama_dir, model)
+
+
+def test_blocks_that_did_not_get_better_are_reported(llama_dir: Path, caplog):
+    recovered(llama_dir, learning_rate=50.0)
+    assert "2 blocks did not get better" in caplog.text
+
+
+def test_layers_that_are_never_called_are_left_alone(llama_dir: Path):
+    def with_unused(model: Any) -> Any:
+        model.model.layers[0].unused_proj = torch.nn.Linear(64, 64)
+        return model
+
+    config = SGRQConfig(ratio=1.0, group_size=16, target_modules=["unused_proj"])
+    found = recovered(llama_dir, with_unused(rounded(llama_dir)), with_unused(full(llama_dir)), config=config)
+    assert not any(delta.any() for delta in deltas(found.model).values())
+
+
+def test_inference_mode_is_refused(llama_dir: Path):
+    with torch.inference_mode(), pytest.raises(ValueError, match="needs gradients"):
+        recovered(llama_dir)
 
 
 def test_a_task_adapter_goes_on_top(llama_dir: Path, ids):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from bases import INT8, byte_tokenizer, save_small_llama
 from recovery import deltas, full, recovered, rounded, sequences
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, LlamaForCausalLM
 
 from peft_sgrq import SGRQConfig
 from peft_sgrq.recovery.reference import Reference
@@ -114,7 +115,29 @@ def test_another_tokenizer_than_the_references_is_refused(llama_dir: Path, tmp_p
     (other / "tokenizer.json").write_text(json.dumps(vocabulary))
     with pytest.raises(ValueError, match="tokenizer of the reference is another one: token 'a'"):
         recovered(llama_dir, reference=str(other), tokenizer=byte_tokenizer())
-    recovered(llama_dir, reference=str(llama_dir), tokenizer=byte_tokenizer(), epochs=1)
+    with_more = byte_tokenizer()
+    with_more.add_tokens(["<more>"])
+    for tokenizer in (byte_tokenizer(), with_more, object()):
+        recovered(llama_dir, reference=str(llama_dir), tokenizer=tokenizer, epochs=1)
+
+
+def test_a_reference_with_more_blocks_is_refused(llama_dir: Path):
+    other = full(llama_dir)
+    other.model.layers.append(copy.deepcopy(other.model.layers[1]))
+    other.config.num_hidden_layers = 3
+    with pytest.raises(ValueError, match=r"has 3 blocks 'model\.layers' and the model 2"):
+        recovered(llama_dir, reference=other)
+
+
+def test_a_reference_that_is_not_there_is_named(llama_dir: Path, tmp_path: Path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="could not be read"):
+            recovered(llama_dir, reference=path)
+
+
+def test_a_reference_without_weights_is_refused(llama_dir: Path):
+    with pytest.raises(ValueError, match="reference is on the meta device"):
+        recovered(llama_dir, reference=full(llama_dir).to("meta"))
 
 
 def test_a_quantized_checkpoint_is_no_reference(llama_dir: Path, tmp_path: Path):
@@ -161,13 +184,57 @@ def test_blocks_that_are_no_chain_need_distillation(llama_dir: Path):
         recovered(llama_dir, loaded_rounded(), reference=load())
     options = {"epochs": 0, "distill_steps": 10, "distill_learning_rate": 2e-2}
     found = recovered(llama_dir, loaded_rounded(), reference=load(), data=sequences(4), **options)
-    assert found.divergences[-1] < found.divergences[0]
+    assert found.distillation.after < found.distillation.before
 
 
 def test_layers_outside_of_the_blocks_are_named(llama_dir: Path, caplog):
     config = SGRQConfig(ratio=1.0, group_size=16, target_modules=["q_proj", "lm_head"])
     recovered(llama_dir, config=config, epochs=1)
     assert "1 adapted layers are in none of the blocks model.layers" in caplog.text
+    recovered(llama_dir, config=config, epochs=1, preservation=0.1, reference=str(llama_dir))
+
+
+@pytest.mark.parametrize("options", [{}, {"preservation": 0.1}, {"distill_steps": 3}], ids=str)
+@pytest.mark.parametrize("streamed", [False, True], ids=["memory", "streamed"])
+def test_in_a_decoder_its_own_tokens_count(streamed, options, tmp_path: Path):
+    torch.manual_seed(0)
+    size = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 64}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(vocab_size=64, max_position_embeddings=32, init_std=0.2, **size, **heads)
+    reference = BartForConditionalGeneration(config).eval()
+    reference.save_pretrained(tmp_path)
+    model = copy.deepcopy(reference)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "decoder.layers" in name:
+            module.weight.data = (module.weight * 4).round() / 4
+    ids = torch.randint(4, 64, (3, 2, 9))
+    kept = torch.arange(9) < torch.tensor([[9], [5]])
+    data = [
+        {
+            "input_ids": one,
+            "attention_mask": kept.flip(0).long(),
+            "decoder_input_ids": one.flip(1),
+            "decoder_attention_mask": kept.long(),
+            "labels": one.masked_fill(~kept, -100),
+        }
+        for one in ids
+    ]
+    targets = SGRQConfig(ratio=1.0, group_size=16, target_modules=r".*decoder\.layers.*(proj|fc1|fc2)")
+    found = recovered(
+        tmp_path, copy.deepcopy(model), str(tmp_path) if streamed else reference, data, config=targets, **options
+    )
+    error = total = 0.0
+    for batch in data:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        with torch.no_grad():
+            theirs, ours = (
+                one(**inputs, output_hidden_states=True).decoder_hidden_states[1][kept] for one in (reference, model)
+            )
+        error, total = error + float((ours - theirs).square().sum()), total + float(theirs.square().sum())
+    assert found.blocks[0].before == pytest.approx(error / total, rel=1e-4)
+    assert all(block.after < block.before for block in found.blocks)
+    if options.get("distill_steps"):
+        assert found.distillation.after < found.distillation.before
 
 
 @pytest.mark.parametrize(

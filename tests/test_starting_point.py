@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from bases import INT8, NF4, TRAINING, adapted, byte_tokenizer, logits, train_steps
+from bases import DENSE, INT8, NF4, TRAINING, adapted, byte_tokenizer, logits, train_steps
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from recovery import deltas
@@ -100,6 +100,21 @@ def test_a_selection_that_would_lose_deltas_is_refused(source, base, llama_dir: 
     with pytest.raises(ValueError, match=f"selects other groups of layer '{name}'"):
         get_peft_model(model, SGRQConfig(init_weights=source, selection=selection))
     assert not any("sgrq" in parameter for parameter, _ in model.named_parameters())
+
+
+def test_another_ratio_is_not_taken_silently(source, base, llama_dir: Path, caplog):
+    started(base, llama_dir, source)
+    assert not caplog.text
+    started(base, llama_dir, source, ratio=0.1)
+    assert "ratio 0.1 is not used" in caplog.text
+
+
+def test_another_group_size_is_refused(llama_dir: Path, tmp_path: Path):
+    saved = adapted(DENSE, llama_dir, group_size=8)
+    saved.peft_config["default"].base_fingerprint = None
+    saved.save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match=r"give the config the adapter's group size \(8\)"):
+        started(DENSE, llama_dir, tmp_path / "source", group_size=16)
 
 
 def test_layers_left_out_are_named(source, base, llama_dir: Path):

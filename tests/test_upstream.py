@@ -9,7 +9,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from bases import INT8, NF4, NF4_NESTED, Base, logits, train_steps
-from layers import linear_4bit
+from layers import linear_4bit, linear_8bit
 from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -153,3 +153,14 @@ def test_transformers_still_cannot_save_a_prequantized_model(base, llama_dir, tm
     except NotImplementedError:
         return
     pytest.fail("transformers saves pre-quantized models now: see peft_sgrq/upstream/transformers_save.py")
+
+
+def test_bitsandbytes_still_writes_to_int8_inputs():
+    layer = linear_8bit(24, 40, threshold=6.0).eval()
+    x = torch.randn(3, 40, dtype=torch.float16)
+    x[0, 0] = 10
+    before = x.clone()
+    with torch.no_grad():
+        layer(x)
+    assert torch.equal(x, before)
+    assert x._version > 0, "int8 layers leave their input alone now: see `writes_to_input` in backends/bnb_int8.py"

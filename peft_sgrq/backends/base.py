@@ -118,6 +118,11 @@ class ScaleBackend(ScaleMatrix):
         """Whether the module's own forward pass, without an adapter, loses the gradient of its input."""
         return False
 
+    @property
+    def writes_to_input(self) -> bool:
+        """Whether the kernel of `linear` writes to its input, even if it puts back what was there."""
+        return False
+
     @abstractmethod
     def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
         """The layer's forward pass by the format's own kernel with other scales; no autograd.

@@ -78,6 +78,13 @@ class BnbInt8Backend(ScaleBackend):
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
         return scales.reshape(-1)  # (N,)
 
+    @property
+    def writes_to_input(self) -> bool:
+        # In eval mode bitsandbytes 0.50 sets outliers of float16 inputs to zero and puts them back: the values stay,
+        # but autograd sees a changed tensor. `test_bitsandbytes_still_writes_to_int8_inputs` fails once it does not.
+        state: Any = self.module.state
+        return state.threshold > 0 and not self.module.training
+
     def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
         import bitsandbytes as bnb
 

@@ -48,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
 
     if os.path.exists(args.output) and (not os.path.isdir(args.output) or os.listdir(args.output)):
         raise ValueError(f"{args.output} exists already, expected a new folder; delete it, or name another one.")
+    os.makedirs(args.output, exist_ok=True)  # that it can be written is to be known before the work
+    progress_file = args.progress_file or f"{os.path.normpath(args.output)}.progress"
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     config = SGRQConfig(
         ratio=args.ratio, target_modules=args.target_modules, group_size=args.group_size, task_type="CAUSAL_LM"
@@ -63,14 +65,16 @@ def run(args: argparse.Namespace) -> int:
         max_length=args.max_length,
         batch_size=args.batch_size,
         seed=args.seed,
-        progress_file=args.progress_file or f"{os.path.normpath(args.output)}.progress",
+        progress_file=progress_file,
         progress=not args.quiet,
         **{name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None},
     )
     found.model.save_pretrained(args.output)
+    if os.path.exists(progress_file):
+        os.remove(progress_file)
     for block in found.blocks:
         print(f"{block.name}: error {block.before:.4g} -> {block.after:.4g}, {block.seconds:.1f} s")
-    if found.divergences:
-        print(f"divergence {found.divergences[0]:.4g} -> {found.divergences[-1]:.4g} nats a token")
+    if found.distillation:
+        print(f"divergence {found.distillation.before:.4g} -> {found.distillation.after:.4g} nats a token")
     print(f"{args.output}: recovered in {found.seconds:.1f} s")
     return 0

@@ -12,6 +12,7 @@ differ by a factor of two and a constant.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ def squared_error(output: torch.Tensor, target: torch.Tensor, counted: torch.Ten
         counted (`torch.Tensor`): Bool `[B, T]`; where hidden states have another form all tokens count.
     """
     errors = (output.float() - target.float()).square().sum(-1)  # (B, T)
-    return (errors * counted).sum() if errors.shape == counted.shape else errors.sum()
+    return errors[counted].sum() if errors.shape == counted.shape else errors.sum()
 
 
 class BlockTraining:
@@ -87,7 +88,7 @@ class BlockTraining:
 
     def _error(self, number: int) -> torch.Tensor:
         output = self._run(number)
-        return squared_error(output, self._targets[number], self._counted[number].to(output.device))
+        return squared_error(output, self._targets[number].to(output.device), self._counted[number].to(output.device))
 
     def _preserved(self) -> torch.Tensor:
         terms = [
@@ -96,7 +97,7 @@ class BlockTraining:
         ]
         return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
-    def train(self, epochs: int, learning_rate: float, seed: int, advance: Callable[[], object]) -> None:
+    def train(self, epochs: int, learning_rate: float, seed: int, advance: Callable[[], object]) -> bool:
         """Trains the deltas by AdamW with a cosine schedule, and puts them back if the error has not become less.
 
         Args:
@@ -104,11 +105,22 @@ class BlockTraining:
             learning_rate (`float`): The largest one of the schedule; deltas are relative changes.
             seed (`int`): Of the order of the batches.
             advance (`Callable`): Called after each step.
+
+        Returns:
+            `bool`: Whether the error has become less, or there was nothing to train.
+
+        Raises:
+            ValueError: If the error is not finite before anything is trained.
         """
         start = self.error()
         tokens = sum(self._tokens)
+        if not math.isfinite(start):
+            raise ValueError(
+                "Outputs are not finite on the calibration data, expected finite hidden states of both models; check "
+                "their weights, or load them in bfloat16 or float32."
+            )
         if start == 0 or not self._deltas:
-            return
+            return True
         with torch.no_grad():
             preserved = float(self._preserved()) if self._pulls else 0.0
         weights = [delta.weight for delta in self._deltas]
@@ -124,6 +136,8 @@ class BlockTraining:
                     loss = self._error(number) * (tokens / start)
                     if preserved > 0:
                         loss = loss + self._preserved() * (self._preservation * self._tokens[number] / preserved)
+                if not loss.requires_grad:
+                    return True  # none of the layers was called
                 for weight, gradient in zip(
                     weights, torch.autograd.grad(loss, weights, allow_unused=True), strict=True
                 ):
@@ -135,7 +149,9 @@ class BlockTraining:
                         weight.clamp_(min=LEAST_DELTA)
                 advance()
         optimizer.zero_grad()
-        if not self.error() < start:  # also when it is NaN
-            with torch.no_grad():
-                for weight, old in zip(weights, before, strict=True):
-                    weight.copy_(old)
+        if self.error() < start:
+            return True
+        with torch.no_grad():  # also when it is NaN
+            for weight, old in zip(weights, before, strict=True):
+                weight.copy_(old)
+        return False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +14,20 @@ from transformers import get_cosine_schedule_with_warmup
 from peft_sgrq.delta import Delta
 from peft_sgrq.recovery.block import LEAST_DELTA, WARM_UP
 from peft_sgrq.selection.data import Batch
+
+
+@dataclass
+class Distillation:
+    """How far next-token probabilities are from those of the model before quantization.
+
+    Attributes:
+        before, after (`float`): `KL(p_reference || p)` over the data, before and after, in nats a token.
+        steps (`list[float]`): That of each step's batch, before the step.
+    """
+
+    before: float
+    after: float
+    steps: list[float] = field(default_factory=list)
 
 
 def divergence(logits: torch.Tensor, reference: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -26,67 +42,97 @@ def divergence(logits: torch.Tensor, reference: torch.Tensor, counted: torch.Ten
         mask = mask.to(logits.device)
         log_p = F.log_softmax(ours[mask].float(), dim=-1)  # (t, V)
         log_q = F.log_softmax(theirs.to(logits.device)[mask].float(), dim=-1)
-        total = total + F.kl_div(log_p, log_q, reduction="sum", log_target=True)
+        terms = F.kl_div(log_p, log_q, reduction="none", log_target=True)
+        total = total + terms.masked_fill(log_q == -torch.inf, 0).sum()  # 0 log 0, where a model masks tokens
     return total
 
 
-def distill(
-    run: Callable[[Batch], Any],
-    reference: Callable[[Batch], Any],
-    deltas: Sequence[Delta],
-    batches: Sequence[Batch],
-    steps: int,
-    learning_rate: float,
-    seed: int,
-    advance: Callable[[float], object],
-) -> list[float]:
-    """Trains deltas on the divergence from the reference's probabilities, by AdamW with a cosine schedule.
+class DistillationStage:
+    """The training of all scales on the divergence.
 
     Args:
         run, reference (`Callable`): Run the quantized model and the reference on a batch; both return `logits`.
+        counted (`Callable`): The tokens of a batch whose logits count, bool `[B, T]`.
         deltas (`Sequence[Delta]`): What is trained.
-        batches (`Sequence[Batch]`): The data, one batch a step, in an order that `seed` sets anew each time round.
-        steps (`int`): How many steps.
-        learning_rate (`float`): The largest one of the schedule.
-        seed (`int`): Of the order of the batches.
-        advance (`Callable`): Given the mean divergence of each step, in nats a token.
-
-    Returns:
-        `list[float]`: The mean divergence of each step's batch, before the step.
-
-    Raises:
-        ValueError: If the models return no logits, or of other shapes.
+        batches (`Sequence[Batch]`): The data.
     """
-    weights = [delta.weight for delta in deltas]
-    optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * steps), steps)
-    generator = torch.Generator().manual_seed(seed)
-    divergences: list[float] = []
-    order: list[int] = []
-    for _ in range(steps):
-        order = order or torch.randperm(len(batches), generator=generator).tolist()
-        batch = batches[order.pop()]
+
+    def __init__(
+        self,
+        run: Callable[[Batch], Any],
+        reference: Callable[[Batch], Any],
+        counted: Callable[[Batch], torch.Tensor],
+        deltas: Sequence[Delta],
+        batches: Sequence[Batch],
+    ) -> None:
+        self._run, self._reference, self._counted = run, reference, counted
+        self._deltas, self._batches = deltas, batches
+
+    def train(self, steps: int, learning_rate: float, seed: int, advance: Callable[[float], object]) -> Distillation:
+        """Trains by AdamW with a cosine schedule, and puts the deltas back if the divergence has not become less.
+
+        Args:
+            steps (`int`): How many steps, a batch each, in an order that `seed` sets anew each time round.
+            learning_rate (`float`): The largest one of the schedule; deltas are relative changes.
+            seed (`int`): Of the order of the batches.
+            advance (`Callable`): Given the divergence of each step, in nats a token.
+
+        Raises:
+            ValueError: If the models return no logits, of other shapes, or not finite ones.
+        """
+        found = Distillation(self.measure(), math.nan)
+        weights = [delta.weight for delta in self._deltas]
+        before = [weight.detach().clone() for weight in weights]
+        optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+        schedule = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * steps), steps)
+        generator = torch.Generator().manual_seed(seed)
+        order: list[int] = []
+        for _ in range(steps):
+            order = order or torch.randperm(len(self._batches), generator=generator).tolist()
+            batch = self._batches[order.pop()]
+            with torch.enable_grad():
+                loss = self._divergence(batch)
+            for weight, gradient in zip(weights, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
+                weight.grad = gradient
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                for weight in weights:
+                    weight.clamp_(min=LEAST_DELTA)
+            found.steps.append(loss.item() / max(1, int(self._counted(batch).sum())))
+            advance(found.steps[-1])
+        optimizer.zero_grad()
+        found.after = self.measure()
+        if not found.after < found.before:
+            found.after = found.before
+            with torch.no_grad():
+                for weight, old in zip(weights, before, strict=True):
+                    weight.copy_(old)
+        return found
+
+    @torch.no_grad()
+    def measure(self) -> float:
+        """The divergence over all of the data, in nats a token."""
+        tokens = sum(int(self._counted(batch).sum()) for batch in self._batches)
+        return sum(self._divergence(batch).item() for batch in self._batches) / max(1, tokens)
+
+    def _divergence(self, batch: Batch) -> torch.Tensor:
         with torch.no_grad():
-            theirs = _logits(reference(batch))
-        with torch.enable_grad():
-            ours = _logits(run(batch))
-            if ours.shape != theirs.shape or ours.shape[:2] != batch.counted.shape:
-                raise ValueError(
-                    f"The model's logits have shape {tuple(ours.shape)} and the reference's {tuple(theirs.shape)}, "
-                    "expected the same, of each token; leave `distill_steps` at 0, which is for language models."
-                )
-            loss = divergence(ours, theirs, batch.counted)
-        for weight, gradient in zip(weights, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
-            weight.grad = gradient
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            for weight in weights:
-                weight.clamp_(min=LEAST_DELTA)
-        divergences.append(loss.item() / max(1, int(batch.counted.sum())))
-        advance(divergences[-1])
-    optimizer.zero_grad()
-    return divergences
+            theirs = _logits(self._reference(batch))
+        ours, counted = _logits(self._run(batch)), self._counted(batch)
+        if ours.shape != theirs.shape or ours.shape[:2] != counted.shape:
+            raise ValueError(
+                f"The model's logits have shape {tuple(ours.shape)} and the reference's {tuple(theirs.shape)} for "
+                f"tokens {tuple(counted.shape)}, expected the same, of each token; leave `distill_steps` at 0, which "
+                "is for language models."
+            )
+        total = divergence(ours, theirs, counted)
+        if not torch.isfinite(total):
+            raise ValueError(
+                f"The divergence of next-token probabilities is {total.item()}, expected a finite number; load both "
+                "models in bfloat16 or float32, or lower `distill_learning_rate`."
+            )
+        return total
 
 
 def _logits(output: Any) -> torch.Tensor:

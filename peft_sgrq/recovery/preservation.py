@@ -141,7 +141,7 @@ def gradient_pulls(
         else:
             pulls[name] = pull
 
-    layers = {name: (module, module.forward) for name, module in reference.layers.items()}
+    layers = {name: (reference.layers[name], reference.layers[name].forward) for name in backends}
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(forward_replaced(block, _run_again(block.forward)))

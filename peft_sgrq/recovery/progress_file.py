@@ -41,8 +41,20 @@ class ProgressFile:
         self.pulls: dict[str, Pull] = {}
         self._path = None if path is None else os.fspath(path)
         self._made_with = json.loads(json.dumps(made_with))
-        if self._path is not None and os.path.exists(self._path):
-            self._read(self._path)
+        if self._path is not None:
+            self._prepare(self._path)
+
+    def _prepare(self, path: str) -> None:
+        if os.path.isdir(path):
+            raise ValueError(f"`progress_file` is {path!r}, a folder, expected a file in it; name one.")
+        if os.path.exists(path):
+            self._read(path)
+        # That it can be written is to be known before the first block is trained.
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        beside = f"{path}.partial"
+        with open(beside, "wb"):
+            pass
+        os.remove(beside)
 
     def _read(self, path: str) -> None:
         try:
@@ -82,8 +94,3 @@ class ProgressFile:
         beside = f"{self._path}.partial"
         save_file(tensors, beside, metadata={_METADATA: json.dumps(described)})
         os.replace(beside, self._path)
-
-    def remove(self) -> None:
-        """Deletes the file: the recovery is finished."""
-        if self._path is not None and os.path.exists(self._path):
-            os.remove(self._path)

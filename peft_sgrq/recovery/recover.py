@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 from tqdm.auto import tqdm
@@ -16,10 +18,10 @@ from tqdm.auto import tqdm
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.layer import SGRQLinear
 from peft_sgrq.recovery.block import BlockError
-from peft_sgrq.recovery.distillation import distill
-from peft_sgrq.recovery.preservation import IMPORTANCES
+from peft_sgrq.recovery.distillation import Distillation, DistillationStage
 from peft_sgrq.recovery.progress_file import ProgressFile
 from peft_sgrq.recovery.reference import Reference, check_tokenizer
+from peft_sgrq.recovery.settings import Settings, first_stage
 from peft_sgrq.recovery.stage import BlockStage
 from peft_sgrq.selection.blocks import find_stack
 from peft_sgrq.selection.data import Batch, load_batches
@@ -27,40 +29,7 @@ from peft_sgrq.selection.processes import process_count
 from peft_sgrq.selection.running import longest, runner
 from peft_sgrq.selection.untouched import refuse_adapters, untouched
 
-
-@dataclass(frozen=True)
-class Settings:
-    """How a model is recovered; the fields are arguments of [`recover`] and described there."""
-
-    epochs: int
-    learning_rate: float
-    augmented: bool
-    preservation: float
-    importance: str
-    distill_steps: int
-    distill_learning_rate: float
-    seed: int
-
-    def check(self) -> None:
-        """Raises a ValueError or TypeError if a field has a value that cannot be used."""
-        for name in ("epochs", "distill_steps", "seed"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"`{name}` is {value!r}, expected an int.")
-            if value < 0:
-                raise ValueError(f"`{name}` is {value}, expected 0 or more.")
-        for name in ("learning_rate", "preservation", "distill_learning_rate"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"`{name}` is {value!r}, expected a number.")
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"`{name}` is {value}, expected a number >= 0.")
-        if self.importance not in IMPORTANCES:
-            raise ValueError(f"`importance` is {self.importance!r}, expected one of {IMPORTANCES}.")
-        if not self.epochs and not self.distill_steps:
-            raise ValueError(
-                "`epochs` and `distill_steps` are both 0 and nothing would be trained, expected one of them above 0."
-            )
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -70,13 +39,14 @@ class Recovery:
     Attributes:
         model (`PeftModel`): The quantized model with the adapter on it.
         blocks (`list[BlockError]`): How far each block's outputs were off before and after, and the seconds it took.
-        divergences (`list[float]`): Of the second stage: the divergence of each step's batch, in nats a token.
+        distillation (`Distillation` or `None`): How far next-token probabilities were off before and after the second
+            stage, if there was one.
         seconds (`float`): All in all.
     """
 
     model: PeftModel
     blocks: list[BlockError] = field(default_factory=list)
-    divergences: list[float] = field(default_factory=list)
+    distillation: Distillation | None = None
     seconds: float = 0.0
 
 
@@ -135,7 +105,7 @@ def recover(
         column, samples, max_length, batch_size: Of the data, as in [`calibrate`].
         seed (`int`): Of the choice of samples and the order of batches.
         progress_file (`str`, path or `None`): A file to keep finished blocks in. Called again with the same arguments
-            an interrupted recovery goes on from it; it is deleted in the end.
+            an interrupted recovery goes on from it. Delete it when the adapter is saved.
         progress (`bool`): Show a progress bar, with the block's error before and after.
 
     Returns:
@@ -168,6 +138,8 @@ def recover(
             f"Recovery runs in one process, found {process_count()}; run it on its own, save the adapter, and load "
             "that in all processes."
         )
+    if torch.is_inference_mode_enabled():
+        raise ValueError("Recovery needs gradients, found `torch.inference_mode()`; call it outside of that.")
     check_tokenizer(tokenizer, reference)
     batches = load_batches(data, tokenizer, column, samples, longest(model, max_length), batch_size, seed)
     for parameter in model.parameters():
@@ -198,28 +170,56 @@ def _recover(
 ) -> Recovery:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SGRQLinear)}
     stack = find_stack(model, layers)
-    before = Reference(reference, model, stack and stack[0], {name: layer.backend for name, layer in layers.items()})
+    backends = {name: layer.backend for name, layer in layers.items()}
     recovery = Recovery(peft_model)
-    written: Any = peft_model.peft_config[adapter_name]
-    with untouched(model), untouched(before.model), tqdm(desc="Recovering", disable=not progress) as bar:
-        file = ProgressFile(progress_file, _made_with(settings, written, before, batches))
+    with (
+        closing(Reference(reference, model, stack and stack[0], backends)) as before,
+        untouched(model),
+        untouched(before.model),
+        tqdm(desc="Recovering", disable=not progress) as bar,
+    ):
         if settings.epochs:
-            block_stage = BlockStage(model, layers, stack, before, batches, adapter_name, settings, file, bar)
-            recovery.blocks = block_stage.run()
+            made_with = first_stage(settings, peft_model.peft_config[adapter_name], model, before, batches)
+            file = ProgressFile(progress_file, made_with)
+            recovery.blocks = BlockStage(
+                model, layers, stack, before, batches, adapter_name, settings, file, bar
+            ).run()
         if settings.distill_steps:
-            bar.reset(total=settings.distill_steps)
-            recovery.divergences = distill(
-                runner(model),
-                before.run,
-                [layer._delta(adapter_name) for layer in layers.values()],
-                batches,
-                settings.distill_steps,
-                settings.distill_learning_rate,
-                settings.seed,
-                lambda divergence: (bar.set_postfix_str(f"divergence {divergence:.4f}", refresh=False), bar.update()),
-            )
-    file.remove()
+            recovery.distillation = _distill(model, before, layers, batches, adapter_name, settings, bar)
     return recovery
+
+
+def _distill(
+    model: nn.Module,
+    reference: Reference,
+    layers: Mapping[str, SGRQLinear],
+    batches: list[Batch],
+    adapter_name: str,
+    settings: Settings,
+    bar: Any,
+) -> Distillation:
+    bar.reset(total=settings.distill_steps)
+    # An encoder-decoder makes the inputs of its decoder of the labels.
+    with_labels = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    found = DistillationStage(
+        runner(model, with_labels),
+        reference.run_with_labels if with_labels else reference.run,
+        lambda batch: batch.counted if batch.decoder_counted is None or not with_labels else batch.decoder_counted,
+        [layer._delta(adapter_name) for layer in layers.values()],
+        batches,
+    ).train(
+        settings.distill_steps,
+        settings.distill_learning_rate,
+        settings.seed,
+        lambda divergence: (bar.set_postfix_str(f"divergence {divergence:.4f}", refresh=False), bar.update()),
+    )
+    if not found.after < found.before:
+        logger.warning(
+            "Distillation did not lower the divergence of %.4g nats a token and was undone; lower "
+            "`distill_learning_rate`.",
+            found.before,
+        )
+    return found
 
 
 def _checked_config(config: SGRQConfig | None) -> SGRQConfig:
@@ -233,21 +233,3 @@ def _checked_config(config: SGRQConfig | None) -> SGRQConfig:
             "nothing else; leave them out, and train them with the task."
         )
     return config
-
-
-def _made_with(
-    settings: Settings, config: SGRQConfig, reference: Reference, batches: list[Batch]
-) -> Mapping[str, Any]:
-    """What the finished blocks depend on."""
-    values = {key: value for key, value in asdict(settings).items() if not key.startswith("distill_")}
-    digest = hashlib.blake2b(digest_size=16)
-    for batch in batches:
-        digest.update(batch.inputs["input_ids"].cpu().numpy().tobytes())
-        digest.update(batch.counted.cpu().numpy().tobytes())
-    return {
-        **values,
-        "data": digest.hexdigest(),
-        "reference": reference.fingerprint(),
-        "base": config.base_fingerprint,
-        "selection": config.selection,
-    }

@@ -30,7 +30,9 @@ class Reference:
 
     Attributes:
         model (`nn.Module`): The model, in eval mode while it is used.
-        run (`Callable`): Runs it on a batch.
+        layers (`dict[str, nn.Module]`): Its modules of the layers to be recovered.
+        run, run_with_labels (`Callable`): Run it on a batch, without and with the labels.
+        source (`list` or `None`): Names and sizes of the files of a checkpoint, to tell it from another.
 
     Raises:
         ValueError: If it lacks layers or tensors, has layers of another shape, or another vocabulary.
@@ -44,10 +46,21 @@ class Reference:
         stack: str | None,
         backends: Mapping[str, ScaleBackend],
     ) -> None:
-        self._folder = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self.source: list[Any] | None = None
         if isinstance(reference, (str, os.PathLike)):
             self._folder = tempfile.TemporaryDirectory(prefix="sgrq-")  # for checkpoints that are not safetensors
-            reference = _load_streamed(os.fspath(reference), model, stack, self._folder.name)
+            self.source = _describe_files(os.fspath(reference))
+            try:
+                reference = _load_streamed(os.fspath(reference), model, stack, self._folder.name)
+            except BaseException:
+                self.close()
+                raise
+        elif isinstance(reference, nn.Module) and any(parameter.is_meta for parameter in reference.parameters()):
+            raise ValueError(
+                "The reference is on the meta device or offloaded, expected one with weights; load it, or give its "
+                "checkpoint, which is read block by block."
+            )
         if not isinstance(reference, nn.Module):
             raise TypeError(
                 f"`reference` is a {type(reference).__name__}, expected the model before quantization or its "
@@ -64,20 +77,25 @@ class Reference:
         self.layers = _matching_layers(reference, backends)
         _check_vocabulary(reference, model)
 
+    def close(self) -> None:
+        """Deletes the temporary folder of a streamed checkpoint."""
+        if self._folder is not None:
+            self._folder.cleanup()
+
     def blocks(self, count: int) -> Sequence[nn.Module]:
-        """The first blocks.
+        """The blocks, of which there must be `count`.
 
         Raises:
-            ValueError: If there is no such list of blocks, or it has fewer.
+            ValueError: If there are more or fewer.
         """
         found = dict(self.model.named_modules()).get(self._stack or "")
-        if not isinstance(found, nn.ModuleList) or len(found) < count:
-            held = len(found) if isinstance(found, nn.ModuleList) else "none"
+        held = len(found) if isinstance(found, nn.ModuleList) else 0
+        if held != count:
             raise ValueError(
-                f"The reference has {held} of the {count} blocks {self._stack!r} of the model, expected the model "
-                "that was quantized; give that one."
+                f"The reference has {held} blocks {self._stack!r} and the model {count}, expected as many; give the "
+                "model that was quantized."
             )
-        return list(found)[:count]
+        return list(found)  # type: ignore[arg-type]
 
     @contextmanager
     def backend(self, name: str, group_size: int) -> Iterator[ScaleBackend]:
@@ -91,12 +109,6 @@ class Reference:
         with self.backend(name, like.group_size) as backend:
             return backend.dequantize(backend.scales(), torch.float32).to(like.device)
 
-    def fingerprint(self) -> str:
-        """A digest of the first layer, to tell one reference from another."""
-        name = next(iter(self.layers))
-        with self.backend(name, 64) as backend:
-            return backend.fingerprint()
-
 
 def _load_streamed(path: str, model: nn.Module, stack: str | None, folder: str) -> nn.Module:
     cls: Any = type(model)
@@ -107,7 +119,13 @@ def _load_streamed(path: str, model: nn.Module, stack: str | None, folder: str) 
         )
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The reference {path!r} could not be read ({str(error).strip().splitlines()[0]}), expected the folder of "
+            "a model or its name on the Hub; correct it."
+        ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"The reference {path!r} is quantized itself, found a `quantization_config`, expected the model before "
@@ -127,6 +145,13 @@ def _load_streamed(path: str, model: nn.Module, stack: str | None, folder: str) 
     return loaded
 
 
+def _describe_files(path: str) -> list[Any]:
+    if not os.path.isdir(path):
+        return [path]
+    files = sorted(entry.name for entry in os.scandir(path) if entry.is_file())
+    return [[name, os.path.getsize(os.path.join(path, name))] for name in files]
+
+
 def _device_map(model: nn.Module, stack: str | None, device: torch.device) -> dict[str, Any]:
     """Blocks to be read from disk, all else on a device; every module is named by exactly one entry."""
     found: dict[str, Any] = {}
@@ -142,7 +167,7 @@ def _device_map(model: nn.Module, stack: str | None, device: torch.device) -> di
                 place(full + ".", child)
             else:
                 found[full] = place_on
-        for name, _ in module.named_parameters(recurse=False):
+        for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             found[f"{prefix}{name}"] = place_on
 
     place("", model)
@@ -194,13 +219,15 @@ def check_tokenizer(tokenizer: Any, reference: Any) -> None:
     from transformers import AutoTokenizer
 
     try:
-        other = AutoTokenizer.from_pretrained(os.fspath(reference))
-    except (OSError, ValueError):
-        return  # it has none
-    found, expected = other.get_vocab(), tokenizer.get_vocab()
-    if found != expected:
-        token = next(iter(sorted(found.items() ^ expected.items())))[0]
+        found = AutoTokenizer.from_pretrained(os.fspath(reference)).get_vocab()
+        expected = tokenizer.get_vocab()
+    except (AttributeError, NotImplementedError, OSError, ValueError):
+        return  # there is none, or it has no list of tokens
+    # Added tokens may be in one of them only.
+    different = sorted(token for token in found.keys() & expected.keys() if found[token] != expected[token])
+    if different or not found.keys() & expected.keys():
+        token = different[0] if different else min(expected)
         raise ValueError(
             f"The tokenizer of the reference is another one: token {token!r} is {found.get(token)} there and "
-            f"{expected.get(token)} in the tokenizer given; give the reference of this model, or its own tokenizer."
+            f"{expected[token]} in the tokenizer given; give the reference of this model, or its own tokenizer."
         )

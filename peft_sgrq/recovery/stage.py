@@ -23,7 +23,7 @@ from peft_sgrq.selection.running import runner
 from peft_sgrq.selection.statistics import InputStatistics
 
 if TYPE_CHECKING:
-    from peft_sgrq.recovery.recover import Settings
+    from peft_sgrq.recovery.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class BlockStage:
             {name: layer for name, layer in layers.items() if name.startswith(f"{self._name}.{index}.")}
             for index in range(len(blocks))
         ]
+        self._all = len(blocks)
         while not self._layers[-1]:
             self._layers.pop()
         outside = len(layers) - sum(map(len, self._layers))
@@ -82,18 +83,26 @@ class BlockStage:
         self._reference, self._batches, self._settings = reference, batches, settings
         self._adapter_name, self._file, self._bar = adapter_name, file, bar
         self._padding = Padding(reference.model)
+        self._put_back: list[str] = []
 
     def run(self) -> list[BlockError]:
         """Trains the blocks that are not finished, and returns the errors of all."""
-        reference_blocks = self._reference.blocks(self._count)
+        reference_blocks = self._reference.blocks(self._all)[: self._count]
+        self._counted = [self._padding.counted(reference_blocks[0], batch) for batch in self._batches]
         pulls = self._pulls_of_gradients(reference_blocks)
-        with torch.no_grad():
+        with torch.no_grad(), self._padding.watching():
             ours = self._chain("model", self._blocks, runner(self._model))
             theirs = self._chain("reference", reference_blocks, self._reference.run)
         steps = self._settings.epochs * len(self._batches)
         self._bar.reset(total=steps * (self._count - len(self._file.blocks)))
         for index in range(self._count):
             self._recover(index, ours, theirs, pulls)
+        if self._put_back:
+            logger.warning(
+                "%d blocks did not get better and were left as they were (the first: %s); lower `learning_rate`.",
+                len(self._put_back),
+                self._put_back[0],
+            )
         return self._file.blocks
 
     def _chain(self, what: str, blocks: Sequence[nn.Module], run: Any) -> Chain:
@@ -121,7 +130,7 @@ class BlockStage:
             training = BlockTraining(
                 lambda number: ours.call(index, number, ours.hidden(number)),
                 targets,
-                [batch.counted for batch in self._batches],
+                self._counted,
                 list(deltas.values()),
                 [
                     (pull, layers[name].backend.selected_dim)
@@ -130,9 +139,10 @@ class BlockStage:
                 self._settings.preservation,
             )
             before = self._error(index, ours, theirs)
-            training.train(
+            if not training.train(
                 self._settings.epochs, self._settings.learning_rate, self._settings.seed + index, self._bar.update
-            )
+            ):
+                self._put_back.append(f"{self._name}.{index}")
         after = self._error(index, ours, theirs, advance=True)
         if not finished:
             seconds = time.perf_counter() - start
@@ -148,16 +158,15 @@ class BlockStage:
         """Runs the reference's block; what the quantized one is to give, by batch, and its squared norm `|f(X)|^2`."""
         targets, norm = [], 0.0
         for number, batch in enumerate(self._batches):
-            hidden = ours.hidden(number)
-            device = theirs.hidden(number)
-            on_ours = theirs.call(index, number, hidden.to(device.device, device.dtype)) if augmented else None
+            hidden, before = ours.hidden(number), theirs.hidden(number)
+            on_ours = theirs.call(index, number, hidden.to(before.device, before.dtype)) if augmented else None
             for statistics in inputs.values():
                 statistics.batch = batch
             theirs.run_block(index, number)
             for statistics in inputs.values():
                 statistics.batch = None
             target = theirs.hidden(number)
-            norm += float(squared_error(target, torch.zeros_like(target), batch.counted.to(target.device)))
+            norm += float(squared_error(target, torch.zeros_like(target), self._counted[number].to(target.device)))
             if on_ours is not None:
                 target = (target + on_ours) / 2
             targets.append(target.to(hidden.device))
@@ -167,14 +176,14 @@ class BlockStage:
     def _error(self, index: int, ours: Chain, theirs: Chain, advance: bool = False) -> float:
         """`|f_q(X_q) - f(X)|^2` over all batches; `advance` makes the outputs the next block's inputs."""
         total = 0.0
-        for number, batch in enumerate(self._batches):
+        for number, counted in enumerate(self._counted):
             if advance:
                 ours.run_block(index, number)
                 output = ours.hidden(number)
             else:
                 output = ours.call(index, number, ours.hidden(number))
             target = theirs.hidden(number).to(output.device)
-            total += float(squared_error(output, target, batch.counted.to(output.device)))
+            total += float(squared_error(output, target, counted.to(output.device)))
         return total
 
     # preservation

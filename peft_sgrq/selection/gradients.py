@@ -25,13 +25,16 @@ GradientCriterion = Callable[[torch.Tensor, torch.Tensor, ScaleBackend], torch.T
 
 
 class _Observed(torch.autograd.Function):
-    """The identity on a layer's output; its backward pass hands the layer's input and output gradient on."""
+    """A copy of a layer's output; its backward pass hands the layer's input and output gradient on.
+
+    A copy and no view, because models may add to it in place.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, anchor: torch.Tensor, take: Any) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.take = take
-        return y.view_as(y)
+        return y.clone()
 
     @staticmethod
     @once_differentiable
@@ -84,7 +87,7 @@ def observe_gradients(
             size = len(x) // sequences if len(x) % sequences == 0 else len(x)
             parts = zip(x.split(size), dy.split(size), strict=True)
             # In the precision of training.
-            take(name, ((dys.t() @ xs.to(dys.dtype)).float() * terms for xs, dys in parts))
+            take(name, ((dys.t() @ xs.to(dys)).float() * terms for xs, dys in parts))
 
         return receive
 

@@ -46,6 +46,12 @@ class Padding:
         self._encoded = {key: ref for key, ref in self._encoded.items() if ref() is not None}
         self._encoded[id(encoded)] = weakref.ref(encoded)
 
+    def counted(self, block: nn.Module, batch: Batch) -> torch.Tensor:
+        """Which tokens of a block's hidden states count, bool `[B, T]`: in a decoder with inputs of its own, those."""
+        if batch.decoder_counted is None or self._encoder is None or block in self._inside:
+            return batch.counted
+        return batch.decoder_counted
+
     def remove(self, x: torch.Tensor, module: nn.Module, batch: Batch) -> torch.Tensor:
         """The tokens of a layer's input that count, `[n, K]`.
 
