@@ -34,7 +34,7 @@ def data(tmp_path: Path) -> Path:
 
 def test_the_command_writes_what_python_finds(llama_dir: Path, data: Path, tmp_path: Path, capsys, ids):
     output = tmp_path / "adapter"
-    assert command(llama_dir, data, output, "--preservation", "0.1", "--importance", "diag", "--augmented") == 0
+    assert command(llama_dir, data, output, "--preservation", "0.1", "--importance", "diag", "--no-augmented") == 0
     printed = capsys.readouterr().out
     assert "model.layers.1: error " in printed
     expected = recover(
@@ -47,7 +47,7 @@ def test_the_command_writes_what_python_finds(llama_dir: Path, data: Path, tmp_p
         batch_size=4,
         preservation=0.1,
         importance="diag",
-        augmented=True,
+        augmented=False,
         progress=False,
     )
     loaded = PeftModel.from_pretrained(BASE.load(llama_dir), str(output))

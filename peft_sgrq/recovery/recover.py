@@ -60,7 +60,7 @@ def recover(
     adapter_name: str = "default",
     epochs: int = 10,
     learning_rate: float = 1e-2,
-    augmented: bool = False,
+    augmented: bool = True,
     preservation: float = 0.0,
     importance: str = "fisher",
     distill_steps: int = 0,
