@@ -83,7 +83,7 @@ def distill(
         with torch.no_grad():
             for weight in weights:
                 weight.clamp_(min=LEAST_DELTA)
-        divergences.append(float(loss) / max(1, int(batch.counted.sum())))
+        divergences.append(loss.item() / max(1, int(batch.counted.sum())))
         advance(divergences[-1])
     optimizer.zero_grad()
     return divergences

@@ -74,8 +74,8 @@ class Reference:
         if not isinstance(found, nn.ModuleList) or len(found) < count:
             held = len(found) if isinstance(found, nn.ModuleList) else "none"
             raise ValueError(
-                f"The reference has {held} of the {count} blocks {self._stack!r} of the model, expected the model that "
-                "was quantized; give that one."
+                f"The reference has {held} of the {count} blocks {self._stack!r} of the model, expected the model "
+                "that was quantized; give that one."
             )
         return list(found)[:count]
 
@@ -130,6 +130,7 @@ def _load_streamed(path: str, model: nn.Module, stack: str | None, folder: str) 
 def _device_map(model: nn.Module, stack: str | None, device: torch.device) -> dict[str, Any]:
     """Blocks to be read from disk, all else on a device; every module is named by exactly one entry."""
     found: dict[str, Any] = {}
+    place_on = str(device) if device.index is None else device.index
     within = "" if stack is None else stack + "."
 
     def place(prefix: str, module: nn.Module) -> None:
@@ -140,9 +141,9 @@ def _device_map(model: nn.Module, stack: str | None, device: torch.device) -> di
             elif within.startswith(full + "."):
                 place(full + ".", child)
             else:
-                found[full] = device
+                found[full] = place_on
         for name, _ in module.named_parameters(recurse=False):
-            found[f"{prefix}{name}"] = device
+            found[f"{prefix}{name}"] = place_on
 
     place("", model)
     return found
