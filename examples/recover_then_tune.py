@@ -3,10 +3,10 @@
 python examples/recover_then_tune.py MODEL --data TEXT --train TEXT --test TEXT --results results.json
 python examples/recovery_table.py results.json
 
-`--data` is what is recovered with, `--train` and `--test` are the task. Both starts train the same adapter for the same
-steps on the same batches: one begins with deltas of zero, the other with those of the recovery. Both get the same
-learning rates: all of them at the first seed, then for the others the one with the lowest loss on the validation split,
-the last tenth of the training text. The seed sets the samples recovered with and the order of both.
+`--data` is what is recovered with, `--train` and `--test` are the task. Both starts train the same adapter for the
+same steps on the same batches: one begins with deltas of zero, the other with those of the recovery. Both get the same
+learning rates: all of them at the first seed, then for the others the one with the lowest loss on the validation
+split, the last tenth of the training text. The seed sets the samples recovered with and the order of both.
 
 What is done already is found in the results, so the command can be stopped and repeated.
 """
