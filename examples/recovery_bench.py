@@ -102,21 +102,15 @@ class Bench:
     def quantized(self, bits: int) -> Any:
         """The model with all its linear layers but the head in a number of bits."""
         model, size = self.full(), self.arguments.group_size
-        if self.arguments.quantizer == "hqq":
-            from hqq.core.quantize import BaseQuantizeConfig
-            from hqq.models.hf.base import AutoHQQHFModel
-
-            AutoHQQHFModel.quantize_model(
-                model,
-                quant_config=BaseQuantizeConfig(nbits=bits, group_size=size, axis=1),
-                compute_dtype=getattr(torch, self.arguments.dtype),
-                device=str(model.device),
-            )
-            return model.eval()
         head = model.get_output_embeddings()
-        for layer in model.modules():
-            if isinstance(layer, nn.Linear) and layer is not head:
+        linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+        for name, layer in linear.items():
+            if layer is head:
+                continue
+            if self.arguments.quantizer == "rtn":
                 layer.weight.data = round_to_grid(layer.weight.data, bits, size)
+            else:
+                model.set_submodule(name, hqq_layer(layer, bits, size))
         return model
 
     def config(self, ratio: float = 1.0) -> SGRQConfig:
@@ -150,6 +144,14 @@ class Bench:
             sums = [float(model(input_ids=batch, labels=batch).loss) * len(batch) for batch in batches]
             losses[part] = round(sum(sums) / len(windows), 5)
         return losses
+
+
+def hqq_layer(layer: nn.Linear, bits: int, size: int) -> nn.Module:
+    """A layer quantized by HQQ, in groups along its columns."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    config = BaseQuantizeConfig(nbits=bits, group_size=size, axis=1)
+    return HQQLinear(layer, config, compute_dtype=layer.weight.dtype, device=str(layer.weight.device))
 
 
 class Results:

@@ -2,10 +2,12 @@
 
     python examples/recovery_memory.py --blocks 2 8 32
 
-For each depth: the most memory that recovery took beside the models in memory, with the reference read from its files
-and with it in memory too, beside the sizes of a block and of all; and the time of a block in ratio to a forward
-pass of one block over the data. Weights are float32 and rounded to 4 bits in plain layers, so a block of the quantized
-model is as large as one of the reference.
+For each depth: the most memory that recovery took beside the models in memory, with the reference (float32) read
+from its files and with it in memory too, beside the sizes of a block of the reference and of all blocks. Then, for the
+first depth, the time of a block in ratio to a forward pass of one block over the data. The models are in NF4.
+
+For memory the processes hand back whatever is freed (MALLOC_MMAP_THRESHOLD_ of glibc), or what the allocator keeps for
+later would be counted as well.
 """
 
 from __future__ import annotations
@@ -24,14 +26,15 @@ from typing import Any
 
 import torch
 from merge_memory import Watch
-from selection_bench import round_to_grid
-from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from peft_sgrq import recover
+from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
 
 VOCABULARY = 1024
+TIME = "block over forward pass"
+STREAM = {"streamed": True, "in memory": False}  # the reference
 
 
 def save_llama(directory: Path, width: int, blocks: int) -> None:
@@ -39,7 +42,7 @@ def save_llama(directory: Path, width: int, blocks: int) -> None:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=width,
-        intermediate_size=width * 11 // 4,
+        intermediate_size=3 * width,
         num_hidden_layers=blocks,
         num_attention_heads=width // 64,
         num_key_value_heads=width // 128,
@@ -49,10 +52,9 @@ def save_llama(directory: Path, width: int, blocks: int) -> None:
 
 
 def quantized(directory: Path) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    for layer in model.model.modules():
-        if isinstance(layer, nn.Linear):
-            layer.weight.data = round_to_grid(layer.weight.data, bits=4)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, quantization_config=settings).eval()
+    disable_cpu_packing(model)
     return model
 
 
@@ -60,23 +62,32 @@ def measure(directory: str, small: str, batches: int, length: int, epochs: int, 
     """Recovers the model of a folder: MB at the most, and the time of a block; run in a fresh process."""
     logging.disable_progress_bar()
 
-    def run(path: str, data: Any, reference: Any) -> tuple[Any, Watch]:
+    def run(path: str, data: Any, reference: Any) -> tuple[Any, Watch, float]:
         model = quantized(Path(path))
-        forward_pass(model, data)
+        forward = statistics.mean(forward_pass(model, data) for _ in range(10)) / model.config.num_hidden_layers
         with Watch() as watch:
             recovery = recover(model, reference, data, epochs=epochs, samples=None, progress=False)
-        return recovery, watch
+        return recovery, watch, forward
 
     data = [{"input_ids": torch.randint(0, VOCABULARY, (1, length))} for _ in range(batches)]
-    run(small, [{"input_ids": torch.randint(0, VOCABULARY, (1, 8))}], small)  # so that what is imported late is there
+    run(small, data[:1], small)  # so that what is imported late is there
     reference = directory if stream else AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    recovery, watch = run(directory, data, reference)
-    model = recovery.model.unload()
-    forward = statistics.median(forward_pass(model, data) for _ in range(5)) / len(recovery.blocks)
+    recovery, watch, forward = run(directory, data, reference)
     return {
         "most MB": round(watch.most - watch.start, 1),
-        "block over forward pass": round(statistics.median(block.seconds for block in recovery.blocks) / forward, 1),
+        TIME: round(statistics.median(block.seconds for block in recovery.blocks) / forward, 1),
     }
+
+
+def in_fresh_process(environment: dict[str, str], *arguments: Any) -> dict[str, float]:
+    """`measure` in a process of its own, with environment variables."""
+    os.environ.update(environment)
+    try:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply(measure, arguments)
+    finally:
+        for name in environment:
+            del os.environ[name]
 
 
 @torch.no_grad()
@@ -92,9 +103,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", nargs="+", type=int, default=[2, 8, 32])
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--batches", type=int, default=4)
-    parser.add_argument("--length", type=int, default=128, help="tokens in a batch")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batches", type=int, default=2)
+    parser.add_argument("--length", type=int, default=64, help="tokens in a batch")
+    parser.add_argument("--time-length", type=int, default=512, help="the same when time is measured")
+    parser.add_argument("--epochs", type=int, default=5, help="when time is measured")
     parser.add_argument("--results", type=Path, help="a JSON file to write")
     arguments = parser.parse_args()
     rows = []
@@ -102,29 +114,33 @@ def main() -> None:
         small = Path(scratch) / "small"
         save_llama(small, 128, 1)
         for blocks in arguments.blocks:
+            save_llama(Path(scratch) / str(blocks), arguments.width, blocks)
+        data = (str(small), arguments.batches)
+        for blocks in arguments.blocks:
             directory = Path(scratch) / str(blocks)
-            save_llama(directory, arguments.width, blocks)
-            block = 4 * sum(
-                one.numel() for one in AutoModelForCausalLM.from_pretrained(directory).model.layers[0].parameters()
-            )
-            row: dict[str, Any] = {"blocks": blocks, "block MB": round(block / 1e6, 1)}
-            row["all blocks MB"] = round(block * blocks / 1e6, 1)
-            for name, stream in (("streamed", True), ("in memory", False)):
-                fresh = multiprocessing.get_context("spawn").Pool(1)
-                with fresh:
-                    row[name] = fresh.apply(
-                        measure,
-                        (str(directory), str(small), arguments.batches, arguments.length, arguments.epochs, stream),
-                    )
+            layers = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).model.layers
+            size = 4 * sum(one.numel() for one in layers[0].parameters()) / 1e6
+            row = {"blocks": blocks, "block MB": round(size, 1), "all blocks MB": round(size * blocks, 1)}
+            for name, stream in STREAM.items():
+                given = (str(directory), *data, arguments.length, 1, stream)
+                found = in_fresh_process({"MALLOC_MMAP_THRESHOLD_": "262144"}, *given)
+                row[f"most MB, {name}"] = found["most MB"]
             rows.append(row)
             print(json.dumps(row), flush=True)
+        first = str(Path(scratch) / str(arguments.blocks[0]))
+        times = {
+            name: in_fresh_process({}, first, *data, arguments.time_length, arguments.epochs, stream)[TIME]
+            for name, stream in STREAM.items()
+        }
+        print(json.dumps(times))
     if arguments.results:
         about = {key: value for key, value in vars(arguments).items() if key not in ("results", "blocks")}
         found = {
             "shared": about,
-            "versions": {package: version(package) for package in ("torch", "transformers", "peft")},
+            "versions": {package: version(package) for package in ("torch", "transformers", "peft", "bitsandbytes")},
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} thread(s), no GPU",
             "rows": rows,
+            TIME: times,
         }
         beside = arguments.results.with_suffix(".partial")
         beside.write_text(json.dumps(found, indent=1) + "\n")

@@ -151,24 +151,25 @@ def tuned(setting: dict[str, Any]) -> str:
 
 
 def memory(found: dict[str, Any]) -> str:
-    """The most memory of recovery, and the time of a block, by depth."""
-    shared = found["shared"]
-    head = ["blocks", "one block, MB", "all blocks, MB", "most, streamed, MB", "most, in memory, MB"]
-    rows = [[*head, "time, streamed", "time, in memory"]]
-    for row in found["rows"]:
-        rows.append([str(row[key]) for key in ("blocks", "block MB", "all blocks MB")])
-        for key in ("most MB", "block over forward pass"):
-            rows[-1] += [f"{row[name][key]:.1f}" for name in ("streamed", "in memory")]
-    return (
-        f"Width {shared['width']}, {shared['batches']} x {shared['length']} tokens, {shared['epochs']} epochs. "
-        f"{versions(found)}\n\n{table(rows)}"
-    )
+    """The most memory of recovery by depth, and the time of a block."""
+    shared, times = found["shared"], found["block over forward pass"]
+    keys = list(found["rows"][0])
+    rows = [[key.replace(" MB", ", MB", 1) for key in keys]]
+    rows += [[f"{row[key]:g}" for key in keys] for row in found["rows"]]
+    parts = [
+        f"Width {shared['width']}, {shared['batches']} x {shared['length']} tokens. {versions(found)}",
+        table(rows),
+        f"Time of a block, {shared['batches']} x {shared['time_length']} tokens, {shared['epochs']} epochs: "
+        f"{times['streamed']:g} forward passes with the reference from disk, "
+        f"{times['in memory']:g} with it in memory.",
+    ]
+    return "\n\n".join(parts)
 
 
 def perplexity(losses: list[float]) -> str:
-    """The mean and the standard deviation over seeds of perplexities, in three digits."""
+    """The mean and the standard deviation over seeds of perplexities, in four digits."""
     values = [math.exp(loss) for loss in losses]
-    return spell(values, max(0, 2 - math.floor(math.log10(mean(values)))))
+    return spell(values, max(0, 3 - math.floor(math.log10(mean(values)))))
 
 
 def spell(values: list[float], digits: int) -> str:

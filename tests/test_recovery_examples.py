@@ -122,7 +122,7 @@ def test_shares_are_of_the_gap_in_log_perplexity():
         ],
     }
     values = [math.exp(loss) for loss in losses]
-    expected = f"| 3 | yes | {mean(values):.1f} ± {stdev(values):.1f} | 38 ± 18 % | 2 |"
+    expected = f"| 3 | yes | {mean(values):.2f} ± {stdev(values):.2f} | 38 ± 18 % | 2 |"
     assert recovery_table.recovered(setting).splitlines()[-1] == expected
 
 
