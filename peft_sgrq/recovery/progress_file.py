@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from peft_sgrq.delta import Delta
 from peft_sgrq.recovery.block import BlockError
 from peft_sgrq.recovery.preservation import Pull
 
@@ -82,6 +83,13 @@ class ProgressFile:
         self.deltas = {key[len("delta.") :]: tensor for key, tensor in tensors.items() if key.startswith("delta.")}
         names = [key[len("curvature.") :] for key in tensors if key.startswith("curvature.")]
         self.pulls = {name: Pull(*(tensors[f"{part}.{name}"] for part in _PULL)) for name in names}
+
+    def add(self, block: BlockError, deltas: Mapping[str, Delta]) -> None:
+        """Adds a finished block and its deltas, by layer name, and writes the file."""
+        self.blocks.append(block)
+        if self._path is not None:
+            self.deltas |= {name: delta.weight.detach().cpu().clone() for name, delta in deltas.items()}
+            self.save()
 
     def save(self) -> None:
         """Writes the file: beside it first, and then in its place."""

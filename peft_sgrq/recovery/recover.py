@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import time
@@ -58,13 +59,13 @@ def recover(
     tokenizer: Any = None,
     *,
     adapter_name: str = "default",
-    epochs: int = 10,
-    learning_rate: float = 1e-2,
+    epochs: int = 5,
+    learning_rate: float = 3e-2,
     augmented: bool = True,
     preservation: float = 0.0,
     importance: str = "fisher",
     distill_steps: int = 0,
-    distill_learning_rate: float = 5e-3,
+    distill_learning_rate: float = 2e-2,
     column: str | None = None,
     samples: int | None = 128,
     max_length: int = 512,
@@ -93,7 +94,8 @@ def recover(
         tokenizer: The tokenizer for texts.
         adapter_name (`str`): Name of the adapter.
         epochs (`int`): How often each block sees the data; 0 leaves the first stage out.
-        learning_rate (`float`): Of the first stage. Deltas are relative changes.
+        learning_rate (`float`): Of the first stage. Deltas are relative changes. The default is for bases of few bits;
+            where blocks do not get better, a warning says so, and a smaller one helps.
         augmented (`bool`): Match `f(X_q)` as well as `f(X)`: what the reference's block makes of the inputs that the
             quantized block really gets.
         preservation (`float`): How much salient weights are held at their values before quantization, relative to the
@@ -232,4 +234,4 @@ def _checked_config(config: SGRQConfig | None) -> SGRQConfig:
             "The config has `modules_to_save` or `trainable_token_indices`, expected scales alone: recovery trains "
             "nothing else; leave them out, and train them with the task."
         )
-    return config
+    return copy.deepcopy(config)  # PEFT writes the name of the base into it

@@ -93,6 +93,7 @@ class BlockStage:
         with torch.no_grad(), self._padding.watching():
             ours = self._chain("model", self._blocks, runner(self._model))
             theirs = self._chain("reference", reference_blocks, self._reference.run)
+        self._release(*self._layers)
         steps = self._settings.epochs * len(self._batches)
         self._bar.reset(total=steps * (self._count - len(self._file.blocks)))
         for index in range(self._count):
@@ -144,13 +145,19 @@ class BlockStage:
             ):
                 self._put_back.append(f"{self._name}.{index}")
         after = self._error(index, ours, theirs, advance=True)
+        self._release(layers)
         if not finished:
             seconds = time.perf_counter() - start
             error = BlockError(f"{self._name}.{index}", before / expected, after / expected, seconds)
             self._bar.set_postfix_str(f"{error.name}: {error.before:.4g} -> {error.after:.4g}")
-            self._file.blocks.append(error)
-            self._file.deltas |= {name: delta.weight.detach().cpu().clone() for name, delta in deltas.items()}
-            self._file.save()
+            self._file.add(error, deltas)
+
+    @staticmethod
+    def _release(*blocks: Mapping[str, SGRQLinear]) -> None:
+        """Frees what layers keep for inference: of a dense layer its scaled weight."""
+        for layers in blocks:
+            for layer in layers.values():
+                layer._forget_prepared()
 
     def _targets(
         self, index: int, ours: Chain, theirs: Chain, augmented: bool, inputs: Mapping[str, Any]
