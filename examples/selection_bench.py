@@ -215,7 +215,7 @@ def windows_of(tokenizer: Any, path: Path, length: int, characters: int) -> torc
     """A text cut into windows: int64 `[windows, length]`; of a .jsonl file the fields of each line, joined."""
     text = path.read_text()
     if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in text.splitlines()]
+        rows = [json.loads(line) for line in text.split("\n") if line]  # splitlines would split inside of strings
         text = "\n\n".join(row.get("text") or f"{row['question']}\n{row['answer']}" for row in rows)
     ids = tokenizer(text[:characters], return_tensors="pt", verbose=False).input_ids[0]
     return ids[: len(ids) // length * length].view(-1, length)
