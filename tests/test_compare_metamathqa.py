@@ -28,7 +28,8 @@ def config(llama_dir: Path, tmp_path: Path) -> dict:
     part = {"dataset": str(rows), "split": "train", "columns": ["question", "answer"]}
     return given_config | {
         "model": str(llama_dir), "dtype": "float32", "train": part | {"characters": 36},
-        "validation": part | {"rows": 2}, "test": part | {"rows": 3}, "other": part, "max_length": 64, "max_new_tokens": 4, "max_total": 90, "steps": 2,
+        "validation": part | {"rows": 2}, "test": part | {"rows": 3},
+        "other": part, "max_length": 100, "max_new_tokens": 4, "max_total": 90, "steps": 2,
         "batch_size": 2, "batch_size_eval": 2, "calibration_rows": 4,
         "methods": {"lora-2": [1e-3], "sgrq-0.5": [1e-2], "qalora-2": [1e-3]},
     }  # fmt: skip

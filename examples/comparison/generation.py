@@ -53,8 +53,8 @@ class Task:
                     yield self._batch([self.texts[index] for index in near[first : first + size]])
 
     def _batch(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        ids = [self.tokenizer(text).input_ids[: self.config["max_length"]] for text in texts]
-        rows = [torch.tensor([*row, self.tokenizer.eos_token_id]) for row in ids]
+        end, longest = self.tokenizer.eos_token_id, self.config["max_length"]
+        rows = [torch.tensor([*self.tokenizer(text).input_ids, end][:longest]) for text in texts]
         pad = torch.nn.utils.rnn.pad_sequence
         return {
             "input_ids": pad(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id),
