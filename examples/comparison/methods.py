@@ -8,8 +8,8 @@
     peqa, peqa-row    every scale, and every scale with the changes of a row tied: one number a row
 
 Options follow after colons: a criterion (`sgrq-0.1:gradient`), `global` (one threshold for all layers), the schedule
-of the learning rate (`constant`, `linear`), what is trained instead of relative changes (`exp`, `absolute`), and
-`zeros`, which trains zero points beside the scales (HQQ).
+of the learning rate (`constant`, `linear`), what is trained instead of relative changes (`exp`, `absolute`),
+`zeros`, which trains zero points beside the scales (HQQ), and `norms`, which trains the normalization layers as well.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from peft_sgrq.selection.criteria import CRITERIA
 
 SCHEDULES = ("cosine", "linear", "constant")
 CENTRES = {"lora": 1e-2, "qalora": 1e-2, "ia3": 1e-1, "sgrq": 1e-1}
+_FLAGS = {"global": "everywhere", "zeros": "zeros", "norms": "norms"}
 DEFAULT_METHODS = (
     "lora-8", "lora-16", "lora-64", "qalora-16", "ia3", "sgrq-0.05", "sgrq-0.1", "sgrq-knee", "sgrq-0.4", "peqa",
     "peqa-row", "random-0.1", "bottom-0.1",
@@ -52,7 +53,7 @@ class Method:
         everywhere (`bool`): One threshold for all layers instead of the same ratio in each.
         tied (`bool`): All changes of a row are the same.
         form (`str`): One of `FORMS`: what the trained numbers are.
-        zeros (`bool`): Train zero points as well.
+        zeros, norms (`bool`): Train zero points, or the weights of normalization layers, as well.
         schedule (`str`): Of the learning rate, after the warm-up.
     """
 
@@ -65,6 +66,7 @@ class Method:
     tied: bool = False
     form: str = "relative"
     zeros: bool = False
+    norms: bool = False
     schedule: str = "cosine"
 
     @property
@@ -104,12 +106,12 @@ def parse_method(name: str) -> Method:
             method = replace(method, form=option)
         elif option in SCHEDULES:
             method = replace(method, schedule=option)
-        elif option in ("global", "zeros") and method.kind == "sgrq":
-            method = replace(method, everywhere=option == "global", zeros=option == "zeros")
+        elif option in _FLAGS and method.kind == "sgrq":
+            method = replace(method, **{_FLAGS[option]: True})
         else:
             raise ValueError(
                 f"The method {name!r} has the option {option!r}, expected one of {SCHEDULES}, or for SGRQ a "
-                f"criterion, one of {FORMS}, global or zeros."
+                f"criterion, one of {FORMS} or of {tuple(_FLAGS)}."
             )
     return method
 
@@ -129,6 +131,8 @@ def adapt(model: Any, method: Method, targets: list[str], selection: Mapping[str
     shared: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": targets}
     if method.kind == "sgrq":
         chosen = dict(selection) if selection is not None else None
+        norms = [name.rpartition(".")[2] for name, module in model.named_modules() if "Norm" in type(module).__name__]
+        shared["modules_to_save"] = list(dict.fromkeys(norms)) if method.norms else None
         adapted = get_peft_model(model, SGRQConfig(ratio=1.0, selection=chosen, **shared))
         layers = [module for module in adapted.modules() if isinstance(module, SGRQLinear)]
         if method.tied:

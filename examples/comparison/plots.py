@@ -80,13 +80,14 @@ def _draw(panel: Any, setting: dict[str, Any]) -> None:
             linewidth=0.8, label=label,
         )  # fmt: skip
         highest, furthest = max(highest, y), max(furthest, x)
-    panel.set_xlim(min(0.0, panel.get_xlim()[0]) if furthest > 0 else None, 1.3 * furthest or None)
-    panel.set_ylim(0, 1.1 * highest or None)
     panel.axvline(0, color="#cccccc", linewidth=0.8, zorder=0)
     panel.set_title(title(setting), fontsize=9)
     panel.set_xlabel("more loss out of domain", fontsize=8)
     panel.set_ylabel("less loss in domain", fontsize=8)
     panel.tick_params(labelsize=8)
+    if highest > 0 and furthest > 0:  # rates that diverged are outside of the picture
+        panel.set_xlim(max(panel.get_xlim()[0], -0.15 * furthest), 1.3 * furthest)
+        panel.set_ylim(0, 1.1 * highest)
 
 
 def _curve(runs: list[Run], method: str, state: str, before: dict[str, Any]) -> list[tuple[float, float]]:
