@@ -4,10 +4,11 @@ python examples/compare_methods.py MODEL --base nf4 --train TEXT --test TEXT --o
 python examples/methods_report.py results.json --update docs/results.md --plots docs/results
 
 The methods are those of `comparison/methods.py`. Every method has the same number of learning rates, a factor apart
-around its usual one, at the first seed; where the lowest validation loss is at an edge, the sweep goes on. The other
-seeds get the best rate; where the best one after merging is another than before, they get both. The validation text is
-the last tenth of the training text. `--other` is text of a kind the model knew before: what is lost on it was
-forgotten. What is done already is found in the results, so the command can be stopped and repeated.
+around its usual one, at the first seed; where the lowest validation loss is at an edge, the sweep goes on, and with
+`--refine` it looks closer around the best. The other seeds get the best rate; where the best one after merging is
+another than before, they get both. The validation text is the last tenth of the training text. `--other` is text of a
+kind the model knew before: what is lost on it was forgotten. What is done already is found in the results, so the
+command can be stopped and repeated.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rates", type=int, default=3, help="learning rates of a sweep")
     parser.add_argument("--factor", type=float, default=3.0, help="between neighbouring learning rates")
+    parser.add_argument("--refine", type=int, default=0, help="rounds of rates on both sides of the best, ever nearer")
     parser.add_argument("--centre", nargs="*", default=[], help=f"middle of the sweep by kind; by default {CENTRES}")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -128,8 +130,13 @@ class Comparison:
             elif min(tried) in found:
                 tried.append(_rounded(min(tried) / factor))
             else:
-                return
+                break
             yield tried[-1]
+        for round_ in range(self.arguments.refine):
+            step = factor ** (0.5 ** (round_ + 1))
+            runs = self.results.runs(method.name, self.arguments.seeds[0])
+            centres = {best_rate(runs, state) for state in STATES} - {None}
+            yield from sorted({_rounded(rate * side) for rate in centres for side in (1 / step, step)})
 
     def _run(self, method: Method, seed: int, rate: float) -> bool:
         if self.results.find(method.name, seed, rate) is None:

@@ -81,6 +81,17 @@ def test_it_sweeps_until_the_best_rate_is_inside_and_resumes(arguments, tmp_path
     assert all(value > 0 for found in cost.values() for value in found.values())
 
 
+def test_refining_looks_on_both_sides_of_the_best_rate(arguments, tmp_path, monkeypatch):
+    arguments += ["--methods", "peqa", "--seeds", "0", "--factor", "4"]
+    run(monkeypatch, arguments)
+    swept = json.loads((tmp_path / "results.json").read_text())[0]["runs"]
+    run(monkeypatch, [*arguments, "--refine", "1"])
+    refined = json.loads((tmp_path / "results.json").read_text())[0]["runs"]
+    best = min(swept, key=lambda run: run["tuned"]["validation"])["learning_rate"]
+    added = [run["learning_rate"] for run in refined[len(swept) :]]
+    assert added == pytest.approx([best / 2, best * 2], rel=0.05)
+
+
 def test_an_unknown_method_or_option_is_refused_with_what_is_known():
     assert [parse_method(name).name for name in DEFAULT_METHODS] == list(DEFAULT_METHODS)
     for name in ("lora", "sgrq-x", "dora-8", ""):
@@ -140,6 +151,21 @@ def test_other_forms_start_at_the_base_and_merge_exactly(llama_dir, ids, form):
     assert torch.equal(merged(input_ids=ids).logits, tuned)
     for layer, scales in zip(layers, expected, strict=True):
         torch.testing.assert_close(layer.backend.scales(), scales)
+
+
+def test_normalization_layers_are_trained_and_merged_on_request(llama_dir, ids):
+    plain, _ = adapted(llama_dir, "peqa")
+    model, _ = adapted(llama_dir, "peqa:norms")
+    method = parse_method("peqa:norms")
+    norms = sum(p.numel() for name, p in NF4.load(llama_dir).named_parameters() if "norm" in name)
+    assert norms > 0 and count_trained(model, method) == count_trained(plain, method) + norms
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    tuned = model.eval()(input_ids=ids).logits
+    merged = merge(model, method)
+    assert torch.equal(merged(input_ids=ids).logits, tuned)
+    assert not any("modules_to_save" in name for name, _ in merged.named_parameters())
 
 
 @pytest.mark.skipif(find_spec("hqq") is None, reason="hqq is not installed")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 STATES = ("tuned", "merged")
-_NOT_SHARED = ("methods", "seeds", "results", "limit", "rates", "factor", "centre", "cost")
+_NOT_SHARED = ("methods", "seeds", "results", "limit", "rates", "factor", "refine", "centre", "cost")
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "hqq", "gptqmodel")
 
 Run = dict[str, Any]
