@@ -23,8 +23,8 @@ import torch
 from comparison.bases import load_base, targets_of
 from comparison.generation import Task, generated_accuracy, text_loss
 from comparison.methods import Method, Unavailable, adapt, count_trained, merge, parse_method
+from comparison.selections import choose, criterion_of
 from comparison.store import STATES
-from selection_bench import select_control
 from torch import nn
 from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 from transformers.utils import logging
@@ -104,19 +104,16 @@ class Experiment:
     def select(self, base: Any, method: Method, targets: list[str], seed: int) -> dict[str, str] | None:
         if not method.selects:
             return None
-        control = method.criterion in ("random", "bottom")
         saliency = calibrate(
             base,
             SGRQConfig(target_modules=targets, task_type="CAUSAL_LM"),
             self.task.texts[: self.config["calibration_rows"]],
             tokenizer=self.tokenizer,
-            criterion="obs" if control else method.criterion,
+            criterion=criterion_of(method),
             max_length=self.config["max_length"],
             batch_size=self.config["batch_size"],
         )
-        if control:
-            return select_control(saliency, method.criterion, float(method.ratio), seed)
-        return saliency.select(method.ratio)
+        return choose(saliency, method, seed)
 
     def fit(self, model: Any, seed: int, learning_rate: float) -> None:
         """AdamW with a cosine schedule; the loss is on question and answer, and on one end-of-text token."""

@@ -23,6 +23,7 @@ from comparison.bench import Bench
 from comparison.cost import measure_cost
 from comparison.methods import CENTRES, DEFAULT_METHODS, Method, Unavailable, parse_method
 from comparison.store import STATES, Results, best_rate, loss_of
+from selection_bench import CONTROLS
 from transformers.utils import logging
 
 _EXTENSIONS = 4  # rates added to a sweep at most
@@ -155,7 +156,7 @@ class Comparison:
 
     def _twin(self, method: Method) -> str | None:
         """A method done already that selects the same groups: in narrow layers small ratios round to the same."""
-        if not method.selects or method.criterion in ("random", "bottom"):
+        if not method.selects or method.criterion in CONTROLS:
             return None
         mine = self.bench.select(method, self.arguments.seeds[0])
         for name in dict.fromkeys(run["method"] for run in self.results.setting["runs"]):

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
-from selection_bench import select_control
 from torch import nn
 from transformers import AutoTokenizer, get_scheduler
 
@@ -18,6 +17,7 @@ from comparison.bases import load_base, targets_of
 from comparison.data import read_questions, read_windows
 from comparison.evaluation import accuracy, mean_loss
 from comparison.methods import Method, adapt, count_trained, merge
+from comparison.selections import choose, criterion_of
 from peft_sgrq import SGRQConfig, calibrate
 from peft_sgrq.selection import Saliency
 
@@ -66,13 +66,7 @@ class Bench:
         """Layer -> mask of the groups a method selects; `None` if it selects all, or is not SGRQ."""
         if not method.selects:
             return None
-        control = method.criterion in ("random", "bottom")
-        saliency = self._calibrated("obs" if control else method.criterion, seed)
-        if control:
-            return select_control(saliency, method.criterion, float(method.ratio), seed)
-        if method.everywhere:
-            return saliency.select("global", budget=float(method.ratio))
-        return saliency.select(method.ratio)
+        return choose(self._calibrated(criterion_of(method), seed), method, seed)
 
     def _calibrated(self, criterion: str, seed: int) -> Saliency:
         if (criterion, seed) not in self._saliency:

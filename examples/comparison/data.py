@@ -37,7 +37,7 @@ def read_windows(tokenizer: Any, source: str, split: str, length: int, character
         split (`str`): Of the dataset.
         length (`int`): Tokens in a window.
         characters (`int`): How much of it to read.
-        column (`str`): The dataset's columns to join, separated by commas.
+        column (`str`): The dataset's columns to join, separated by commas; "text" where it has none of them.
     """
     if Path(source).exists():
         return windows_of(tokenizer, Path(source), length, characters)
@@ -46,7 +46,8 @@ def read_windows(tokenizer: Any, source: str, split: str, length: int, character
     name, _, config = source.partition(":")
     text = ""
     for row in load_dataset(name, config or None, split=split):
-        text += "\n".join(str(row[key]) for key in column.split(",")) + "\n\n"
+        columns = [key for key in column.split(",") if key in row] or ["text"]
+        text += "\n".join(str(row[key]) for key in columns) + "\n\n"
         if len(text) >= characters:
             break
     ids = tokenizer(text[:characters], return_tensors="pt", verbose=False).input_ids[0]
