@@ -11,9 +11,10 @@ import json
 import os
 from pathlib import Path
 
-from comparison.tables import cost_table, describe, summary_table
+from comparison.tables import cost_table, describe, methods_of, summary_table
 
 PARTS = ("summary", "cost", "settings")
+PLOTTED_FROM = 7  # methods; settings with fewer are there to answer one question
 
 
 def main() -> None:
@@ -42,7 +43,8 @@ def main() -> None:
         from comparison.plots import plot_forgetting
 
         for path, found in by_file.items():
-            plot_forgetting(found, arguments.plots / f"{path.stem}.png")
+            broad = [setting for setting in found if len(methods_of(setting["runs"])) >= PLOTTED_FROM]
+            plot_forgetting(broad or found, arguments.plots / f"{path.stem}.png")
 
 
 def put(page: str, part: str, text: str) -> str:
