@@ -65,7 +65,10 @@ def methods_table(setting: Setting) -> str:
 
 
 def tried_table(runs: list[Run]) -> str:
-    """A row for each method with options (`sgrq-0.4:exp`): merged losses, less those of the plain method."""
+    """A row for each method with options (`sgrq-0.4:exp`): merged losses, less those of the plain method.
+
+    The plain one has the same learning rate where it was run at it with all seeds, else its own best.
+    """
     rows = [
         "| tried | learning rate | trained | in domain, merged | difference | out of domain, merged | difference |"
     ]
@@ -73,8 +76,13 @@ def tried_table(runs: list[Run]) -> str:
     for method in methods_of(runs):
         if ":" not in method:
             continue
-        own, plain = (best_runs(runs, name, "merged") for name in (method, method.partition(":")[0]))
+        own = best_runs(runs, method, "merged")
         one = next(iter(own.values()))
+        name = method.partition(":")[0]
+        same = [run for run in runs if (run["method"], run["learning_rate"]) == (name, one["learning_rate"])]
+        plain = {run["seed"]: run for run in same}
+        if set(plain) != set(own):
+            plain = best_runs(runs, name, "merged")
         cells = [method, f"{one['learning_rate']:g}", f"{one['trained']:,}"]
         for part in ("test", "other"):
             cells += [spell(values(own, "merged", part)), spell(differences(own, plain, part), sign="+")]
