@@ -40,6 +40,7 @@ def plot_forgetting(settings: list[dict[str, Any]], path: Path, columns: int = 3
         path (`Path`): The picture to write.
         columns (`int`): Panels in a row.
     """
+    columns = min(columns, len(settings))
     rows = -(-len(settings) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.7 * rows + 0.6), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
@@ -51,7 +52,14 @@ def plot_forgetting(settings: list[dict[str, Any]], path: Path, columns: int = 3
     for panel in panels:
         found, labels = panel.get_legend_handles_labels()
         handles |= dict(zip(labels, found, strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=7, frameon=False, fontsize=8)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=min(7, 3 * columns),
+        frameon=False,
+        fontsize=8,
+    )
     beside = path.with_suffix(f".partial{path.suffix}")
     figure.savefig(beside, dpi=100)
     os.replace(beside, path)
