@@ -125,13 +125,12 @@ class Bench:
                 progress=False,
             )
             return saliency.select(found.ratios)
-        selection = {}
-        for name, layer in saliency.layers.items():
-            scores = layer.group_scores()
-            if criterion in CONTROLS:
-                scores = torch.rand(len(scores), generator=generator) if criterion == "random" else -scores
-            selection[name] = encode_mask(select_top(scores, counts[name]), layer.selectable)
-        return selection
+        if criterion in CONTROLS:
+            return select_control(saliency, criterion, ratio, seed)
+        return {
+            name: encode_mask(select_top(layer.group_scores(), counts[name]), layer.selectable)
+            for name, layer in saliency.layers.items()
+        }
 
     def scale_masks(self, ratio: float, seed: int) -> dict[str, torch.Tensor]:
         """In each layer the scales with the largest mean gradient, as many as whole columns of the ratio have."""
@@ -209,6 +208,18 @@ class Bench:
             schedule.step()
             optimizer.zero_grad()
         return {**self.evaluate(model), "scales": trained, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def select_control(saliency: Saliency, control: str, ratio: float, seed: int) -> dict[str, str]:
+    """Layer -> mask of as many groups as a ratio stands for: `random` ones, or `bottom`, the least salient."""
+    generator = torch.Generator().manual_seed(seed)
+    selection = {}
+    for name, layer in saliency.layers.items():
+        scores = layer.group_scores()
+        scores = torch.rand(len(scores), generator=generator) if control == "random" else -scores
+        chosen = select_top(scores, count_selected(ratio, layer.selectable))
+        selection[name] = encode_mask(chosen, layer.selectable)
+    return selection
 
 
 def windows_of(tokenizer: Any, path: Path, length: int, characters: int) -> torch.Tensor:

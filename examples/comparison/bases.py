@@ -1,0 +1,88 @@
+"""The bases: a model by path or Hub name, in a format by name."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import torch
+from benchmarks.bases import BASES, quantized_layers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
+
+from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
+
+FORMATS = 'as-is, nf4, hqq-BITS-GROUP such as "hqq-3-64", gptq-BITS-GROUP, or a name of examples/benchmarks/bases.py'
+
+
+def load_base(model: str, base: str, dtype: torch.dtype, calibration: list[str]) -> Any:
+    """A model in eval mode, its linear layers but the output head in a format.
+
+    Args:
+        model (`str`): Directory or Hub name of a causal language model.
+        base (`str`): One of `FORMATS`; "as-is" is for a checkpoint that is quantized already.
+        dtype (`torch.dtype`): What it computes in.
+        calibration (`list[str]`): Texts for GPTQ, which needs some.
+
+    Raises:
+        ValueError: If the format is not known.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    packed = re.fullmatch(r"(hqq|gptq)-(\d+)-(\d+)", base)
+    if base == "nf4":
+        loaded = BASES["bnb-nf4"].load(model, dtype)
+    elif packed and packed[1] == "hqq":
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map={"": device}).eval()
+        _quantize_hqq(loaded, int(packed[2]), int(packed[3]), dtype)
+    elif packed:
+        settings = GPTQConfig(
+            int(packed[2]),
+            tokenizer=AutoTokenizer.from_pretrained(model),
+            dataset=calibration,
+            group_size=int(packed[3]),
+            backend="torch",
+        )
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, quantization_config=settings)
+    elif base == "as-is":
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map={"": device})
+    elif base in BASES:
+        loaded = BASES[base].load(model, dtype)
+    else:
+        raise ValueError(f"The base {base!r} is not known, expected {FORMATS}.")
+    disable_cpu_packing(loaded)
+    return loaded.eval()
+
+
+def _quantize_hqq(model: Any, bits: int, group_size: int, dtype: torch.dtype) -> None:
+    # Layer by layer: HQQ's own function for whole models knows a few architectures, GPT-Neo is not one of them.
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    model.requires_grad_(False)
+    head = model.get_output_embeddings()
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and layer is not head and layer.in_features % group_size == 0:
+            settings = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1)
+            device = str(layer.weight.device)
+            model.set_submodule(name, HQQLinear(layer, settings, compute_dtype=dtype, device=device))
+
+
+def copy_base(model: Any) -> Any:
+    """A copy of a base that shares nothing with it.
+
+    GPTQModel 7.7 puts a compiled `dequantize_weight` on each layer that is bound to that layer; a plain copy would
+    go on computing with the scales of the layer it was copied from, merged or not.
+    """
+    copied = copy.deepcopy(model)
+    for layer in copied.modules():
+        if hasattr(layer, "qweight"):
+            vars(layer).pop("dequantize_weight", None)
+    return copied
+
+
+def targets_of(model: nn.Module) -> list[str]:
+    """Full names of the layers all methods adapt: the quantized ones, or in a model without any all but the head."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return quantized_layers(model) or [
+        name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head
+    ]

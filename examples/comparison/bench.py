@@ -1,0 +1,168 @@
+"""A setting of `compare_methods.py`: its base, its data and selections, and the run of one method."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from torch import nn
+from transformers import AutoTokenizer, get_scheduler
+
+from comparison.bases import copy_base, load_base, targets_of
+from comparison.data import read_questions, read_windows
+from comparison.evaluation import accuracy, mean_loss
+from comparison.methods import Method, adapt, count_trained, merge
+from comparison.selections import choose, criterion_of
+from peft_sgrq import SGRQConfig, calibrate
+from peft_sgrq.selection import Saliency
+
+WARMUP = 0.1
+
+
+class Bench:
+    """The base, the data and the selections of a setting; each is made once."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        train = self._read(arguments.train, "train")
+        held = len(train) // 10
+        self.train = train[:-held]
+        self.parts = {
+            "validation": train[-held:][: arguments.evaluation_rows],
+            "test": self._read(arguments.test, "test")[: arguments.evaluation_rows],
+            "other": self._read(arguments.other, "test")[: arguments.evaluation_rows],
+        }
+        self.questions = None
+        if arguments.questions is not None:
+            self.questions = read_questions(
+                self.tokenizer, Path(arguments.questions), arguments.question_count, arguments.context_length
+            )
+        texts = [self.tokenizer.decode(row) for row in self.train[: arguments.calibration_rows]]
+        self._base = load_base(arguments.model, arguments.base, getattr(torch, arguments.dtype), texts)
+        self.targets = targets_of(self._base)
+        self._saliency: dict[tuple[str, int], Saliency] = {}
+
+    def _read(self, source: str, split: str) -> torch.Tensor:
+        arguments = self.arguments
+        return read_windows(self.tokenizer, source, split, arguments.length, arguments.characters, arguments.column)
+
+    def load(self) -> Any:
+        """A copy of the untrained base."""
+        return copy_base(self._base)
+
+    def load_full_precision(self) -> Any:
+        """The model as its checkpoint has it (a quantized one in its own format)."""
+        return load_base(self.arguments.model, "as-is", getattr(torch, self.arguments.dtype), [])
+
+    # selections
+
+    def select(self, method: Method, seed: int) -> dict[str, str] | None:
+        """Layer -> mask of the groups a method selects; `None` if it selects all, or is not SGRQ."""
+        if not method.selects:
+            return None
+        return choose(self._calibrated(criterion_of(method), seed), method, seed)
+
+    def _calibrated(self, criterion: str, seed: int) -> Saliency:
+        if (criterion, seed) not in self._saliency:
+            order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(1000 + seed))
+            rows = self.train[order[: self.arguments.calibration_rows]]
+            batches = [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in rows.split(8)]
+            config = SGRQConfig(target_modules=self.targets, task_type="CAUSAL_LM")
+            self._saliency[criterion, seed] = calibrate(
+                self.load(), config, batches, criterion=criterion, progress=False
+            )
+        return self._saliency[criterion, seed]
+
+    # runs
+
+    def adapted(self, method: Method, seed: int) -> Any:
+        """The base with the untrained adapter of a method."""
+        torch.manual_seed(seed)  # of LoRA's A
+        return adapt(self.load(), method, self.targets, self.select(method, seed))
+
+    def run(self, method: Method, seed: int, learning_rate: float, best: dict[str, float]) -> dict[str, Any]:
+        """Trains and merges one method.
+
+        Args:
+            method (`Method`): Which.
+            seed (`int`): Of the order of the data, calibration rows, random selections and LoRA's A.
+            learning_rate (`float`): Peak of the schedule.
+            best (`dict[str, float]`): The lowest validation loss so far by state, "tuned" and "merged". Where a run is
+                better, or there is none, the questions are asked as well.
+
+        Returns:
+            `dict`: `trained` numbers, `adapter_bytes`, by state losses and the answers (`merged` is `None` where PEFT
+            cannot merge), `same_bits` (whether tuned and merged model give the same logits), `seconds`.
+        """
+        start = time.perf_counter()
+        model = self.adapted(method, seed)
+        trained = count_trained(model, method)
+        size = 4 * trained if method.tied else _adapter_bytes(model)
+        self.fit(model, method, seed, learning_rate)
+        tuned = self.losses(model)
+        if _is_better(tuned, best.get("tuned")):
+            tuned |= self.answers(model)
+        probe = self.parts["validation"][:4].to(model.device)
+        logits = _logits(model, probe)
+        merged_model, merged, same = merge(model, method), None, False
+        if merged_model is not None:
+            merged_model.eval()
+            same = torch.equal(_logits(merged_model, probe), logits)
+            merged = dict(tuned) if same else self.losses(merged_model)
+            if not same and _is_better(merged, best.get("merged")):
+                merged |= self.answers(merged_model)
+        return {
+            "trained": trained,
+            "adapter_bytes": size,
+            "tuned": tuned,
+            "merged": merged,
+            "same_bits": same,
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+
+    def fit(self, model: Any, method: Method, seed: int, learning_rate: float) -> None:
+        """Trains what requires a gradient: AdamW without weight decay, 10 % warm-up, gradients clipped at norm 1."""
+        arguments = self.arguments
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+        name = "constant_with_warmup" if method.schedule == "constant" else method.schedule
+        schedule = get_scheduler(name, optimizer, int(WARMUP * arguments.steps), arguments.steps)
+        generator = torch.Generator().manual_seed(seed)
+        model.train()
+        for _ in range(arguments.steps):
+            batch = self.train[torch.randint(len(self.train), (arguments.batch_size,), generator=generator)]
+            batch = batch.to(model.device)
+            model(input_ids=batch, labels=batch).loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        model.eval()
+
+    def losses(self, model: Any) -> dict[str, float | None]:
+        """Losses on the validation split, the `test` text, and the `other` one, out of domain; `None`: diverged."""
+        model.eval()
+        return {part: mean_loss(model, windows) for part, windows in self.parts.items()}
+
+    def answers(self, model: Any) -> dict[str, float]:
+        """`accuracy` on the questions, if there are any."""
+        return {} if self.questions is None else {"accuracy": accuracy(model, self.questions)}
+
+
+def _is_better(losses: dict[str, float | None], best: float | None) -> bool:
+    return best is None or (losses["validation"] is not None and losses["validation"] < best)
+
+
+def _adapter_bytes(model: Any) -> int:
+    tensors = get_peft_model_state_dict(model).values()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids).logits

@@ -1,0 +1,85 @@
+"""Texts as windows of tokens, and multiple-choice questions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from selection_bench import windows_of
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Multiple-choice questions whose contexts are equally long: the end of each is kept.
+
+    Attributes:
+        contexts (`torch.Tensor`): Token ids, int64 `[n, T]`.
+        choices (`list[list[torch.Tensor]]`): By question its choices' token ids, int64 `[t]`.
+        characters (`list[list[int]]`): Lengths of the choices in characters.
+        labels (`list[int]`): Index of the right choice.
+    """
+
+    contexts: torch.Tensor
+    choices: list[list[torch.Tensor]]
+    characters: list[list[int]]
+    labels: list[int]
+
+
+def read_windows(tokenizer: Any, source: str, split: str, length: int, characters: int, column: str) -> torch.Tensor:
+    """A text as windows, int64 `[windows, length]`.
+
+    Args:
+        tokenizer: Of the model.
+        source (`str`): A file as `windows_of` reads it, or the Hub name of a dataset, `name` or `name:config`.
+        split (`str`): Of the dataset.
+        length (`int`): Tokens in a window.
+        characters (`int`): How much of it to read.
+        column (`str`): The dataset's columns to join, separated by commas; "text" where it has none of them.
+    """
+    if Path(source).exists():
+        return windows_of(tokenizer, Path(source), length, characters)
+    from datasets import load_dataset
+
+    name, _, config = source.partition(":")
+    text = ""
+    for row in load_dataset(name, config or None, split=split):
+        columns = [key for key in column.split(",") if key in row] or ["text"]
+        text += "\n".join(str(row[key]) for key in columns) + "\n\n"
+        if len(text) >= characters:
+            break
+    ids = tokenizer(text[:characters], return_tensors="pt", verbose=False).input_ids[0]
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
+def read_questions(tokenizer: Any, path: Path, count: int, length: int) -> Questions:
+    """Questions from a .jsonl file of `context`, `choices` and `label`; those with shorter contexts are left out.
+
+    Args:
+        tokenizer: Of the model.
+        path (`Path`): The file.
+        count (`int`): Questions at most.
+        length (`int`): Tokens kept of each context.
+
+    Raises:
+        ValueError: If no context is that long.
+    """
+    contexts, choices, characters, labels = [], [], [], []
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        ids = _ids(tokenizer, row["context"])
+        if len(ids) < length or len(labels) == count:
+            continue
+        contexts.append(ids[-length:])
+        choices.append([_ids(tokenizer, " " + choice) for choice in row["choices"]])
+        characters.append([len(choice) for choice in row["choices"]])
+        labels.append(row["label"])
+    if not labels:
+        raise ValueError(f"{path} has no context of {length} tokens, expected some; lower --context-length.")
+    return Questions(torch.stack(contexts), choices, characters, labels)
+
+
+def _ids(tokenizer: Any, text: str) -> torch.Tensor:
+    return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)

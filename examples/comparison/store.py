@@ -1,0 +1,91 @@
+"""Results: one JSON file, a list of settings (what all runs in it share), each with its runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STATES = ("tuned", "merged")
+_NOT_SHARED = ("methods", "seeds", "results", "limit", "rates", "factor", "refine", "centre", "cost")
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "hqq", "gptqmodel")
+
+Run = dict[str, Any]
+
+
+class Results:
+    """The setting of some arguments in a file of results; written beside and renamed after each run."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.path: Path = arguments.results
+        self.settings = json.loads(self.path.read_text()) if self.path.exists() else []
+        shared = {key: _shorten(value) for key, value in vars(arguments).items() if key not in _NOT_SHARED}
+        for setting in self.settings:
+            if setting["shared"] == shared:
+                self.setting = setting
+                return
+        self.setting: dict[str, Any] = {
+            "shared": shared,
+            "versions": {name: number for name in _PACKAGES if (number := _version(name)) is not None},
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} thread(s), "
+            f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}",
+            "unavailable": {},
+            "same": {},
+            "runs": [],
+        }
+        self.settings.append(self.setting)
+
+    def runs(self, method: str, seed: int | None = None) -> list[Run]:
+        """The runs of a method, of one seed or of all."""
+        return [run for run in self.setting["runs"] if run["method"] == method and seed in (None, run["seed"])]
+
+    def find(self, method: str, seed: int, rate: float) -> Run | None:
+        return next((run for run in self.runs(method, seed) if run["learning_rate"] == rate), None)
+
+    def add(self, run: Run) -> None:
+        self.setting["runs"].append(run)
+        self.save()
+
+    def save(self) -> None:
+        beside = self.path.with_suffix(".partial")
+        beside.write_text(json.dumps(self.settings, indent=1) + "\n")
+        os.replace(beside, self.path)
+
+
+def best_rate(runs: list[Run], state: str) -> float | None:
+    """The learning rate with the lowest validation loss at the first seed; `None` where the state does not exist.
+
+    Args:
+        runs (`list[Run]`): Of one method.
+        state (`str`): "tuned" or "merged".
+    """
+    first = min((run["seed"] for run in runs), default=None)
+    found = [run for run in runs if run["seed"] == first and run[state] is not None]
+    return min(found, key=lambda run: loss_of(run, state))["learning_rate"] if found else None
+
+
+def loss_of(run: Mapping[str, Any], state: str) -> float:
+    """The validation loss; infinite where training diverged."""
+    value = run[state]["validation"]
+    return float("inf") if value is None else value
+
+
+def _shorten(value: Any) -> Any:
+    """Files by their name and folder: where they are on a machine says nothing."""
+    if isinstance(value, str) and Path(value).exists():
+        return "/".join(Path(value).parts[-2 if Path(value).is_file() else -1 :])
+    return value
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

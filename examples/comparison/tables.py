@@ -1,0 +1,206 @@
+"""Tables in Markdown of what `compare_methods.py` found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from statistics import mean, stdev
+from typing import Any
+
+from comparison.store import STATES, Run, best_rate
+
+Setting = dict[str, Any]
+
+
+def describe(setting: Setting) -> str:
+    """A section for one setting: how it was run, a row for each method, and one for each thing that was tried."""
+    shared, runs = setting["shared"], setting["runs"]
+    versions = ", ".join(f"{name} {number}" for name, number in setting["versions"].items())
+    parts = [
+        f"### {title(setting)}",
+        f"{shared['steps']} steps of {shared['batch_size']} x {shared['length']} tokens, {shared['dtype']}; out of "
+        f"domain is {shared['other']}. {versions}. {setting['machine']}.",
+        methods_table(setting),
+    ]
+    notes = [f"{name} selects what {other} does." for name, other in setting["same"].items()]
+    notes += [f"{name}: not available." for name in setting["unavailable"]]
+    tried = tried_table(runs)
+    parts += [" ".join(notes)] if notes else []
+    parts += (
+        [f"What was tried there; the difference is to the method without it, seed by seed:\n\n{tried}"]
+        if tried
+        else []
+    )
+    return "\n\n".join(parts)
+
+
+def title(setting: Setting) -> str:
+    shared = setting["shared"]
+    return f"{shared['model']}, {shared['base']}, {shared['train'].split('/')[0]}, {shared['steps']} steps"
+
+
+def methods_table(setting: Setting) -> str:
+    """A row for each method: mean and standard deviation over seeds, each state at its own best learning rate."""
+    rows = [
+        "| method | learning rate | trained | adapter kB | in domain, tuned | in domain, merged "
+        "| out of domain, tuned | out of domain, merged | questions, tuned | questions, merged |",
+        "|" + "---|" * 10,
+    ]
+    for name, key in (("not quantized", "full_precision"), ("base, untrained", "untrained")):
+        if key in setting:
+            found = setting[key]
+            cells = [_number(found["test"]), "", _number(found["other"]), "", _percent([found.get("accuracy")]), ""]
+            rows.append(_row([name, "", "", "", *cells]))
+    for method in methods_of(setting["runs"]):
+        if ":" in method:
+            continue
+        by_state = {state: best_runs(setting["runs"], method, state) for state in STATES}
+        one = next(iter(by_state["tuned"].values()))
+        rates = dict.fromkeys(f"{run['learning_rate']:g}" for found in by_state.values() for run in found.values())
+        cells = [method, ", ".join(rates), f"{one['trained']:,}", f"{one['adapter_bytes'] / 1000:.0f}"]
+        for part in ("test", "other"):
+            cells += [spell(values(by_state[state], state, part)) for state in STATES]
+        cells += [_percent(values(by_state[state], state, "accuracy")) for state in STATES]
+        rows.append(_row(cells))
+    return "\n".join(rows)
+
+
+def tried_table(runs: list[Run]) -> str:
+    """A row for each method with options (`sgrq-0.4:exp`): merged losses, less those of the plain method.
+
+    The plain one has the same learning rate where it was run at it with all seeds, else its own best.
+    """
+    rows = [
+        "| tried | learning rate | trained | in domain, merged | difference | out of domain, merged | difference |"
+    ]
+    rows.append("|" + "---|" * 7)
+    for method in methods_of(runs):
+        if ":" not in method:
+            continue
+        own = best_runs(runs, method, "merged")
+        one = next(iter(own.values()))
+        name = method.partition(":")[0]
+        same = [run for run in runs if (run["method"], run["learning_rate"]) == (name, one["learning_rate"])]
+        plain = {run["seed"]: run for run in same}
+        if set(plain) != set(own):
+            plain = best_runs(runs, name, "merged")
+        cells = [method, f"{one['learning_rate']:g}", f"{one['trained']:,}"]
+        for part in ("test", "other"):
+            cells += [spell(values(own, "merged", part)), spell(differences(own, plain, part), sign="+")]
+        rows.append(_row(cells))
+    return "\n".join(rows) if len(rows) > 2 else ""
+
+
+def summary_table(settings: Iterable[Setting]) -> str:
+    """After merging, in each setting: the best LoRA, SGRQ and PEQA in domain, and the methods on the front."""
+    rows = [
+        "| setting | base | best LoRA | best SGRQ below 1.0 | PEQA | SGRQ less LoRA | PEQA less LoRA | "
+        "the same out of domain | on the front |",
+        "|" + "---|" * 9,
+    ]
+    for setting in settings:
+        runs = setting["runs"]
+        groups = {
+            "lora": [name for name in methods_of(runs) if name.startswith("lora-") and ":" not in name],
+            "sgrq": [name for name in methods_of(runs) if name.startswith("sgrq-") and ":" not in name],
+            "peqa": [name for name in methods_of(runs) if name == "peqa"],
+        }
+        best = {key: best_method(runs, names) for key, names in groups.items()}
+        found = {key: best_runs(runs, name, "merged") for key, name in best.items() if name is not None}
+        if len(found) < 3:
+            continue
+        cells = [title(setting), _number(setting["untrained"]["test"])]
+        cells += [f"{best[key]}: {spell(values(found[key], 'merged', 'test'))}" for key in ("lora", "sgrq")]
+        cells.append(spell(values(found["peqa"], "merged", "test")))
+        cells += [spell(differences(found[key], found["lora"], "test"), sign="+") for key in ("sgrq", "peqa")]
+        cells.append(
+            ", ".join(spell(differences(found[key], found["lora"], "other"), sign="+") for key in ("sgrq", "peqa"))
+        )
+        cells.append(", ".join(front(runs)))
+        rows.append(_row(cells))
+    return "\n".join(rows)
+
+
+def cost_table(settings: Iterable[Setting]) -> str:
+    """Step time and peak memory of each method, over those of lora-16 in the same setting."""
+    measured = [setting for setting in settings if "cost" in setting]
+    names = dict.fromkeys(name for setting in measured for name in setting["cost"])
+    heads = [title(setting).rpartition(", ")[0] for setting in measured]
+    rows = [_row(["method", *(f"{head}: {what}" for head in heads for what in ("step", "peak memory", "kept"))])]
+    rows.append("|" + "---|" * (1 + 3 * len(heads)))
+    for name in names:
+        cells = [name]
+        for setting in measured:
+            own, other = setting["cost"].get(name), setting["cost"]["lora-16"]
+            cells += [f"{own[key] / other[key]:.2f}" if own else "" for key in ("step", "peak", "kept")]
+        rows.append(_row(cells))
+    return "\n".join(rows) if measured else ""
+
+
+def methods_of(runs: list[Run]) -> list[str]:
+    return list(dict.fromkeys(run["method"] for run in runs))
+
+
+def best_runs(runs: list[Run], method: str, state: str) -> dict[int, Run]:
+    """By seed the runs of a method at the learning rate that is best in a state; empty if it has no such state."""
+    own = [run for run in runs if run["method"] == method]
+    rate = best_rate(own, state)
+    return {run["seed"]: run for run in own if run["learning_rate"] == rate} if rate is not None else {}
+
+
+def best_method(runs: list[Run], names: list[str]) -> str | None:
+    """Of some methods the one with the lowest mean loss in domain after merging."""
+    means = {}
+    for name in names:
+        found = values(best_runs(runs, name, "merged"), "merged", "test")
+        if found and None not in found:
+            means[name] = mean(found)
+    return min(means, key=means.__getitem__) if means else None
+
+
+def front(runs: list[Run]) -> list[str]:
+    """Methods that no other beats both in and out of domain after merging (means over seeds); options left out."""
+    points = {}
+    for name in methods_of(runs):
+        found = best_runs(runs, name, "merged")
+        losses = [values(found, "merged", part) for part in ("test", "other")]
+        if ":" not in name and losses[0] and None not in losses[0] + losses[1]:
+            points[name] = (mean(losses[0]), mean(losses[1]))
+    return [
+        name
+        for name, (test, other) in points.items()
+        if not any(a <= test and b <= other and (a, b) != (test, other) for a, b in points.values())
+    ]
+
+
+def values(runs: dict[int, Run], state: str, key: str) -> list[Any]:
+    """What the runs have under a key, by seed in order; only of those that have it."""
+    return [runs[seed][state][key] for seed in sorted(runs) if runs[seed][state] and key in runs[seed][state]]
+
+
+def differences(one: dict[int, Run], other: dict[int, Run], key: str) -> list[float]:
+    """Seed by seed, after merging."""
+    pairs = [(one[seed]["merged"][key], other[seed]["merged"][key]) for seed in sorted(set(one) & set(other))]
+    return [a - b for a, b in pairs if a is not None and b is not None]
+
+
+def spell(numbers: list[float | None], sign: str = "") -> str:
+    """Mean and standard deviation, in three digits."""
+    if not numbers:
+        return ""
+    if any(number is None for number in numbers):
+        return "diverged"
+    spread = f" ± {stdev(numbers):.3f}" if len(numbers) > 1 else ""
+    return f"{mean(numbers):{sign}.3f}{spread}"
+
+
+def _number(value: float | None) -> str:
+    return "diverged" if value is None else f"{value:.3f}"
+
+
+def _percent(numbers: list[float | None]) -> str:
+    found = [number for number in numbers if number is not None]
+    return f"{100 * mean(found):.0f} %" if found else ""
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,65 @@
+"""Tables and plots of what `compare_methods.py` found.
+
+python examples/methods_report.py docs/results/methods-*.json
+python examples/methods_report.py docs/results/methods-*.json --update docs/results.md --plots docs/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from comparison.tables import cost_table, describe, methods_of, summary_table
+
+PARTS = ("summary", "cost", "settings")
+PLOTTED_FROM = 7  # methods; settings with fewer are there to answer one question
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("--update", type=Path, help="a Markdown file to put the tables into, between their marks")
+    parser.add_argument("--plots", type=Path, help="a directory to write a picture for each file of results into")
+    arguments = parser.parse_args()
+    by_file = {path: json.loads(path.read_text()) for path in arguments.results}
+    settings = [setting for found in by_file.values() for setting in found]
+    texts = {
+        "summary": summary_table(settings),
+        "cost": cost_table(settings),
+        "settings": "\n\n".join(map(describe, settings)),
+    }
+    if arguments.update is None:
+        print("\n\n".join(texts.values()))
+    else:
+        page = arguments.update.read_text()
+        for part in PARTS:
+            page = put(page, part, texts[part])
+        beside = arguments.update.with_suffix(".partial")
+        beside.write_text(page)
+        os.replace(beside, arguments.update)
+    if arguments.plots is not None:
+        from comparison.plots import plot_forgetting
+
+        for path, found in by_file.items():
+            broad = [setting for setting in found if len(methods_of(setting["runs"])) >= PLOTTED_FROM]
+            plot_forgetting(broad or found, arguments.plots / f"{path.stem}.png")
+
+
+def put(page: str, part: str, text: str) -> str:
+    """The page with a text between the marks of a part.
+
+    Raises:
+        ValueError: If the marks are not there.
+    """
+    start, end = f"<!-- {part}: made by examples/methods_report.py -->", f"<!-- end of {part} -->"
+    before, found, rest = page.partition(start)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"The page has no marks of the part {part!r}, expected {start!r} and {end!r}; add them.")
+    return f"{before}{start}\n\n{text}\n\n{end}{after}"
+
+
+if __name__ == "__main__":
+    main()
