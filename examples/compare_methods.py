@@ -42,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--column", default="text", help="of a dataset on the Hub; several are joined: question,answer"
     )
+    parser.add_argument("--recover", help="a text the model knew: the base is recovered with it before it is tuned")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--methods", nargs="+", default=list(DEFAULT_METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -17,10 +17,11 @@ from comparison.data import read_questions, read_windows
 from comparison.evaluation import accuracy, mean_loss
 from comparison.methods import Method, adapt, count_trained, merge
 from comparison.selections import choose, criterion_of
-from peft_sgrq import SGRQConfig, calibrate
+from peft_sgrq import SGRQConfig, calibrate, recover
 from peft_sgrq.selection import Saliency
 
 WARMUP = 0.1
+_RECOVERY_ROWS = 128  # windows
 
 
 class Bench:
@@ -45,11 +46,20 @@ class Bench:
         texts = [self.tokenizer.decode(row) for row in self.train[: arguments.calibration_rows]]
         self._base = load_base(arguments.model, arguments.base, getattr(torch, arguments.dtype), texts)
         self.targets = targets_of(self._base)
+        if arguments.recover is not None:
+            self._base = self._recovered(self._base, self._read(arguments.recover, "train")[:_RECOVERY_ROWS])
         self._saliency: dict[tuple[str, int], Saliency] = {}
 
     def _read(self, source: str, split: str) -> torch.Tensor:
         arguments = self.arguments
         return read_windows(self.tokenizer, source, split, arguments.length, arguments.characters, arguments.column)
+
+    def _recovered(self, base: Any, rows: torch.Tensor) -> Any:
+        """The base with scales that give back what quantization took, merged."""
+        batches = [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in rows.split(4)]
+        config = SGRQConfig(ratio=1.0, target_modules=self.targets, task_type="CAUSAL_LM")
+        found = recover(base, self.load_full_precision(), batches, config, distill_steps=64, progress=False)
+        return found.model.merge_and_unload()
 
     def load(self) -> Any:
         """A copy of the untrained base."""

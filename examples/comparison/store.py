@@ -26,7 +26,8 @@ class Results:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.path: Path = arguments.results
         self.settings = json.loads(self.path.read_text()) if self.path.exists() else []
-        shared = {key: _shorten(value) for key, value in vars(arguments).items() if key not in _NOT_SHARED}
+        given = {key: value for key, value in vars(arguments).items() if key not in _NOT_SHARED}
+        shared = {key: _shorten(value) for key, value in given.items() if (key, value) != ("recover", None)}
         for setting in self.settings:
             if setting["shared"] == shared:
                 self.setting = setting

@@ -35,7 +35,8 @@ def describe(setting: Setting) -> str:
 
 def title(setting: Setting) -> str:
     shared = setting["shared"]
-    return f"{shared['model']}, {shared['base']}, {shared['train'].split('/')[0]}, {shared['steps']} steps"
+    recovered = ", recovered first" if "recover" in shared else ""
+    return f"{shared['model']}, {shared['base']}{recovered}, {shared['train'].split('/')[0]}, {shared['steps']} steps"
 
 
 def methods_table(setting: Setting) -> str:
