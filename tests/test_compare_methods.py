@@ -15,14 +15,13 @@ import torch
 from bases import NF4
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_layers import packed_layer
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import compare_methods  # noqa: E402
 import methods_report  # noqa: E402
-from comparison.bases import copy_base, load_base, targets_of  # noqa: E402
+from comparison.bases import load_base, targets_of  # noqa: E402
 from comparison.bench import Bench  # noqa: E402
 from comparison.data import Questions  # noqa: E402
 from comparison.evaluation import accuracy, mean_loss  # noqa: E402
@@ -300,15 +299,3 @@ def test_the_tables_and_plots_on_the_page_are_those_of_the_results(tmp_path, mon
 def test_a_page_without_marks_is_refused():
     with pytest.raises(ValueError, match="has no marks of the part 'cost'"):
         methods_report.put("nothing", "cost", "text")
-
-
-def test_gptqmodel_still_binds_copies_of_layers_to_the_original():
-    layer, x = packed_layer("gptq").layer.eval(), torch.randn(2, 128)
-    layer.optimize()
-    plain, own = copy.deepcopy(layer), copy_base(torch.nn.Sequential(layer))[0]
-    for twin in (plain, own):
-        twin.scales.data.mul_(2)
-    with torch.no_grad():
-        before = layer(x)
-        assert torch.equal(plain(x), before), "deepcopy would do in examples/comparison/bases.py"
-        torch.testing.assert_close(own(x), 2 * before)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from layers import adapt
 from packed_layers import packed_layer, require
 from torch import nn
 
@@ -31,6 +33,29 @@ def test_gptqmodel_still_rounds_awq_scales_in_place():
     layer = awq_layer()
     layer(torch.randn(2, 128, dtype=torch.bfloat16))
     assert layer.scales.dtype == torch.bfloat16, "see peft_sgrq/upstream/awq_scale_dtype.py"
+
+
+def test_gptqmodel_still_binds_copies_to_the_original():
+    layer, x = packed_layer("gptq").layer.eval(), torch.randn(2, 128)
+    layer.optimize()
+    copied = copy.deepcopy(layer)
+    copied.scales.data.mul_(2)
+    with torch.no_grad():
+        assert torch.equal(copied(x), layer(x)), "see peft_sgrq/upstream/gptq_bound_copies.py"
+
+
+def test_a_merge_into_a_copy_of_a_gptq_layer_is_exact_and_leaves_the_original_alone():
+    layer, x = packed_layer("gptq").layer.eval(), torch.randn(2, 128)
+    layer.optimize()
+    with torch.no_grad():
+        before = layer(x)
+    model = adapt(copy.deepcopy(layer)).eval()
+    with torch.no_grad():
+        tuned = model(x)
+        merged = model.merge_and_unload()(x)
+        assert torch.equal(merged, tuned) and not torch.equal(merged, before)
+        assert torch.equal(layer(x), before)
+    assert "dequantize_weight" in vars(layer)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from typing import Any
 
@@ -65,19 +64,6 @@ def _quantize_hqq(model: Any, bits: int, group_size: int, dtype: torch.dtype) ->
             settings = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1)
             device = str(layer.weight.device)
             model.set_submodule(name, HQQLinear(layer, settings, compute_dtype=dtype, device=device))
-
-
-def copy_base(model: Any) -> Any:
-    """A copy of a base that shares nothing with it.
-
-    GPTQModel 7.7 puts a compiled `dequantize_weight` on each layer that is bound to that layer; a plain copy would
-    go on computing with the scales of the layer it was copied from, merged or not.
-    """
-    copied = copy.deepcopy(model)
-    for layer in copied.modules():
-        if hasattr(layer, "qweight"):
-            vars(layer).pop("dequantize_weight", None)
-    return copied
 
 
 def targets_of(model: nn.Module) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from peft import get_peft_model_state_dict
 from torch import nn
 from transformers import AutoTokenizer, get_scheduler
 
-from comparison.bases import copy_base, load_base, targets_of
+from comparison.bases import load_base, targets_of
 from comparison.data import read_questions, read_windows
 from comparison.evaluation import accuracy, mean_loss
 from comparison.methods import Method, adapt, count_trained, merge
@@ -63,7 +64,7 @@ class Bench:
 
     def load(self) -> Any:
         """A copy of the untrained base."""
-        return copy_base(self._base)
+        return copy.deepcopy(self._base)
 
     def load_full_precision(self) -> Any:
         """The model as its checkpoint has it (a quantized one in its own format)."""

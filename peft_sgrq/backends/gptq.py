@@ -16,6 +16,7 @@ from torch import nn
 from peft_sgrq.backends.gptqmodel_layer import check_kernel, is_gptqmodel_layer
 from peft_sgrq.backends.integer import IntegerBackend
 from peft_sgrq.backends.packing import WORD, unpack, unpack_rows
+from peft_sgrq.upstream.gptq_bound_copies import release_copy
 
 
 class GPTQLayout(IntegerBackend):
@@ -79,6 +80,10 @@ class GPTQBackend(GPTQLayout):
     def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
         y, bias = self.product(x, prepared), self.bias
         return y if bias is None else y.add_(bias.to(y.dtype))
+
+    def restore_scales(self, stored: Any) -> Any:
+        release_copy(self.module)
+        return super().restore_scales(stored)
 
     def quantization(self) -> dict[str, Any] | None:
         return {"quant_method": "gptq", **self.scale_fields()}
