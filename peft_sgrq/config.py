@@ -39,7 +39,7 @@ class SGRQConfig(PeftConfig):
         budget (`float`, `int` or `str`): What `"global"` and `"layerwise"` may spend: a share of all scales (`float`),
             a number of scales (`int`), or a size of the adapter's deltas such as `"20MB"`.
         criterion (`str` or `None`): How salience is measured: obs, billm, diag, error, fisher, gradient, magnitude
-            or random (docs/selection.md). `None`: obs when calibrated, else magnitude, which needs no data.
+            or random (docs/selection.md). `None`: diag when calibrated, else magnitude, which needs no data.
         group_size (`int`): Columns per scale in a layer that is not quantized; a quantized one has its own.
         adapter_dtype (`"float32"` or `"bfloat16"`): With `"bfloat16"` the forward pass rounds the deltas to it, so
             that the adapter file of half the size holds what was trained. Training keeps float32 values either way.

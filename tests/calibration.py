@@ -82,7 +82,7 @@ def summed(scores: torch.Tensor, backend: ScaleBackend) -> torch.Tensor:
 
 
 def run(
-    model: Any, criterion: Any = None, data: Any = None, config: SGRQConfig | None = None, **kwargs: Any
+    model: Any, criterion: Any = "obs", data: Any = None, config: SGRQConfig | None = None, **kwargs: Any
 ) -> Saliency:
     """The saliency by a criterion on the padded batches, or other data."""
     return run_on(model, padded_batches() if data is None else data, criterion, config, **kwargs)

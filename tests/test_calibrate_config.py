@@ -25,7 +25,7 @@ def test_a_calibrated_config_goes_through_a_trainer_unchanged(base: Base, ratio,
     model = base.load(llama_dir)
     saliency = calibrate(model, config, TEXTS, tokenizer, progress=False)
     expected = saliency.select(ratio, {"o_proj": 1.0}, 0.9)
-    assert config.selection == expected and config.criterion == "obs" and config.ratio == ratio
+    assert config.selection == expected and config.criterion == "diag" and config.ratio == ratio
     given = copy.deepcopy(config)
     trainer = SFTTrainer(
         model,
@@ -38,7 +38,7 @@ def test_a_calibrated_config_goes_through_a_trainer_unchanged(base: Base, ratio,
     assert replace(config, base_model_name_or_path=None) == given  # PEFT writes that
     trainer.model.save_pretrained(tmp_path / "adapter")
     saved = PeftConfig.from_pretrained(str(tmp_path / "adapter"))
-    assert saved.selection == expected and saved.ratio == ratio and saved.criterion == "obs"
+    assert saved.selection == expected and saved.ratio == ratio and saved.criterion == "diag"
     loaded = PeftModel.from_pretrained(base.load(llama_dir), tmp_path / "adapter")
     for name, mask in expected.items():
         layer = loaded.get_submodule(f"base_model.model.{name}")

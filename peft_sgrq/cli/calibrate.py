@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("data", metavar="DATA", help="a .txt, .jsonl, .csv or .parquet file, or a dataset of the Hub")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the safetensors file to write")
-    parser.add_argument("--criterion", default="obs", help="how salience is measured (default: obs)")
+    parser.add_argument("--criterion", default="diag", help="how salience is measured (default: diag)")
     add_data_arguments(parser)
     parser.add_argument("--original", help="for the criterion error: the model before quantization")
     parser.add_argument("--memory-limit", metavar="SIZE", help='of Hessians in models that are no chain, e.g. "4GB"')

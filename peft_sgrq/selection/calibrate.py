@@ -80,7 +80,7 @@ def calibrate(
             `datasets.Dataset`. Tokens with `attention_mask` 0 do not count. `None` will do where the criterion needs
             no data.
         tokenizer: The tokenizer for texts.
-        criterion (`str`, `Callable` or `None`): Instead of the config's; `None` in both is `"obs"`. A function is
+        criterion (`str`, `Callable` or `None`): Instead of the config's; `None` in both is `"diag"`. A function is
             given a [`LayerStatistics`] with the whole Hessian and returns scores >= 0 of each weight,
             `[out_features, in_features]`, or of each column, `[in_features]` (each row in a row format).
         column (`str` or `None`): Column of the dataset with texts, chats or token ids; `None` takes the first of
