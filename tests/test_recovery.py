@@ -15,7 +15,8 @@ from transformers.masking_utils import create_causal_mask
 
 from peft_sgrq import SGRQConfig
 from peft_sgrq.layer import SGRQLinear
-from peft_sgrq.recovery.block import LEAST_DELTA, BlockTraining
+from peft_sgrq.recovery.block import BlockTraining
+from peft_sgrq.recovery.descent import LEAST_DELTA
 from peft_sgrq.recovery.distillation import DistillationStage
 from peft_sgrq.selection.data import load_batches
 

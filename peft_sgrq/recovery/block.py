@@ -17,13 +17,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import get_cosine_schedule_with_warmup
 
 from peft_sgrq.delta import Delta
+from peft_sgrq.recovery.descent import Descent
 from peft_sgrq.recovery.preservation import Pull
-
-LEAST_DELTA = -0.99  # a scale keeps at least a hundredth of its size, and so its sign
-WARM_UP = 0.05  # of the steps
 
 Run = Callable[[int], torch.Tensor]
 
@@ -123,11 +120,7 @@ class BlockTraining:
             return True
         with torch.no_grad():
             preserved = float(self._preserved()) if self._pulls else 0.0
-        weights = [delta.weight for delta in self._deltas]
-        before = [weight.detach().clone() for weight in weights]
-        optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-        steps = epochs * len(self._targets)
-        schedule = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * steps), steps)
+        descent = Descent(self._deltas, learning_rate, epochs * len(self._targets))
         generator = torch.Generator().manual_seed(seed)
         for _ in range(epochs):
             for number in torch.randperm(len(self._targets), generator=generator).tolist():
@@ -138,20 +131,9 @@ class BlockTraining:
                         loss = loss + self._preserved() * (self._preservation * self._tokens[number] / preserved)
                 if not loss.requires_grad:
                     return True  # none of the layers was called
-                for weight, gradient in zip(
-                    weights, torch.autograd.grad(loss, weights, allow_unused=True), strict=True
-                ):
-                    weight.grad = gradient
-                optimizer.step()
-                schedule.step()
-                with torch.no_grad():
-                    for weight in weights:
-                        weight.clamp_(min=LEAST_DELTA)
+                descent.step(loss)
                 advance()
-        optimizer.zero_grad()
         if self.error() < start:
             return True
-        with torch.no_grad():  # also when it is NaN
-            for weight, old in zip(weights, before, strict=True):
-                weight.copy_(old)
+        descent.undo()  # also when it is NaN
         return False

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import get_cosine_schedule_with_warmup
 
 from peft_sgrq.delta import Delta
-from peft_sgrq.recovery.block import LEAST_DELTA, WARM_UP
+from peft_sgrq.recovery.descent import Descent
 from peft_sgrq.selection.data import Batch
 
 
@@ -81,10 +80,7 @@ class DistillationStage:
             ValueError: If the models return no logits, of other shapes, or not finite ones.
         """
         found = Distillation(self.measure(), math.nan)
-        weights = [delta.weight for delta in self._deltas]
-        before = [weight.detach().clone() for weight in weights]
-        optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-        schedule = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * steps), steps)
+        descent = Descent(self._deltas, learning_rate, steps)
         generator = torch.Generator().manual_seed(seed)
         order: list[int] = []
         for _ in range(steps):
@@ -92,22 +88,13 @@ class DistillationStage:
             batch = self._batches[order.pop()]
             with torch.enable_grad():
                 loss = self._divergence(batch)
-            for weight, gradient in zip(weights, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
-                weight.grad = gradient
-            optimizer.step()
-            schedule.step()
-            with torch.no_grad():
-                for weight in weights:
-                    weight.clamp_(min=LEAST_DELTA)
+            descent.step(loss)
             found.steps.append(loss.item() / max(1, int(self._counted(batch).sum())))
             advance(found.steps[-1])
-        optimizer.zero_grad()
         found.after = self.measure()
         if not found.after < found.before:
             found.after = found.before
-            with torch.no_grad():
-                for weight, old in zip(weights, before, strict=True):
-                    weight.copy_(old)
+            descent.undo()
         return found
 
     @torch.no_grad()
