@@ -19,14 +19,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+from results_file import ResultsFile
 from selection_bench import Bench
 from transformers.utils import logging
 
@@ -95,13 +93,11 @@ def main() -> None:
     print("Everything is done.")
 
 
-class Results:
+class Results(ResultsFile):
     """A JSON file: a list of settings (everything the runs in it share), each with its runs."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.path: Path = arguments.results
         self.ratios: list[float] = arguments.ratios
-        self.settings = json.loads(self.path.read_text()) if self.path.exists() else []
         shared = {
             key: "/".join(Path(value).parts[-2 if key != "model" else -1 :])
             if key in ("model", "train", "test")
@@ -109,20 +105,8 @@ class Results:
             for key, value in vars(arguments).items()
             if key not in ("methods", "ratios", "no_full", "seeds", "learning_rates", "all_rates", "results", "limit")
         }
-        for setting in self.settings:
-            if setting["shared"] == shared:
-                self.setting = setting
-                return
-        packages = ("torch", "transformers", "peft", "bitsandbytes")
-        self.setting = {
-            "shared": shared,
-            "versions": {package: version(package) for package in packages},
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} thread(s), "
-            f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}",
-            "overlap": {},
-            "runs": [],
-        }
-        self.settings.append(self.setting)
+        versions = {package: version(package) for package in ("torch", "transformers", "peft", "bitsandbytes")}
+        super().__init__(arguments.results, shared, versions, {"overlap": {}})
 
     def find(self, run: dict[str, Any]) -> dict[str, Any] | None:
         return next((old for old in self.setting["runs"] if all(old[key] == run[key] for key in RUN_FIELDS)), None)
@@ -134,10 +118,6 @@ class Results:
             if (run["method"], run["ratio"], run["seed"]) == (method, ratio, seed) and run["learning_rate"] in rates
         ]
         return min(runs, key=lambda run: run["validation"])["learning_rate"]
-
-    def add(self, run: dict[str, Any]) -> None:
-        self.setting["runs"].append(run)
-        self.save()
 
     def has_overlaps(self, seed: int, methods: list[str]) -> bool:
         """Whether the overlap of every two of these selections is there, at all ratios of this call."""
@@ -151,11 +131,6 @@ class Results:
         kept = [item for item in self.setting["overlap"].get(str(seed), []) if pair_of(item) not in new]
         self.setting["overlap"][str(seed)] = found + kept
         self.save()
-
-    def save(self) -> None:
-        beside = self.path.with_suffix(".partial")
-        beside.write_text(json.dumps(self.settings, indent=1) + "\n")
-        os.replace(beside, self.path)
 
 
 def pair_of(overlap: dict[str, Any]) -> tuple[float, frozenset[str]]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 from comparison.tables import cost_table, describe, methods_of, summary_table
+from results_file import replace_text
 
 PARTS = ("summary", "cost", "settings")
 PLOTTED_FROM = 7  # methods; settings with fewer are there to answer one question
@@ -36,9 +36,7 @@ def main() -> None:
         page = arguments.update.read_text()
         for part in PARTS:
             page = put(page, part, texts[part])
-        beside = arguments.update.with_suffix(".partial")
-        beside.write_text(page)
-        os.replace(beside, arguments.update)
+        replace_text(arguments.update, page)
     if arguments.plots is not None:
         from comparison.plots import plot_forgetting
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from results_file import ResultsFile
 from selection_bench import round_to_grid, windows_of
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -154,7 +153,7 @@ def hqq_layer(layer: nn.Linear, bits: int, size: int) -> nn.Module:
     return HQQLinear(layer, config, compute_dtype=layer.weight.dtype, device=str(layer.weight.device))
 
 
-class Results:
+class Results(ResultsFile):
     """A JSON file: a list of settings (what the runs in it share), each with the losses of its bases, and its runs.
 
     Args:
@@ -163,23 +162,10 @@ class Results:
     """
 
     def __init__(self, arguments: argparse.Namespace, keys: tuple[str, ...]) -> None:
-        self.path: Path = arguments.results
         self.keys = keys
-        self.settings = json.loads(self.path.read_text()) if self.path.exists() else []
         shared = {key: _name(key, value) for key, value in vars(arguments).items() if key not in NOT_SHARED}
-        for setting in self.settings:
-            if setting["shared"] == shared:
-                self.setting = setting
-                return
-        self.setting = {
-            "shared": shared,
-            "versions": {package: version(package) for package in PACKAGES if package != "hqq" or _uses_hqq(shared)},
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} thread(s), "
-            f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}",
-            "bases": {},
-            "runs": [],
-        }
-        self.settings.append(self.setting)
+        versions = {package: version(package) for package in PACKAGES if package != "hqq" or _uses_hqq(shared)}
+        super().__init__(arguments.results, shared, versions, {"bases": {}})
 
     def base(self, name: str, bench: Bench, load: Any) -> dict[str, float]:
         """The losses of a base, measured if they have not been."""
@@ -190,15 +176,6 @@ class Results:
 
     def find(self, run: dict[str, Any]) -> dict[str, Any] | None:
         return next((old for old in self.setting["runs"] if all(old[key] == run[key] for key in self.keys)), None)
-
-    def add(self, run: dict[str, Any]) -> None:
-        self.setting["runs"].append(run)
-        self.save()
-
-    def save(self) -> None:
-        beside = self.path.with_suffix(".partial")
-        beside.write_text(json.dumps(self.settings, indent=1) + "\n")
-        os.replace(beside, self.path)
 
 
 def _name(key: str, value: Any) -> Any:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from recover_then_tune import STARTS, best_rate
+from results_file import replace_text
 
 Run = dict[str, Any]
 
@@ -40,9 +40,7 @@ def main() -> None:
                 f"{arguments.update} has no {start} ... {end}, expected both; write them where it belongs."
             )
         page = marked.sub(lambda _, new=f"{start}\n{text}\n{end}": new, page)  # type: ignore[misc]
-    beside = arguments.update.with_suffix(".partial")
-    beside.write_text(page)
-    os.replace(beside, arguments.update)
+    replace_text(arguments.update, page)
 
 
 def describe(found: Any) -> str:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+from results_file import replace_text
 
 START, END = "<!-- tables: made by examples/selection_table.py -->", "<!-- end of the tables -->"
 
@@ -30,9 +31,7 @@ def main() -> None:
         return
     page = arguments.update.read_text()
     before, after = page.split(START)[0], page.split(END)[1]
-    beside = arguments.update.with_suffix(".partial")
-    beside.write_text(f"{before}{START}\n\n{text}\n\n{END}{after}")
-    os.replace(beside, arguments.update)
+    replace_text(arguments.update, f"{before}{START}\n\n{text}\n\n{END}{after}")
 
 
 def describe(setting: dict[str, Any]) -> str:

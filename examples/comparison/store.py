@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
+from results_file import ResultsFile
 
 STATES = ("tuned", "merged")
 _NOT_SHARED = ("methods", "seeds", "results", "limit", "rates", "factor", "refine", "centre", "cost")
@@ -20,28 +17,14 @@ _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "hqq", "gptqmodel"
 Run = dict[str, Any]
 
 
-class Results:
-    """The setting of some arguments in a file of results; written beside and renamed after each run."""
+class Results(ResultsFile):
+    """The setting of some arguments in a file of results."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.path: Path = arguments.results
-        self.settings = json.loads(self.path.read_text()) if self.path.exists() else []
         given = {key: value for key, value in vars(arguments).items() if key not in _NOT_SHARED}
         shared = {key: _shorten(value) for key, value in given.items() if (key, value) != ("recover", None)}
-        for setting in self.settings:
-            if setting["shared"] == shared:
-                self.setting = setting
-                return
-        self.setting: dict[str, Any] = {
-            "shared": shared,
-            "versions": {name: number for name in _PACKAGES if (number := _version(name)) is not None},
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} thread(s), "
-            f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}",
-            "unavailable": {},
-            "same": {},
-            "runs": [],
-        }
-        self.settings.append(self.setting)
+        versions = {name: number for name in _PACKAGES if (number := _version(name)) is not None}
+        super().__init__(arguments.results, shared, versions, {"unavailable": {}, "same": {}})
 
     def runs(self, method: str, seed: int | None = None) -> list[Run]:
         """The runs of a method, of one seed or of all."""
@@ -49,15 +32,6 @@ class Results:
 
     def find(self, method: str, seed: int, rate: float) -> Run | None:
         return next((run for run in self.runs(method, seed) if run["learning_rate"] == rate), None)
-
-    def add(self, run: Run) -> None:
-        self.setting["runs"].append(run)
-        self.save()
-
-    def save(self) -> None:
-        beside = self.path.with_suffix(".partial")
-        beside.write_text(json.dumps(self.settings, indent=1) + "\n")
-        os.replace(beside, self.path)
 
 
 def best_rate(runs: list[Run], state: str) -> float | None:
