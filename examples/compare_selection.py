@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from results_file import ResultsFile
+from results_file import ResultsFile, named
 from selection_bench import Bench
 from transformers.utils import logging
 
@@ -99,9 +99,7 @@ class Results(ResultsFile):
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.ratios: list[float] = arguments.ratios
         shared = {
-            key: "/".join(Path(value).parts[-2 if key != "model" else -1 :])
-            if key in ("model", "train", "test")
-            else value
+            key: named(value)
             for key, value in vars(arguments).items()
             if key not in ("methods", "ratios", "no_full", "seeds", "learning_rates", "all_rates", "results", "limit")
         }

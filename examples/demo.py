@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
-    parser.add_argument("--ratio", type=float, default=0.4, help="share of the scales that SGRQ trains")
+    parser.add_argument("--ratio", type=float, default=1.0, help="share of the scales that SGRQ trains")
     parser.add_argument("--rank", type=int, default=16, help="rank of LoRA")
     parser.add_argument("--learning-rate", type=float, default=4e-2, help="of SGRQ")
     parser.add_argument("--lora-learning-rate", type=float, default=8e-3)

@@ -11,9 +11,11 @@ import json
 from pathlib import Path
 
 from comparison.tables import cost_table, describe, methods_of, summary_table
+from markdown_tables import put_between
 from results_file import replace_text
 
 PARTS = ("summary", "cost", "settings")
+MARK = "<!-- {}: made by examples/methods_report.py -->"
 PLOTTED_FROM = 7  # methods; settings with fewer are there to answer one question
 
 
@@ -35,7 +37,7 @@ def main() -> None:
     else:
         page = arguments.update.read_text()
         for part in PARTS:
-            page = put(page, part, texts[part])
+            page = put_between(page, MARK.format(part), f"<!-- end of {part} -->", texts[part])
         replace_text(arguments.update, page)
     if arguments.plots is not None:
         from comparison.plots import plot_forgetting
@@ -43,20 +45,6 @@ def main() -> None:
         for path, found in by_file.items():
             broad = [setting for setting in found if len(methods_of(setting["runs"])) >= PLOTTED_FROM]
             plot_forgetting(broad or found, arguments.plots / f"{path.stem}.png")
-
-
-def put(page: str, part: str, text: str) -> str:
-    """The page with a text between the marks of a part.
-
-    Raises:
-        ValueError: If the marks are not there.
-    """
-    start, end = f"<!-- {part}: made by examples/methods_report.py -->", f"<!-- end of {part} -->"
-    before, found, rest = page.partition(start)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise ValueError(f"The page has no marks of the part {part!r}, expected {start!r} and {end!r}; add them.")
-    return f"{before}{start}\n\n{text}\n\n{end}{after}"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results_file import ResultsFile
+from comparison.bases import hqq_layer
+from results_file import ResultsFile, named
 from selection_bench import round_to_grid, windows_of
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -145,14 +146,6 @@ class Bench:
         return losses
 
 
-def hqq_layer(layer: nn.Linear, bits: int, size: int) -> nn.Module:
-    """A layer quantized by HQQ, in groups along its columns."""
-    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-
-    config = BaseQuantizeConfig(nbits=bits, group_size=size, axis=1)
-    return HQQLinear(layer, config, compute_dtype=layer.weight.dtype, device=str(layer.weight.device))
-
-
 class Results(ResultsFile):
     """A JSON file: a list of settings (what the runs in it share), each with the losses of its bases, and its runs.
 
@@ -163,7 +156,7 @@ class Results(ResultsFile):
 
     def __init__(self, arguments: argparse.Namespace, keys: tuple[str, ...]) -> None:
         self.keys = keys
-        shared = {key: _name(key, value) for key, value in vars(arguments).items() if key not in NOT_SHARED}
+        shared = {key: named(value) for key, value in vars(arguments).items() if key not in NOT_SHARED}
         versions = {package: version(package) for package in PACKAGES if package != "hqq" or _uses_hqq(shared)}
         super().__init__(arguments.results, shared, versions, {"bases": {}})
 
@@ -176,13 +169,6 @@ class Results(ResultsFile):
 
     def find(self, run: dict[str, Any]) -> dict[str, Any] | None:
         return next((old for old in self.setting["runs"] if all(old[key] == run[key] for key in self.keys)), None)
-
-
-def _name(key: str, value: Any) -> Any:
-    """What a path is called in the results: the model's own name, and a text with its folder."""
-    if key == "model":
-        return Path(value).name
-    return "/".join(value.parts[-2:]) if isinstance(value, Path) else value
 
 
 def _uses_hqq(shared: dict[str, Any]) -> bool:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+from markdown_tables import put_between, spell, table
 from recover_then_tune import STARTS, best_rate
 from results_file import replace_text
 
@@ -33,13 +33,7 @@ def main() -> None:
         return
     page = arguments.update.read_text()
     for name, text in tables.items():
-        start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        marked = re.compile(f"{re.escape(start)}.*{re.escape(end)}", re.DOTALL)
-        if not marked.search(page):
-            raise ValueError(
-                f"{arguments.update} has no {start} ... {end}, expected both; write them where it belongs."
-            )
-        page = marked.sub(lambda _, new=f"{start}\n{text}\n{end}": new, page)  # type: ignore[misc]
+        page = put_between(page, f"<!-- {name} -->", f"<!-- end of {name} -->", text)
     replace_text(arguments.update, page)
 
 
@@ -141,7 +135,7 @@ def tuned(setting: dict[str, Any]) -> str:
                     f"{own[0]['learning_rate']:g}",
                     perplexity([run["untuned"] for run in own]),
                     perplexity([run["test"] for run in own]),
-                    "" if start == "plain" else spell(less, 3),
+                    "" if start == "plain" else spell(less),
                     str(len(own)),
                 ]
             )
@@ -168,16 +162,6 @@ def perplexity(losses: list[float]) -> str:
     """The mean and the standard deviation over seeds of perplexities, in four digits."""
     values = [math.exp(loss) for loss in losses]
     return spell(values, max(0, 3 - math.floor(math.log10(mean(values)))))
-
-
-def spell(values: list[float], digits: int) -> str:
-    """Mean and standard deviation."""
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
-def table(rows: list[list[str]]) -> str:
-    head, *body = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
 
 
 if __name__ == "__main__":

@@ -52,6 +52,13 @@ class ResultsFile:
         replace_text(self.path, json.dumps(self.settings, indent=1) + "\n")
 
 
+def named(value: Any) -> Any:
+    """A folder by its name, a file by its folder and name, anything else as it is: where they are says nothing."""
+    if not isinstance(value, (str, Path)) or not Path(value).exists():
+        return str(value) if isinstance(value, Path) else value
+    return "/".join(Path(value).parts[-2 if Path(value).is_file() else -1 :])
+
+
 def replace_text(path: Path, text: str) -> None:
     """Writes a file beside first, and then in its place."""
     beside = path.with_suffix(".partial")

@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+from markdown_tables import put_between, spell, table
 from results_file import replace_text
 
 START, END = "<!-- tables: made by examples/selection_table.py -->", "<!-- end of the tables -->"
@@ -29,9 +30,7 @@ def main() -> None:
     if arguments.update is None:
         print(text)
         return
-    page = arguments.update.read_text()
-    before, after = page.split(START)[0], page.split(END)[1]
-    replace_text(arguments.update, f"{before}{START}\n\n{text}\n\n{END}{after}")
+    replace_text(arguments.update, put_between(arguments.update.read_text(), START, END, text))
 
 
 def describe(setting: dict[str, Any]) -> str:
@@ -48,13 +47,13 @@ def describe(setting: dict[str, Any]) -> str:
     if "untrained" in setting:
         parts.append(f"Untrained: test loss {setting['untrained']['test']:.3f}.")
     parts.append(losses(setting["runs"]))
-    parts += [table for table in (*same_rates(setting["runs"]), overlaps(setting["overlap"])) if table]
+    parts += [text for text in (*same_rates(setting["runs"]), overlaps(setting["overlap"])) if text]
     return "\n\n".join(parts)
 
 
 def losses(runs: list[Run]) -> str:
     """Test loss by selection: mean over seeds, its standard deviation, and the difference to `random` seed by seed."""
-    rows = ["| ratio | selection | scales | learning rate | test loss | less random | seeds |", "|" + "---|" * 7]
+    rows = [["ratio", "selection", "scales", "learning rate", "test loss", "less random", "seeds"]]
     pairs = list(dict.fromkeys((run["ratio"], run["method"]) for run in runs))
     for ratio, method in sorted(pairs, key=lambda pair: pair[0]):
         chosen = best(runs, method, ratio)
@@ -72,8 +71,8 @@ def losses(runs: list[Run]) -> str:
             "" if method == "random" else spell(differences, sign="+"),
             str(len(chosen)),
         ]
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+        rows.append(cells)
+    return table(rows)
 
 
 def best(runs: list[Run], method: str, ratio: float) -> dict[int, Run]:
@@ -104,8 +103,8 @@ def same_rates(runs: list[Run]) -> list[str]:
         )
         if len(rates) < 2:
             continue
-        heads = [f"rate {rate:g}: test loss | less random" for rate in rates]
-        rows = [f"| ratio {ratio:g}, same rate | {' | '.join(heads)} |", "|" + "---|" * (1 + 2 * len(rates))]
+        heads = [head for rate in rates for head in (f"rate {rate:g}: test loss", "less random")]
+        rows = [[f"ratio {ratio:g}, same rate", *heads]]
         for method in dict.fromkeys(method for method, _ in found):
             cells = []
             for rate in rates:
@@ -116,16 +115,9 @@ def same_rates(runs: list[Run]) -> list[str]:
                     spell(list(tests.values())) if full else "",
                     spell(differences, sign="+") if full and method != "random" else "",
                 ]
-            rows.append(f"| {method} | {' | '.join(cells)} |")
-        tables.append("\n".join(rows))
+            rows.append([method, *cells])
+        tables.append(table(rows))
     return tables
-
-
-def spell(values: list[float], sign: str = "") -> str:
-    """Mean and standard deviation, in three digits."""
-    if not values:
-        return ""
-    return f"{mean(values):{sign}.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def overlaps(by_seed: dict[str, list[dict[str, Any]]]) -> str:
@@ -138,11 +130,11 @@ def overlaps(by_seed: dict[str, list[dict[str, Any]]]) -> str:
     if not values:
         return ""
     ratios = sorted({ratio for cells in values.values() for ratio in cells})
-    rows = [f"| overlap of | and | {' | '.join(f'ratio {r:g}' for r in ratios)} |", "|" + "---|" * (2 + len(ratios))]
+    rows = [["overlap of", "and", *(f"ratio {ratio:g}" for ratio in ratios)]]
     for (one, other), cells in values.items():
         shown = [f"{mean(cells[ratio]):.2f}" if ratio in cells else "" for ratio in ratios]
-        rows.append(f"| {one} | {other} | {' | '.join(shown)} |")
-    return "\n".join(rows)
+        rows.append([one, other, *shown])
+    return table(rows)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from peft_sgrq import SGRQConfig
 
 @dataclass
 class SGRQArguments:
-    ratio: float = field(default=0.4, metadata={"help": "Share of the scales to train."})
+    ratio: float = field(default=1.0, metadata={"help": "Share of the scales to train."})
     adapter_dtype: str = field(
         default="float32", metadata={"help": "float32, or bfloat16 for a file of half the size."}
     )

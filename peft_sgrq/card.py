@@ -24,7 +24,7 @@ _TEXT = """\
 {begin}
 # {title}
 
-An adapter of `peft_sgrq`, saliency-guided scale tuning: it changes {share} scales of the layers below and
+An adapter of `peft_sgrq`, saliency-guided scale tuning: it changes {share}scales of the layers below and
 nothing else of the base model. Merged into the base it gives a model of the same format whose outputs are those of the
 adapter, bit for bit.
 
@@ -108,11 +108,9 @@ def _section(weights: str, config: SGRQConfig) -> str:
         title=f"SGRQ adapter for {Path(base).name}",
         base=base,
         quantization=f"`{quantization_code(quantization)}`" if quantization else "none (dense)",
-        share=(
-            f"the {config.ratio:.0%} most salient" if isinstance(config.ratio, (int, float)) else "the most salient"
-        ),
+        share=_share(config),
         ratio=config.ratio if isinstance(config.ratio, str) else f"{config.ratio:g}",
-        criterion=config.criterion or "magnitude",
+        criterion=config.criterion or ("magnitude" if _share(config) else "none, all are trained"),
         layers=len(config.selection or ()),
         parameters=_count_parameters(weights),
         adapter_dtype=config.adapter_dtype,
@@ -121,6 +119,12 @@ def _section(weights: str, config: SGRQConfig) -> str:
         loading=loading_code(config),
         merged_format="quantized as the base is" if quantization else "dense, as the base is",
     )
+
+
+def _share(config: SGRQConfig) -> str:
+    if isinstance(config.ratio, str) or config.ratio_pattern:
+        return "the most salient "
+    return "" if config.ratio == 1 else f"the {config.ratio:.0%} most salient "
 
 
 def _count_parameters(weights: str) -> int:

@@ -31,7 +31,8 @@ class SGRQConfig(PeftConfig):
             string is a regular expression, `"all-linear"` means what it means in PEFT.
         exclude_modules (`list[str]`, `str` or `None`): Layers to leave alone, matched likewise.
         ratio (`float` or `str`): Share of the column groups whose scales are trained (of the rows, in a format with
-            one scale a row), in (0, 1]; at least one in each layer. 1.0 is PEQA, the default that of the SGR-Q paper.
+            one scale a row), in (0, 1]; at least one in each layer. 1.0, the default, trains every scale (PEQA) and
+            gains most; 0.4, the share of the SGR-Q paper, makes adapter and optimizer less than half as large.
             `"knee"` takes the share of each layer's columns above its mean saliency, `"global"` one threshold over all
             layers at which `budget` is spent, `"layerwise"` what calibration finds best by measuring the loss.
         ratio_pattern (`dict[str, float | "knee"]`): Module name, its end, or a pattern of it -> ratio, overruling
@@ -66,7 +67,7 @@ class SGRQConfig(PeftConfig):
         default=None, metadata={"help": "Layers to leave alone."}
     )
     ratio: float | str = field(
-        default=0.4, metadata={"help": "Share of the groups trained, in (0, 1], or knee, global or layerwise."}
+        default=1.0, metadata={"help": "Share of the groups trained, in (0, 1], or knee, global or layerwise."}
     )
     ratio_pattern: dict[str, float | str] = field(
         default_factory=dict, metadata={"help": "Module name or pattern -> ratio, overruling `ratio`."}

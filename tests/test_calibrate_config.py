@@ -61,6 +61,14 @@ def test_another_ratio_costs_nothing(llama_dir: Path, tmp_path: Path):
     assert peft_model.peft_config["default"].selection == other.selection
 
 
+@pytest.mark.parametrize(
+    "config, warned", [({}, True), ({"ratio": 0.4}, False), ({"ratio_pattern": {"q": 0.4}}, False)]
+)
+def test_a_ratio_that_leaves_nothing_to_select_is_pointed_out(config, warned, llama_dir: Path, caplog):
+    calibrate(DENSE.load(llama_dir), SGRQConfig(group_size=16, **config), criterion="magnitude", progress=False)
+    assert ("every scale is trained whatever its saliency" in caplog.text) == warned
+
+
 def test_a_config_of_fewer_layers_takes_those_of_the_saliency(llama_dir: Path):
     model = DENSE.load(llama_dir)
     saliency = run(model)

@@ -46,6 +46,8 @@ def test_saving_again_leaves_one_section(saved: Path, llama_dir: Path):
     text = (saved / "README.md").read_text()
     assert text.count("An adapter of `peft_sgrq`") == 1
     assert "| ratio of trained scales | 1 |" in text
+    assert "most salient" not in text
+    assert "| criterion | none, all are trained |" in text
 
 
 def test_text_of_others_is_kept(saved: Path, llama_dir: Path):

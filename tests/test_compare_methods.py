@@ -27,6 +27,7 @@ from comparison.data import Questions  # noqa: E402
 from comparison.evaluation import accuracy, mean_loss  # noqa: E402
 from comparison.methods import DEFAULT_METHODS, adapt, count_trained, merge, parse_method  # noqa: E402
 from comparison.tables import cost_table, describe, front, summary_table  # noqa: E402
+from markdown_tables import put_between  # noqa: E402
 
 from peft_sgrq import SGRQLinear  # noqa: E402
 
@@ -97,11 +98,22 @@ def test_an_unknown_method_or_option_is_refused_with_what_is_known():
     for name in ("lora", "sgrq-x", "dora-8", ""):
         with pytest.raises(ValueError, match=r"is not known, expected a name such as lora-16"):
             parse_method(name)
-    for name in ("lora-8:gradient", "sgrq-0.4:fast"):
+    for name in ("lora-8:gradient", "sgrq-0.4:fast", "peqa:beta-1.5"):
         with pytest.raises(ValueError, match=r"has the option .*, expected one of"):
             parse_method(name)
     with pytest.raises(ValueError, match=r"'int9' is not known, expected as-is"):
         load_base("", "int9", torch.float32, [])
+
+
+def test_the_beta_of_a_method_is_that_of_its_optimizer(arguments, monkeypatch):
+    monkeypatch.setattr(sys, "argv", arguments)
+    bench, found = Bench(compare_methods.parse_arguments()), []
+    with monkeypatch.context() as patch:
+        made = torch.optim.AdamW.__init__
+        patch.setattr(torch.optim.AdamW, "__init__", lambda *a, **k: found.append(k["betas"]) or made(*a, **k))
+        for name in ("peqa", "peqa:beta-0.5", "lora-2:constant:beta-0.0"):
+            bench.fit(bench.adapted(parse_method(name), 0), parse_method(name), 0, 1e-3)
+    assert found == [(0.9, 0.999), (0.5, 0.999), (0.0, 0.999)]
 
 
 def adapted(directory: Path, name: str) -> tuple[Any, list[SGRQLinear]]:
@@ -297,5 +309,5 @@ def test_the_tables_and_plots_on_the_page_are_those_of_the_results(tmp_path, mon
 
 
 def test_a_page_without_marks_is_refused():
-    with pytest.raises(ValueError, match="has no marks of the part 'cost'"):
-        methods_report.put("nothing", "cost", "text")
+    with pytest.raises(ValueError, match="has no marks '<!-- a -->' and '<!-- b -->'"):
+        put_between("nothing", "<!-- a -->", "<!-- b -->", "text")

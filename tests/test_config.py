@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import fields
 from pathlib import Path
 
@@ -98,6 +99,13 @@ def test_an_expression_excludes_layer_indices(field):
 def test_a_pattern_needs_layer_indices():
     with pytest.raises(ValueError, match="`layers_to_transform` must also be specified"):
         SGRQConfig(layers_pattern="layers")
+
+
+def test_every_scale_is_trained_unless_told(llama_dir: Path):
+    model = get_peft_model(NF4.load(llama_dir), SGRQConfig())
+    layers = [module for module in model.modules() if isinstance(module, SGRQLinear)]
+    scales = sum(math.prod(module.backend.scales_shape) for module in layers)
+    assert model.get_nb_trainable_parameters()[0] == scales > 0
 
 
 def test_a_torch_dtype_means_its_name():

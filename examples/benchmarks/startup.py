@@ -96,7 +96,7 @@ def measure_startup(device: torch.device, blocks: int = BLOCKS) -> dict[str, Any
     result: dict[str, Any] = {"model": {"bytes": size, "weights": weights, "blocks": blocks}}
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     configs = {
-        "SGRQ 0.4": lambda: SGRQConfig(target_modules=targets),
+        "SGRQ 0.4": lambda: SGRQConfig(target_modules=targets, ratio=0.4),
         "LoRA r=16": lambda: LoraConfig(r=16, target_modules=targets),
     }
     for name, config in configs.items():

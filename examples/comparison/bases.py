@@ -33,7 +33,7 @@ def load_base(model: str, base: str, dtype: torch.dtype, calibration: list[str])
         loaded = BASES["bnb-nf4"].load(model, dtype)
     elif packed and packed[1] == "hqq":
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map={"": device}).eval()
-        _quantize_hqq(loaded, int(packed[2]), int(packed[3]), dtype)
+        _quantize_hqq(loaded, int(packed[2]), int(packed[3]))
     elif packed:
         settings = GPTQConfig(
             int(packed[2]),
@@ -53,17 +53,21 @@ def load_base(model: str, base: str, dtype: torch.dtype, calibration: list[str])
     return loaded.eval()
 
 
-def _quantize_hqq(model: Any, bits: int, group_size: int, dtype: torch.dtype) -> None:
-    # Layer by layer: HQQ's own function for whole models knows a few architectures, GPT-Neo is not one of them.
+def hqq_layer(layer: nn.Linear, bits: int, group_size: int) -> nn.Module:
+    """A layer quantized by HQQ, in groups along its columns."""
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
+    settings = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1)
+    return HQQLinear(layer, settings, compute_dtype=layer.weight.dtype, device=str(layer.weight.device))
+
+
+def _quantize_hqq(model: Any, bits: int, group_size: int) -> None:
+    # Layer by layer: HQQ's own function for whole models knows a few architectures, GPT-Neo is not one of them.
     model.requires_grad_(False)
     head = model.get_output_embeddings()
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and layer is not head and layer.in_features % group_size == 0:
-            settings = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1)
-            device = str(layer.weight.device)
-            model.set_submodule(name, HQQLinear(layer, settings, compute_dtype=dtype, device=device))
+            model.set_submodule(name, hqq_layer(layer, bits, group_size))
 
 
 def targets_of(model: nn.Module) -> list[str]:

@@ -140,7 +140,7 @@ class Bench:
         """Trains what requires a gradient: AdamW without weight decay, 10 % warm-up, gradients clipped at norm 1."""
         arguments = self.arguments
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(method.beta, 0.999), weight_decay=0.0)
         name = "constant_with_warmup" if method.schedule == "constant" else method.schedule
         schedule = get_scheduler(name, optimizer, int(WARMUP * arguments.steps), arguments.steps)
         generator = torch.Generator().manual_seed(seed)

@@ -7,13 +7,15 @@
     random-0.1, bottom-0.1   random columns, and those least salient by `obs`
     peqa, peqa-row    every scale, and every scale with the changes of a row tied: one number a row
 
-Options follow after colons: a criterion (`sgrq-0.1:gradient`), `global` (one threshold for all layers), the schedule
-of the learning rate (`constant`, `linear`), what is trained instead of relative changes (`exp`, `absolute`),
-`zeros`, which trains zero points beside the scales (HQQ), and `norms`, which trains the normalization layers as well.
+Options follow after colons: the schedule of the learning rate (`constant`, `linear`) and Adam's first beta instead of
+0.9 (`beta-0.5`). For SGRQ there are also a criterion (`sgrq-0.1:gradient`), `global` (one threshold for all layers),
+what is trained instead of relative changes (`exp`, `absolute`), `zeros`, which trains zero points beside the scales
+(HQQ), and `norms`, which trains the normalization layers as well.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,6 +57,7 @@ class Method:
         form (`str`): One of `FORMS`: what the trained numbers are.
         zeros, norms (`bool`): Train zero points, or the weights of normalization layers, as well.
         schedule (`str`): Of the learning rate, after the warm-up.
+        beta (`float`): Adam's first: how much of the mean gradient so far a step keeps.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Method:
     zeros: bool = False
     norms: bool = False
     schedule: str = "cosine"
+    beta: float = 0.9
 
     @property
     def selects(self) -> bool:
@@ -106,12 +110,14 @@ def parse_method(name: str) -> Method:
             method = replace(method, form=option)
         elif option in SCHEDULES:
             method = replace(method, schedule=option)
+        elif re.fullmatch(r"beta-0\.\d+", option):
+            method = replace(method, beta=float(option.partition("-")[2]))
         elif option in _FLAGS and method.kind == "sgrq":
             method = replace(method, **{_FLAGS[option]: True})
         else:
             raise ValueError(
-                f"The method {name!r} has the option {option!r}, expected one of {SCHEDULES}, or for SGRQ a "
-                f"criterion, one of {FORMS} or of {tuple(_FLAGS)}."
+                f"The method {name!r} has the option {option!r}, expected one of {SCHEDULES}, beta-0.5 or the "
+                f"like, or for SGRQ a criterion, one of {FORMS} or of {tuple(_FLAGS)}."
             )
     return method
 

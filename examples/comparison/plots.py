@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from markdown_tables import spell
 from matplotlib.figure import Figure
 
 from comparison.store import Run
-from comparison.tables import best_runs, methods_of, spell, title, values
+from comparison.tables import best_runs, methods_of, title, values
 
 # Okabe and Ito's colours: one a family; dashes and markers tell its members apart.
 STYLES = {

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-from results_file import ResultsFile
+from results_file import ResultsFile, named
 
 STATES = ("tuned", "merged")
 _NOT_SHARED = ("methods", "seeds", "results", "limit", "rates", "factor", "refine", "centre", "cost")
@@ -22,7 +21,7 @@ class Results(ResultsFile):
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         given = {key: value for key, value in vars(arguments).items() if key not in _NOT_SHARED}
-        shared = {key: _shorten(value) for key, value in given.items() if (key, value) != ("recover", None)}
+        shared = {key: named(value) for key, value in given.items() if (key, value) != ("recover", None)}
         versions = {name: number for name in _PACKAGES if (number := _version(name)) is not None}
         super().__init__(arguments.results, shared, versions, {"unavailable": {}, "same": {}})
 
@@ -50,13 +49,6 @@ def loss_of(run: Mapping[str, Any], state: str) -> float:
     """The validation loss; infinite where training diverged."""
     value = run[state]["validation"]
     return float("inf") if value is None else value
-
-
-def _shorten(value: Any) -> Any:
-    """Files by their name and folder: where they are on a machine says nothing."""
-    if isinstance(value, str) and Path(value).exists():
-        return "/".join(Path(value).parts[-2 if Path(value).is_file() else -1 :])
-    return value
 
 
 def _version(package: str) -> str | None:

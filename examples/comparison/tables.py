@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
+
+from markdown_tables import spell, table
 
 from comparison.store import STATES, Run, best_rate
 
@@ -42,15 +44,14 @@ def title(setting: Setting) -> str:
 def methods_table(setting: Setting) -> str:
     """A row for each method: mean and standard deviation over seeds, each state at its own best learning rate."""
     rows = [
-        "| method | learning rate | trained | adapter kB | in domain, tuned | in domain, merged "
-        "| out of domain, tuned | out of domain, merged | questions, tuned | questions, merged |",
-        "|" + "---|" * 10,
+        ["method", "learning rate", "trained", "adapter kB"]
+        + [f"{what}, {state}" for what in ("in domain", "out of domain", "questions") for state in STATES]
     ]
     for name, key in (("not quantized", "full_precision"), ("base, untrained", "untrained")):
         if key in setting:
             found = setting[key]
             cells = [_number(found["test"]), "", _number(found["other"]), "", _percent([found.get("accuracy")]), ""]
-            rows.append(_row([name, "", "", "", *cells]))
+            rows.append([name, "", "", "", *cells])
     for method in methods_of(setting["runs"]):
         if ":" in method:
             continue
@@ -61,8 +62,8 @@ def methods_table(setting: Setting) -> str:
         for part in ("test", "other"):
             cells += [spell(values(by_state[state], state, part)) for state in STATES]
         cells += [_percent(values(by_state[state], state, "accuracy")) for state in STATES]
-        rows.append(_row(cells))
-    return "\n".join(rows)
+        rows.append(cells)
+    return table(rows)
 
 
 def tried_table(runs: list[Run]) -> str:
@@ -70,10 +71,8 @@ def tried_table(runs: list[Run]) -> str:
 
     The plain one has the same learning rate where it was run at it with all seeds, else its own best.
     """
-    rows = [
-        "| tried | learning rate | trained | in domain, merged | difference | out of domain, merged | difference |"
-    ]
-    rows.append("|" + "---|" * 7)
+    losses = ("in domain, merged", "difference", "out of domain, merged", "difference")
+    rows = [["tried", "learning rate", "trained", *losses]]
     for method in methods_of(runs):
         if ":" not in method:
             continue
@@ -87,17 +86,15 @@ def tried_table(runs: list[Run]) -> str:
         cells = [method, f"{one['learning_rate']:g}", f"{one['trained']:,}"]
         for part in ("test", "other"):
             cells += [spell(values(own, "merged", part)), spell(differences(own, plain, part), sign="+")]
-        rows.append(_row(cells))
-    return "\n".join(rows) if len(rows) > 2 else ""
+        rows.append(cells)
+    return table(rows) if len(rows) > 1 else ""
 
 
 def summary_table(settings: Iterable[Setting]) -> str:
     """After merging, in each setting: the best LoRA, SGRQ and PEQA in domain, and the methods on the front."""
-    rows = [
-        "| setting | base | best LoRA | best SGRQ below 1.0 | PEQA | SGRQ less LoRA | PEQA less LoRA | "
-        "the same out of domain | on the front |",
-        "|" + "---|" * 9,
-    ]
+    bests = ("best LoRA", "best SGRQ below 1.0", "PEQA")
+    less = ("SGRQ less LoRA", "PEQA less LoRA", "the same out of domain")
+    rows = [["setting", "base", *bests, *less, "on the front"]]
     for setting in settings:
         runs = setting["runs"]
         groups = {
@@ -117,8 +114,8 @@ def summary_table(settings: Iterable[Setting]) -> str:
             ", ".join(spell(differences(found[key], found["lora"], "other"), sign="+") for key in ("sgrq", "peqa"))
         )
         cells.append(", ".join(front(runs)))
-        rows.append(_row(cells))
-    return "\n".join(rows)
+        rows.append(cells)
+    return table(rows)
 
 
 def cost_table(settings: Iterable[Setting]) -> str:
@@ -126,15 +123,14 @@ def cost_table(settings: Iterable[Setting]) -> str:
     measured = [setting for setting in settings if "cost" in setting]
     names = dict.fromkeys(name for setting in measured for name in setting["cost"])
     heads = [title(setting).rpartition(", ")[0] for setting in measured]
-    rows = [_row(["method", *(f"{head}: {what}" for head in heads for what in ("step", "peak memory", "kept"))])]
-    rows.append("|" + "---|" * (1 + 3 * len(heads)))
+    rows = [["method", *(f"{head}: {what}" for head in heads for what in ("step", "peak memory", "kept"))]]
     for name in names:
         cells = [name]
         for setting in measured:
             own, other = setting["cost"].get(name), setting["cost"]["lora-16"]
             cells += [f"{own[key] / other[key]:.2f}" if own else "" for key in ("step", "peak", "kept")]
-        rows.append(_row(cells))
-    return "\n".join(rows) if measured else ""
+        rows.append(cells)
+    return table(rows) if measured else ""
 
 
 def methods_of(runs: list[Run]) -> list[str]:
@@ -184,16 +180,6 @@ def differences(one: dict[int, Run], other: dict[int, Run], key: str) -> list[fl
     return [a - b for a, b in pairs if a is not None and b is not None]
 
 
-def spell(numbers: list[float | None], sign: str = "") -> str:
-    """Mean and standard deviation, in three digits."""
-    if not numbers:
-        return ""
-    if any(number is None for number in numbers):
-        return "diverged"
-    spread = f" ± {stdev(numbers):.3f}" if len(numbers) > 1 else ""
-    return f"{mean(numbers):{sign}.3f}{spread}"
-
-
 def _number(value: float | None) -> str:
     return "diverged" if value is None else f"{value:.3f}"
 
@@ -201,7 +187,3 @@ def _number(value: float | None) -> str:
 def _percent(numbers: list[float | None]) -> str:
     found = [number for number in numbers if number is not None]
     return f"{100 * mean(found):.0f} %" if found else ""
-
-
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -51,7 +51,10 @@ def run(args: argparse.Namespace) -> int:
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     data = load_data(args, tokenizer)
-    config = SGRQConfig(target_modules=args.target_modules, group_size=args.group_size, criterion=args.criterion)
+    # A ratio is chosen when the file is used; the scores are the same at any.
+    config = SGRQConfig(
+        target_modules=args.target_modules, group_size=args.group_size, criterion=args.criterion, ratio=0.4
+    )
     saliency = calibrate(
         load_model(args),
         config,

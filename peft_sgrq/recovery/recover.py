@@ -90,7 +90,7 @@ def recover(
         reference (`nn.Module`, `str` or path): The model before quantization, or its checkpoint, which is read
             block by block and never whole in memory.
         data: Calibration data, as in [`calibrate`].
-        config (`SGRQConfig` or `None`): What to train; `None` is `SGRQConfig(ratio=1.0)`, all scales.
+        config (`SGRQConfig` or `None`): What to train; `None` is `SGRQConfig()`, all scales.
         tokenizer: The tokenizer for texts.
         adapter_name (`str`): Name of the adapter.
         epochs (`int`): How often each block sees the data; 0 leaves the first stage out.
@@ -226,7 +226,7 @@ def _distill(
 
 def _checked_config(config: SGRQConfig | None) -> SGRQConfig:
     if config is None:
-        return SGRQConfig(ratio=1.0)
+        return SGRQConfig()
     if not isinstance(config, SGRQConfig):
         raise TypeError(f"`config` is a {type(config).__name__}, expected an SGRQConfig, or None for all scales.")
     if config.modules_to_save or config.trainable_token_indices:

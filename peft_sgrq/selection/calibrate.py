@@ -118,6 +118,11 @@ def calibrate(
     if not callable(chosen):
         check_criterion(chosen)
     backends = _targets(model, config)
+    if config.ratio == 1 and not config.ratio_pattern:
+        logger.warning(
+            "The config's `ratio` is 1.0, at which every scale is trained whatever its saliency; set another such as "
+            "0.4, now or later by `saliency.configure(config, ratio=0.4)`."
+        )
     disable_cpu_packing(model)
     name = f"{CUSTOM}{getattr(chosen, '__name__', type(chosen).__name__)}" if callable(chosen) else chosen
     saliency = Saliency({layer: _unscored(backend) for layer, backend in backends.items()}, name)

@@ -110,7 +110,7 @@ def check_ratio(ratio: object, name: str = "ratio") -> None:
             raise ValueError(f"`{name}` is {ratio!r}, expected a number in (0, 1] or one of {names}.")
         return
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
-        raise TypeError(f"`{name}` is {ratio!r}, expected a number in (0, 1] or one of {names}; 0.4 is the default.")
+        raise TypeError(f"`{name}` is {ratio!r}, expected a number in (0, 1] or one of {names}; 1.0 is the default.")
     if not (math.isfinite(ratio) and 0 < ratio <= 1):
         raise ValueError(
             f"`{name}` is {ratio}, expected a share of the scales in (0, 1]; 0.4 trains 40 % of them, 1.0 all."

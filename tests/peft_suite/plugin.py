@@ -211,7 +211,7 @@ def translate_options(options: dict[str, Any]) -> dict[str, Any]:
     unknown = translated.keys() - inspect.signature(SGRQConfig).parameters.keys()
     if unknown or UNSUPPORTED_LAYERS & ({targets} if isinstance(targets, str) else set(targets)):
         raise Untranslatable(options)
-    return translated
+    return {"ratio": 0.4, **translated}  # leaves scales unselected
 
 
 def stand_in(**options: Any) -> SGRQConfig:
