@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from comparison.bases import load_base, targets_of
 from comparison.generation import Task, generated_accuracy, text_loss
-from comparison.methods import Method, Unavailable, adapt, count_trained, merge, parse_method
+from comparison.merging import merge
+from comparison.methods import Method, Unavailable, adapt, count_trained, parse_method
 from comparison.selections import choose, criterion_of
 from comparison.store import STATES
 from torch import nn

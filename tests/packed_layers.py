@@ -13,9 +13,31 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
 from torch import nn
 
+from peft_sgrq import SGRQConfig
+from peft_sgrq.backends import resolve_backend
+from peft_sgrq.selection import encode_mask
+
 LIBRARY = {"gptq": "gptqmodel", "awq": "gptqmodel", "autoround": "auto_round", "autoround-zp": "auto_round"}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{f"{kind}-{bits}bit": {"kind": kind, "bits": bits} for kind in LIBRARY for bits in (2, 3, 4, 8)},
+    **{f"gptq-act-order-{bits}bit": {"kind": "gptq", "bits": bits, "act_order": True} for bits in (2, 3, 4, 8)},
+    "gptq-ragged": {"kind": "gptq", "columns": 160, "group_size": 64},  # groups of 64, 64 and 32 columns
+    "gptq-ragged-3bit": {"kind": "gptq", "bits": 3, "columns": 160, "group_size": 64},
+    "gptq-ragged-act-order": {"kind": "gptq", "columns": 160, "group_size": 64, "act_order": True},
+    "gptq-one-group": {"kind": "gptq", "group_size": 128},
+    "gptq-group-in-a-word": {"kind": "gptq", "bits": 2, "group_size": 16},
+    "gptq-3bit-unaligned-groups": {"kind": "gptq", "bits": 3, "group_size": 16},
+    "gptq-half-a-word": {"kind": "gptq", "columns": 100, "rows": 36},
+    "gptq-zero-scales": {"kind": "gptq", "zero_scales": True},
+    "awq-zero-scales": {"kind": "awq", "zero_scales": True},
+    "autoround-5bit": {"kind": "autoround", "bits": 5},
+    "autoround-6bit": {"kind": "autoround-zp", "bits": 6},
+    "autoround-7bit": {"kind": "autoround-zp", "bits": 7},
+}
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the code that is in each nibble of a word, from the low one on
 
 
@@ -157,3 +179,11 @@ def _autoround_zp(rows: int, columns: int, bits: int, group_size: int, bias: boo
 
 
 _MAKERS = {"gptq": _gptq, "awq": _awq, "autoround": _autoround, "autoround-zp": _autoround_zp}
+
+
+def adapted(layer: nn.Module, groups: list[int] | None = None, **config: Any) -> PeftModel:
+    options: dict[str, Any] = {"target_modules": ["0"], "init_weights": False, "ratio": 0.5, **config}
+    if groups is not None:
+        count = resolve_backend(layer, 64).selectable
+        options["selection"] = {"0": encode_mask(torch.tensor(groups), count)}
+    return get_peft_model(nn.Sequential(layer), SGRQConfig(**options)).eval()

@@ -10,35 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import delta_of, relative_error, the_layer
-from packed_layers import LIBRARY, Packed, pack_along, packed_layer
-from peft import PeftModel, get_peft_model
-from torch import nn
+from layers import delta_of, the_layer
+from packed_layers import DTYPES, LIBRARY, VARIANTS, Packed, adapted, pack_along, packed_layer
 
-from peft_sgrq import SGRQConfig
 from peft_sgrq.backends import is_quantized, resolve_backend
 from peft_sgrq.backends.packing import unpack, unpack_rows
-from peft_sgrq.selection import encode_mask
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    **{f"{kind}-{bits}bit": {"kind": kind, "bits": bits} for kind in LIBRARY for bits in (2, 3, 4, 8)},
-    **{f"gptq-act-order-{bits}bit": {"kind": "gptq", "bits": bits, "act_order": True} for bits in (2, 3, 4, 8)},
-    "gptq-ragged": {"kind": "gptq", "columns": 160, "group_size": 64},  # groups of 64, 64 and 32 columns
-    "gptq-ragged-3bit": {"kind": "gptq", "bits": 3, "columns": 160, "group_size": 64},
-    "gptq-ragged-act-order": {"kind": "gptq", "columns": 160, "group_size": 64, "act_order": True},
-    "gptq-one-group": {"kind": "gptq", "group_size": 128},
-    "gptq-group-in-a-word": {"kind": "gptq", "bits": 2, "group_size": 16},
-    "gptq-3bit-unaligned-groups": {"kind": "gptq", "bits": 3, "group_size": 16},
-    "gptq-half-a-word": {"kind": "gptq", "columns": 100, "rows": 36},
-    "gptq-zero-scales": {"kind": "gptq", "zero_scales": True},
-    "awq-zero-scales": {"kind": "awq", "zero_scales": True},
-    "autoround-5bit": {"kind": "autoround", "bits": 5},
-    "autoround-6bit": {"kind": "autoround-zp", "bits": 6},
-    "autoround-7bit": {"kind": "autoround-zp", "bits": 7},
-}
 each = pytest.mark.parametrize("variant", VARIANTS)
 by_dtype = functools.partial(pytest.mark.parametrize, "dtype", ids=lambda dtype: str(dtype).removeprefix("torch."))
 
@@ -46,14 +23,6 @@ by_dtype = functools.partial(pytest.mark.parametrize, "dtype", ids=lambda dtype:
 @pytest.fixture
 def made(variant: str) -> Packed:
     return packed_layer(**VARIANTS[variant])
-
-
-def adapted(layer: nn.Module, groups: list[int] | None = None, **config: Any) -> PeftModel:
-    options: dict[str, Any] = {"target_modules": ["0"], "init_weights": False, "ratio": 0.5, **config}
-    if groups is not None:
-        count = resolve_backend(layer, 64).selectable
-        options["selection"] = {"0": encode_mask(torch.tensor(groups), count)}
-    return get_peft_model(nn.Sequential(layer), SGRQConfig(**options)).eval()
 
 
 def stored(layer: Any) -> dict[str, torch.Tensor]:
@@ -229,92 +198,6 @@ def test_copies_are_independent(kind):
     twin.merge_adapter()
     assert torch.equal(twin(x), unmerged) and torch.equal(model(x), unmerged)
     assert torch.equal(made.layer.scales, made.scales)
-
-
-# gradients
-
-
-@each
-@by_dtype(DTYPES)
-@pytest.mark.parametrize("ratio", [0.5, 1.0])
-def test_gradients_equal_float64_references(variant, dtype, ratio):
-    made = packed_layer(**VARIANTS[variant])
-    model = adapted(made.layer, ratio=ratio).train()
-    x = torch.randn(7, len(made.groups)).to(dtype).requires_grad_()
-    y = model(x)
-    dy = torch.randn_like(y)
-    (y * dy).sum().backward()
-    delta, groups = delta_of(model), the_layer(model).sgrq_delta["default"].groups
-    factors = torch.ones_like(made.scales.T, dtype=torch.float32).index_add(1, groups, delta.detach())
-    kernel = torch.float16 if made.kind == "awq" and dtype == torch.float32 else dtype
-    weight = made.weight(made.scales.T.float() * factors, kernel)
-    product = dy.double().T @ x.detach().double()  # (N, K)
-    sums = torch.zeros(made.scales.T.shape, dtype=torch.float64).index_add(1, made.groups, made.levels * product)
-    expected = (sums * made.scales.T.double()).index_select(1, groups)
-    tolerance = TOLERANCE[kernel]
-    assert relative_error(y.detach(), x.detach().double() @ weight.T) < tolerance
-    assert x.grad.dtype == dtype and relative_error(x.grad, dy.double() @ weight) < tolerance
-    assert delta.grad.dtype == torch.float32 and relative_error(delta.grad, expected) < tolerance
-
-
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(data=st.data())
-@pytest.mark.parametrize("kind", ["gptq", "awq"])
-def test_gradients_equal_references_for_any_shape(kind, data):
-    size = data.draw(st.sampled_from([16, 32, 64]))
-    count = data.draw(st.integers(1, 4))
-    ragged = data.draw(st.integers(0, size - 1)) if kind == "gptq" else 0
-    torch.manual_seed(data.draw(st.integers(0, 2**31)))
-    made = packed_layer(
-        kind,
-        rows=8 * data.draw(st.integers(1, 6)),
-        columns=count * size - min(ragged, count * size - 8),
-        bits=data.draw(st.sampled_from([2, 4, 8])),
-        group_size=size,
-        act_order=kind == "gptq" and data.draw(st.booleans()),
-    )
-    dtype = torch.float32 if kind == "gptq" else torch.float16
-    model = adapted(made.layer, ratio=data.draw(st.sampled_from([0.01, 0.5, 1.0]))).train()
-    x = torch.randn(5, len(made.groups)).to(dtype).requires_grad_()
-    dy = torch.randn(5, made.scales.shape[1]).to(dtype)
-    y = model(x)
-    (y * dy).sum().backward()
-    groups = the_layer(model).sgrq_delta["default"].groups
-    product = dy.double().T @ x.detach().double()
-    sums = torch.zeros(made.scales.T.shape, dtype=torch.float64).index_add(1, made.groups, made.levels * product)
-    expected = (sums * made.scales.T.double()).index_select(1, groups)
-    # With a few products a sum may cancel by chance, so the bound is that of the other tests times ten.
-    assert relative_error(delta_of(model).grad, expected) < 10 * TOLERANCE[dtype]
-    model.eval()
-    unmerged = model(x)
-    model.merge_adapter()
-    assert torch.equal(model(x), unmerged)
-
-
-@pytest.mark.parametrize("kind", LIBRARY)
-def test_rounding_is_in_the_forward_pass_and_not_in_the_gradient(kind):
-    made = packed_layer(kind)
-    model, x = adapted(made.layer, init_weights=True, ratio=1.0).train(), torch.randn(5, 128, dtype=torch.bfloat16)
-    base = made.layer(x)
-    with torch.no_grad():
-        delta_of(model).fill_(1e-4)  # far below half a step of float16
-    y = model(x)
-    y.float().square().sum().backward()
-    assert torch.equal(y, base)
-    assert delta_of(model).grad.abs().max() > 0
-
-
-@pytest.mark.parametrize("kind", ["gptq", "awq"])
-def test_scales_of_zero_stay_zero_and_get_no_gradient(kind):
-    made = packed_layer(kind, zero_scales=True)
-    model, x = adapted(made.layer, ratio=1.0).train(), torch.randn(5, 128, dtype=torch.float16)
-    model(x).square().sum().backward()
-    zero = made.scales.T == 0
-    gradient = delta_of(model).grad
-    assert zero.any() and (gradient[zero] == 0).all() and (gradient[~zero] != 0).any()
-    assert torch.isfinite(gradient).all()
-    model.merge_adapter()
-    assert torch.equal(made.layer.scales.T == 0, zero)
 
 
 # activation order

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, get_scheduler
 from comparison.bases import load_base, targets_of
 from comparison.data import read_questions, read_windows
 from comparison.evaluation import accuracy, mean_loss
-from comparison.methods import Method, adapt, count_trained, merge
+from comparison.merging import merge, merge_into_original
+from comparison.methods import Method, Unavailable, adapt, count_trained
 from comparison.selections import choose, criterion_of
 from peft_sgrq import SGRQConfig, calibrate, recover
 from peft_sgrq.selection import Saliency
@@ -44,8 +45,8 @@ class Bench:
             self.questions = read_questions(
                 self.tokenizer, Path(arguments.questions), arguments.question_count, arguments.context_length
             )
-        texts = [self.tokenizer.decode(row) for row in self.train[: arguments.calibration_rows]]
-        self._base = load_base(arguments.model, arguments.base, getattr(torch, arguments.dtype), texts)
+        self._texts = [self.tokenizer.decode(row) for row in self.train[: arguments.calibration_rows]]
+        self._base = load_base(arguments.model, arguments.base, getattr(torch, arguments.dtype), self._texts)
         self.targets = targets_of(self._base)
         if arguments.recover is not None:
             self._base = self._recovered(self._base, self._read(arguments.recover, "train")[:_RECOVERY_ROWS])
@@ -120,7 +121,7 @@ class Bench:
             tuned |= self.answers(model)
         probe = self.parts["validation"][:4].to(model.device)
         logits = _logits(model, probe)
-        merged_model, merged, same = merge(model, method), None, False
+        merged_model, merged, same = self.merged(model, method), None, False
         if merged_model is not None:
             merged_model.eval()
             same = torch.equal(_logits(merged_model, probe), logits)
@@ -135,6 +136,15 @@ class Bench:
             "same_bits": same,
             "seconds": round(time.perf_counter() - start, 1),
         }
+
+    def merged(self, model: Any, method: Method) -> Any | None:
+        """The model with its adapter merged; `None` where PEFT cannot."""
+        if not method.original:
+            return merge(model, method)
+        arguments = self.arguments
+        if arguments.base == "as-is" or arguments.recover is not None:
+            raise Unavailable(f"The base {arguments.base!r}, recovered or as it is, cannot be made of other weights.")
+        return merge_into_original(model, arguments.model, self.tokenizer, arguments.base, self._texts)
 
     def fit(self, model: Any, method: Method, seed: int, learning_rate: float) -> None:
         """Trains what requires a gradient: AdamW without weight decay, 10 % warm-up, gradients clipped at norm 1."""

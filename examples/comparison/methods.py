@@ -8,9 +8,10 @@
     peqa, peqa-row    every scale, and every scale with the changes of a row tied: one number a row
 
 Options follow after colons: the schedule of the learning rate (`constant`, `linear`) and Adam's first beta instead of
-0.9 (`beta-0.5`). For SGRQ there are also a criterion (`sgrq-0.1:gradient`), `global` (one threshold for all layers),
-what is trained instead of relative changes (`exp`, `absolute`), `zeros`, which trains zero points beside the scales
-(HQQ), and `norms`, which trains the normalization layers as well.
+0.9 (`beta-0.5`). For LoRA `original`: its changes are merged into the weights before quantization, and those are
+quantized, instead of the base's once more. For SGRQ what is trained instead of relative changes (`exp`, `absolute`),
+`zeros`, which trains zero points beside the scales (HQQ), and `norms`, which trains the normalization layers as well;
+for `sgrq-RATIO` also a criterion (`sgrq-0.1:gradient`), and `global`, one threshold for all layers.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
 from comparison.variants import FORMS, reparametrize, tie_rows
-from comparison.zero_points import merge_zero_points, train_zero_points
+from comparison.zero_points import train_zero_points
 from peft_sgrq import SGRQConfig, SGRQLinear
 from peft_sgrq.selection.criteria import CRITERIA
+from peft_sgrq.selection.ratio import check_ratio
 
 SCHEDULES = ("cosine", "linear", "constant")
 CENTRES = {"lora": 1e-2, "qalora": 1e-2, "ia3": 1e-1, "sgrq": 1e-1}
-_FLAGS = {"global": "everywhere", "zeros": "zeros", "norms": "norms"}
+_FLAGS = ("zeros", "norms")
 DEFAULT_METHODS = (
     "lora-8", "lora-16", "lora-64", "qalora-16", "ia3", "sgrq-0.05", "sgrq-0.1", "sgrq-knee", "sgrq-0.4", "peqa",
     "peqa-row", "random-0.1", "bottom-0.1",
@@ -57,6 +59,7 @@ class Method:
         form (`str`): One of `FORMS`: what the trained numbers are.
         zeros, norms (`bool`): Train zero points, or the weights of normalization layers, as well.
         schedule (`str`): Of the learning rate, after the warm-up.
+        original (`bool`): Merge LoRA into the weights before quantization, and quantize them.
         beta (`float`): Adam's first: how much of the mean gradient so far a step keeps.
     """
 
@@ -71,6 +74,7 @@ class Method:
     zeros: bool = False
     norms: bool = False
     schedule: str = "cosine"
+    original: bool = False
     beta: float = 0.9
 
     @property
@@ -89,8 +93,11 @@ def parse_method(name: str) -> Method:
     try:
         if word in ("lora", "qalora"):
             method = Method(name, word, rank=int(number))
+            if method.rank < 1:
+                raise ValueError
         elif word in ("sgrq", "random", "bottom"):
-            ratio = "knee" if number == "knee" else float(number)
+            ratio = "knee" if (word, number) == ("sgrq", "knee") else float(number)
+            check_ratio(ratio)
             method = Method(name, "sgrq", ratio=ratio, criterion="obs" if word == "sgrq" else word)
         elif head in ("peqa", "peqa-row"):
             method = Method(name, "sgrq", tied=head == "peqa-row")
@@ -103,9 +110,14 @@ def parse_method(name: str) -> Method:
             f"The method {name!r} is not known, expected a name such as lora-16, qalora-16, ia3, sgrq-0.4, sgrq-knee, "
             "random-0.1, bottom-0.1, peqa or peqa-row."
         ) from None
+    plain = method.selects and method.criterion == "obs"  # what another criterion can stand in for
     for option in options:
-        if option in CRITERIA and method.kind == "sgrq":
+        if option in CRITERIA and plain:
             method = replace(method, criterion=option)
+        elif option == "global" and method.selects and method.criterion in CRITERIA:
+            method = replace(method, everywhere=True)
+        elif option == "original" and method.kind == "lora":
+            method = replace(method, original=True)
         elif option in FORMS and method.kind == "sgrq":
             method = replace(method, form=option)
         elif option in SCHEDULES:
@@ -113,11 +125,11 @@ def parse_method(name: str) -> Method:
         elif re.fullmatch(r"beta-0\.\d+", option):
             method = replace(method, beta=float(option.partition("-")[2]))
         elif option in _FLAGS and method.kind == "sgrq":
-            method = replace(method, **{_FLAGS[option]: True})
+            method = replace(method, **{option: True})
         else:
             raise ValueError(
                 f"The method {name!r} has the option {option!r}, expected one of {SCHEDULES}, beta-0.5 or the "
-                f"like, or for SGRQ a criterion, one of {FORMS} or of {tuple(_FLAGS)}."
+                f"like; original for LoRA; one of {FORMS + _FLAGS} for SGRQ; a criterion or global for sgrq-RATIO."
             )
     return method
 
@@ -156,8 +168,11 @@ def adapt(model: Any, method: Method, targets: list[str], selection: Mapping[str
             second = [name for name in targets if model.get_submodule(name).in_features != hidden]
             adapted = get_peft_model(model, IA3Config(feedforward_modules=second, **shared))
             # PEFT's IA3 hands on float32 from 4-bit layers; the Trainer's autocast hides that, and so does this.
-            autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
-            adapted.forward = autocast(adapted.forward)
+            # Around the base's own forward: `generate` calls that one.
+            inner = adapted.get_base_model()
+            inner.forward = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)(
+                inner.forward
+            )
             return adapted
         if method.kind == "qalora":
             if not hasattr(model.get_submodule(targets[0]), "qweight"):
@@ -166,19 +181,9 @@ def adapt(model: Any, method: Method, targets: list[str], selection: Mapping[str
             shared |= {"use_qalora": True, "qalora_group_size": size}
         return get_peft_model(model, LoraConfig(r=method.rank, lora_alpha=method.rank, lora_dropout=0.0, **shared))
     except ValueError as error:
+        if "not supported" not in str(error):
+            raise
         raise Unavailable(f"PEFT has no {method.kind} for {sorted(kinds)}: {error}") from error
-
-
-def merge(model: Any, method: Method) -> Any | None:
-    """The base with the adapter merged into it as PEFT does it, or `None` where PEFT cannot."""
-    if method.kind == "qalora":
-        return None
-    if method.zeros:
-        merge_zero_points(model)
-    try:
-        return model.merge_and_unload()
-    except (ValueError, NotImplementedError):  # IA3 into 4 bits; LoRA and IA3 into GPTQ
-        return None
 
 
 def count_trained(model: nn.Module, method: Method) -> int:
