@@ -46,10 +46,17 @@ def main() -> None:
     config = json.loads(arguments.config.read_text())
     runs = json.loads(arguments.results.read_text()) if arguments.results.exists() else []
     experiment = Experiment(config)
-    for name in arguments.methods or config["methods"]:
+    names = arguments.methods or list(config["methods"])
+    if unknown := sorted(set(names) - set(config["methods"])):
+        raise ValueError(
+            f"--methods has {unknown}, expected some of {list(config['methods'])}; add them, with their learning "
+            "rates, to the config."
+        )
+    setting = {key: value for key, value in config.items() if key not in ("methods", "seeds")}
+    for name in names:
         for rate in config["methods"][name]:
             for seed in config["seeds"]:
-                key = {"model": config["model"], "base": config["base"], "method": name, "seed": seed, "rate": rate}
+                key = {"setting": setting, "method": name, "seed": seed, "rate": rate}
                 if any(key.items() <= run.items() for run in runs):
                     continue
                 try:
@@ -107,7 +114,7 @@ class Experiment:
             return None
         saliency = calibrate(
             base,
-            SGRQConfig(target_modules=targets, task_type="CAUSAL_LM"),
+            SGRQConfig(ratio=0.4, target_modules=targets, task_type="CAUSAL_LM"),
             self.task.texts[: self.config["calibration_rows"]],
             tokenizer=self.tokenizer,
             criterion=criterion_of(method),

@@ -3,9 +3,9 @@
 python examples/compare_methods.py MODEL --base nf4 --train TEXT --test TEXT --other TEXT --results results.json
 python examples/methods_report.py results.json --update docs/results.md --plots docs/results
 
-The methods are those of `comparison/methods.py`. Every method has the same number of learning rates, a factor apart
-around its usual one, at the first seed; where the lowest validation loss is at an edge, the sweep goes on, and with
-`--refine` it looks closer around the best. The other seeds get the best rate; where the best one after merging is
+The methods are those of `comparison/methods.py`. Every method begins with the same number of learning rates, a factor
+apart around its usual one, at the first seed; where the lowest validation loss is at an edge, the sweep goes on, and
+with `--refine` it looks closer around the best. The other seeds get the best rate; where the best one after merging is
 another than before, they get both. The validation text is the last tenth of the training text. `--other` is text of a
 kind the model knew before: what is lost on it was forgotten. What is done already is found in the results, so the
 command can be stopped and repeated.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from selection_bench import CONTROLS
 from transformers.utils import logging
 
 _EXTENSIONS = 4  # rates added to a sweep at most
+_APART = 0.1  # refined rates that differ by less than this, in logarithms, are one
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -69,7 +71,10 @@ def main() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     methods = [parse_method(name) for name in arguments.methods]
-    centres = CENTRES | {kind: float(rate) for kind, _, rate in (item.partition("=") for item in arguments.centre)}
+    centres = CENTRES | dict(map(parse_centre, arguments.centre))
+    check_count("--rates", arguments.rates)
+    check_count("--steps", arguments.steps)
+    arguments.seeds = sorted(set(arguments.seeds))
     results = Results(arguments)
     bench = Bench(arguments)
     if arguments.cost:
@@ -86,6 +91,24 @@ def main() -> None:
             print("The time is up; run the command again to go on.")
             return
     print("Everything is done.")
+
+
+def parse_centre(text: str) -> tuple[str, float]:
+    """Kind and middle of its sweep, written as `lora=1e-4`."""
+    kind, _, rate = text.partition("=")
+    try:
+        if kind not in CENTRES or not float(rate) > 0:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"--centre has {text!r}, expected KIND=RATE with one of {tuple(CENTRES)} and a learning rate: lora=1e-4."
+        ) from None
+    return kind, float(rate)
+
+
+def check_count(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} is {value}, expected at least 1; leave it out for the default.")
 
 
 class Comparison:
@@ -137,8 +160,13 @@ class Comparison:
         for round_ in range(self.arguments.refine):
             step = factor ** (0.5 ** (round_ + 1))
             runs = self.results.runs(method.name, self.arguments.seeds[0])
+            runs = [run for run in runs if run["learning_rate"] in tried]
             centres = {best_rate(runs, state) for state in STATES} - {None}
-            yield from sorted({_rounded(rate * side) for rate in centres for side in (1 / step, step)})
+            nearer = sorted({_rounded(rate * side) for rate in centres for side in (1 / step, step)})
+            for rate in nearer:
+                if all(abs(math.log(rate / other)) > _APART for other in tried):
+                    tried.append(rate)
+                    yield rate
 
     def _run(self, method: Method, seed: int, rate: float) -> bool:
         if self.results.find(method.name, seed, rate) is None:

@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from comparison.tables import cost_table, describe, methods_of, summary_table
+from comparison.tables import cost_table, describe, exactness, methods_of, summary_table
 from markdown_tables import put_between
 from results_file import replace_text
 
@@ -28,7 +28,7 @@ def main() -> None:
     by_file = {path: json.loads(path.read_text()) for path in arguments.results}
     settings = [setting for found in by_file.values() for setting in found]
     texts = {
-        "summary": summary_table(settings),
+        "summary": f"{summary_table(settings)}\n\n{exactness(settings)}",
         "cost": cost_table(settings),
         "settings": "\n\n".join(map(describe, settings)),
     }

@@ -63,7 +63,7 @@ class Bench:
         return model.eval()
 
     def config(self, **fields: Any) -> SGRQConfig:
-        return SGRQConfig(group_size=self.arguments.group_size, task_type="CAUSAL_LM", **fields)
+        return SGRQConfig(ratio=0.4, group_size=self.arguments.group_size, task_type="CAUSAL_LM", **fields)
 
     @torch.no_grad()
     def evaluate(self, model: Any) -> dict[str, float]:
@@ -227,7 +227,7 @@ def windows_of(tokenizer: Any, path: Path, length: int, characters: int) -> torc
     text = path.read_text()
     if path.suffix == ".jsonl":
         rows = [json.loads(line) for line in text.split("\n") if line]  # splitlines would split inside of strings
-        text = "\n\n".join(row.get("text") or f"{row['question']}\n{row['answer']}" for row in rows)
+        text = "\n\n".join(row["text"] if "text" in row else f"{row['question']}\n{row['answer']}" for row in rows)
     ids = tokenizer(text[:characters], return_tensors="pt", verbose=False).input_ids[0]
     return ids[: len(ids) // length * length].view(-1, length)
 

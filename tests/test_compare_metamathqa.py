@@ -48,6 +48,24 @@ def test_it_runs_from_training_to_merged_answers_and_resumes(config, tmp_path, m
     before = results.read_bytes()
     compare_metamathqa.main()
     assert results.read_bytes() == before
+    path.write_text(json.dumps(config | {"steps": 1, "methods": {"lora-2": [1e-3]}}))
+    compare_metamathqa.main()
+    runs = json.loads(results.read_text())
+    assert runs[:2] == [lora, sgrq] and runs[2]["tuned"] != lora["tuned"]  # of other steps, so another run
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--methods", "lora-3"])
+    with pytest.raises(ValueError, match=r"--methods has \['lora-3'\], expected some of \['lora-2'\]"):
+        compare_metamathqa.main()
+
+
+def test_every_kind_of_method_answers_in_half_precision(config, tmp_path, monkeypatch):
+    path, results = tmp_path / "config.json", tmp_path / "results.json"
+    methods = {"lora-2": [1e-3], "ia3": [1e-2], "peqa": [1e-2], "peqa-row": [1e-2]}
+    path.write_text(json.dumps(config | {"dtype": "bfloat16", "methods": methods}))
+    monkeypatch.setattr(sys, "argv", ["compare", "--config", str(path), "--results", str(results)])
+    compare_metamathqa.main()
+    runs = {run["method"]: run for run in json.loads(results.read_text())}
+    assert list(runs) == list(methods)
+    assert runs["ia3"]["merged"] is None and all(run["tuned"] != run["untrained"] for run in runs.values())
 
 
 def test_the_configuration_names_known_methods_and_what_is_needed():

@@ -7,7 +7,7 @@ import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -20,27 +20,27 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import compare_methods  # noqa: E402
-import methods_report  # noqa: E402
 from comparison.bases import load_base, targets_of  # noqa: E402
 from comparison.bench import Bench  # noqa: E402
 from comparison.data import Questions  # noqa: E402
 from comparison.evaluation import accuracy, mean_loss  # noqa: E402
-from comparison.methods import DEFAULT_METHODS, adapt, count_trained, merge, parse_method  # noqa: E402
-from comparison.tables import cost_table, describe, front, summary_table  # noqa: E402
-from markdown_tables import put_between  # noqa: E402
+from comparison.merging import merge  # noqa: E402
+from comparison.methods import DEFAULT_METHODS, adapt, count_trained, parse_method  # noqa: E402
 
 from peft_sgrq import SGRQLinear  # noqa: E402
 
 
 @pytest.fixture
 def arguments(llama_dir: Path, tmp_path: Path) -> list[str]:
-    text, questions = tmp_path / "text.jsonl", tmp_path / "questions.jsonl"
-    rows = [{"text": f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs."} for i in range(60)]
-    text.write_text("\n".join(map(json.dumps, rows)))
+    questions = tmp_path / "questions.jsonl"
+    texts = {"train": "the quick brown fox jumps over", "test": "a slow red hen looks at", "other": "sum of"}
+    for name, words in texts.items():
+        rows = [{"text": f"Line {i}: {words} {i * i} lazy dogs."} for i in range(60)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     rows = [{"context": "x" * 20 + str(i), "choices": ["one", "two two"], "label": i % 2} for i in range(6)]
     questions.write_text("\n".join(map(json.dumps, rows)))
     return [
-        "compare_methods.py", str(llama_dir), "--train", str(text), "--test", str(text), "--other", str(text),
+        "compare_methods.py", str(llama_dir), *(f"--{name}={tmp_path / name}.jsonl" for name in texts),
         "--questions", str(questions), "--base", "nf4", "--dtype", "float32", "--steps", "3", "--batch-size", "2",
         "--length", "16", "--calibration-rows", "4", "--evaluation-rows", "4", "--context-length", "8",
         "--seeds", "0", "1", "--rates", "3", "--results", str(tmp_path / "results.json"),
@@ -91,18 +91,60 @@ def test_refining_looks_on_both_sides_of_the_best_rate(arguments, tmp_path, monk
     best = min(swept, key=lambda run: run["tuned"]["validation"])["learning_rate"]
     added = [run["learning_rate"] for run in refined[len(swept) :]]
     assert added == pytest.approx([best / 2, best * 2], rel=0.05)
+    run(monkeypatch, [*arguments, "--refine", "1"])
+    assert json.loads((tmp_path / "results.json").read_text())[0]["runs"] == refined  # nothing nearer still
 
 
 def test_an_unknown_method_or_option_is_refused_with_what_is_known():
     assert [parse_method(name).name for name in DEFAULT_METHODS] == list(DEFAULT_METHODS)
-    for name in ("lora", "sgrq-x", "dora-8", ""):
+    for name in ("lora", "sgrq-x", "dora-8", "", "lora-0", "sgrq-0", "random-knee"):
         with pytest.raises(ValueError, match=r"is not known, expected a name such as lora-16"):
             parse_method(name)
-    for name in ("lora-8:gradient", "sgrq-0.4:fast", "peqa:beta-1.5"):
+    for name in (
+        "lora-8:gradient", "sgrq-0.4:fast", "peqa:beta-1.5", "peqa:gradient", "peqa:global", "random-0.1:gradient",
+        "random-0.1:global", "sgrq-0.4:original",
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=r"has the option .*, expected one of"):
             parse_method(name)
     with pytest.raises(ValueError, match=r"'int9' is not known, expected as-is"):
         load_base("", "int9", torch.float32, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--centre": "loar=1e-3"}, r"--centre has 'loar=1e-3', expected KIND=RATE"),
+        ({"--centre": "lora"}, r"--centre has 'lora', expected KIND=RATE"),
+        ({"--rates": "0"}, r"--rates is 0, expected at least 1"),
+        ({"--length": "400"}, r"has \d windows of 400 tokens, expected at least 10"),
+        ({"--test": "nowhere.txt"}, r"There is no file 'nowhere.txt'"),
+        ({"--questions": "nowhere.jsonl"}, r"There is no file 'nowhere.jsonl'"),
+    ],
+    ids=lambda value: " ".join(next(iter(value.items()))) if isinstance(value, dict) else "",
+)
+def test_mistakes_are_explained_before_anything_is_run(changes, message, arguments, tmp_path, monkeypatch):
+    # The last of an option given twice counts.
+    monkeypatch.setattr(sys, "argv", [*arguments, *(part for item in changes.items() for part in item)])
+    with pytest.raises(ValueError, match=message):
+        compare_methods.main()
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.skipif(find_spec("hqq") is None, reason="hqq is not installed")
+def test_groups_that_divide_no_layer_are_refused(llama_dir):
+    with pytest.raises(ValueError, match=r"Groups of 100 columns divide none of the layers, which have \[64, 128\]"):
+        load_base(str(llama_dir), "hqq-4-100", torch.float32, [])
+
+
+def test_evaluation_is_on_the_texts_that_are_named(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", arguments)
+    bench = Bench(compare_methods.parse_arguments())
+    words = {"validation": "quick brown", "test": "red hen", "other": "sum of"}
+    for part, expected in words.items():
+        text = "".join(map(bench.tokenizer.decode, bench.parts[part])).replace("  ", " ")
+        assert expected in text and not any(word in text for word in words.values() if word != expected)
+    train = "".join(map(bench.tokenizer.decode, bench.train))
+    assert "Line 1:" in train and "Line 59" not in train  # the end of it is the validation text
 
 
 def test_the_beta_of_a_method_is_that_of_its_optimizer(arguments, monkeypatch):
@@ -246,68 +288,3 @@ def test_controls_select_as_many_groups_as_they_stand_against(arguments, monkeyp
     counts = {name: {k: bin(int(v, 16)).count("1") for k, v in found[name].items()} for name in list(found)[:3]}
     assert counts["sgrq-0.5"] == counts["random-0.5"] == counts["bottom-0.5"]
     assert found["bottom-0.5"] != found["sgrq-0.5"]
-
-
-def a_run(method: str, seed: int, rate: float, test: float, other: float = 1.0, merged: float = 0.0) -> dict[str, Any]:
-    tuned = {"validation": test, "test": test, "other": other, "accuracy": 0.5}
-    after = {key: value + merged for key, value in tuned.items()} if merged is not None else None
-    return {
-        "method": method, "seed": seed, "learning_rate": rate, "trained": 1234, "adapter_bytes": 5000, "tuned": tuned,
-        "merged": after, "same_bits": not merged, "seconds": 1.0,
-    }  # fmt: skip
-
-
-def a_setting(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    shared = {
-        "model": "m",
-        "base": "nf4",
-        "train": "a/b",
-        "steps": 1,
-        "batch_size": 1,
-        "length": 1,
-        "dtype": "float32",
-    }
-    untrained = {"validation": 5.0, "test": 5.0, "other": 0.5}
-    return {
-        "shared": {**shared, "other": "c/d"}, "versions": {"torch": "2"}, "machine": "none", "unavailable": {},
-        "same": {}, "untrained": untrained, "runs": runs,
-    }  # fmt: skip
-
-
-def test_tables_give_mean_spread_and_differences_seed_by_seed():
-    lora = [a_run("lora-16", seed, 0.1, 3.0 + 0.1 * seed, merged=0.5) for seed in range(3)]
-    worse = a_run("lora-16", 0, 0.2, 9.0)  # a rate that was not chosen
-    sgrq = [a_run("sgrq-0.4", seed, 0.2, value) for seed, value in enumerate((3.1, 3.0, 3.3))]
-    peqa = [a_run("peqa", seed, 0.2, 2.5, other=2.0) for seed in range(3)]
-    tried = [a_run("peqa:exp", seed, 0.2, 2.6, other=2.0) for seed in range(3)]
-    setting = a_setting([*lora, worse, *sgrq, *peqa, *tried])
-    text = describe(setting)
-    assert "| lora-16 | 0.1 | 1,234 | 5 | 3.100 ± 0.100 | 3.600 ± 0.100 | 1.000 ± 0.000 | 1.500 ± 0.000 |" in text
-    assert "| peqa:exp | 0.2 | 1,234 | 2.600 ± 0.000 | +0.100 ± 0.000 | 2.000 ± 0.000 | +0.000 ± 0.000 |" in text
-    differences = [3.1 - 3.5, 3.0 - 3.6, 3.3 - 3.7]
-    assert f"{mean(differences):+.3f} ± {stdev(differences):.3f}" in summary_table([setting])
-    assert front(setting["runs"]) == ["sgrq-0.4", "peqa"]  # LoRA is beaten by sgrq-0.4 in both
-    setting["cost"] = {name: {"step": step, "peak": 4, "kept": 2} for name, step in (("lora-16", 0.2), ("peqa", 0.1))}
-    assert "| peqa | 0.50 | 1.00 | 1.00 |" in cost_table([setting])
-
-
-def test_the_tables_and_plots_on_the_page_are_those_of_the_results(tmp_path, monkeypatch):
-    root = EXAMPLES.parent
-    results = sorted(map(str, (root / "docs" / "results").glob("methods-*.json")))
-    page = root / "docs" / "results.md"
-    if not results or not page.exists():
-        pytest.skip("no results in this checkout")
-    copied = tmp_path / "page.md"
-    copied.write_text(page.read_text())
-    monkeypatch.setattr(sys, "argv", ["report", *results, "--update", str(copied), "--plots", str(tmp_path)])
-    methods_report.main()
-    assert copied.read_text() == page.read_text()
-    for path in results:
-        picture = Path(path).with_suffix(".png")
-        assert picture.stat().st_size < 150_000 and (tmp_path / picture.name).exists()
-        assert f"results/{picture.name}" in page.read_text()
-
-
-def test_a_page_without_marks_is_refused():
-    with pytest.raises(ValueError, match="has no marks '<!-- a -->' and '<!-- b -->'"):
-        put_between("nothing", "<!-- a -->", "<!-- b -->", "text")

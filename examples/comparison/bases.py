@@ -65,8 +65,14 @@ def _quantize_hqq(model: Any, bits: int, group_size: int) -> None:
     # Layer by layer: HQQ's own function for whole models knows a few architectures, GPT-Neo is not one of them.
     model.requires_grad_(False)
     head = model.get_output_embeddings()
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and layer is not head and layer.in_features % group_size == 0:
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    widths = sorted({layer.in_features for layer in layers.values() if layer is not head})
+    if not any(width % group_size == 0 for width in widths):
+        raise ValueError(
+            f"Groups of {group_size} columns divide none of the layers, which have {widths}; take a smaller divisor."
+        )
+    for name, layer in layers.items():
+        if layer is not head and layer.in_features % group_size == 0:
             model.set_submodule(name, hqq_layer(layer, bits, group_size))
 
 

@@ -34,6 +34,11 @@ class Bench:
         self.tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         train = self._read(arguments.train, "train")
         held = len(train) // 10
+        if held == 0:
+            raise ValueError(
+                f"The training text has {len(train)} windows of {arguments.length} tokens, expected at least 10, the "
+                "last tenth of which is for validation; give a longer one, or lower --length."
+            )
         self.train = train[:-held]
         self.parts = {
             "validation": train[-held:][: arguments.evaluation_rows],
@@ -84,7 +89,7 @@ class Bench:
             order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(1000 + seed))
             rows = self.train[order[: self.arguments.calibration_rows]]
             batches = [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in rows.split(8)]
-            config = SGRQConfig(target_modules=self.targets, task_type="CAUSAL_LM")
+            config = SGRQConfig(ratio=0.4, target_modules=self.targets, task_type="CAUSAL_LM")
             self._saliency[criterion, seed] = calibrate(
                 self.load(), config, batches, criterion=criterion, progress=False
             )

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from selection_bench import windows_of
 
+FILES = (".txt", ".md", ".jsonl")  # what a file is called; other sources that do not exist here are on the Hub
+
 
 @dataclass(frozen=True)
 class Questions:
@@ -39,8 +41,11 @@ def read_windows(tokenizer: Any, source: str, split: str, length: int, character
         characters (`int`): How much of it to read.
         column (`str`): The dataset's columns to join, separated by commas; "text" where it has none of them.
     """
-    if Path(source).exists():
-        return windows_of(tokenizer, Path(source), length, characters)
+    if Path(source).exists() or Path(source).suffix in FILES:
+        windows = windows_of(tokenizer, existing(Path(source)), length, characters)
+        if len(windows) == 0:
+            raise ValueError(f"{source} has less than {length} tokens, expected a longer text; or lower --length.")
+        return windows
     from datasets import load_dataset
 
     name, _, config = source.partition(":")
@@ -67,7 +72,7 @@ def read_questions(tokenizer: Any, path: Path, count: int, length: int) -> Quest
         ValueError: If no context is that long.
     """
     contexts, choices, characters, labels = [], [], [], []
-    for line in path.read_text().splitlines():
+    for line in existing(path).read_text().splitlines():
         row = json.loads(line)
         ids = _ids(tokenizer, row["context"])
         if len(ids) < length or len(labels) == count:
@@ -79,6 +84,13 @@ def read_questions(tokenizer: Any, path: Path, count: int, length: int) -> Quest
     if not labels:
         raise ValueError(f"{path} has no context of {length} tokens, expected some; lower --context-length.")
     return Questions(torch.stack(contexts), choices, characters, labels)
+
+
+def existing(path: Path) -> Path:
+    """The path, if there is a file."""
+    if not path.is_file():
+        raise ValueError(f"There is no file {str(path)!r}, expected a text or a .jsonl file; correct the path.")
+    return path
 
 
 def _ids(tokenizer: Any, text: str) -> torch.Tensor:

@@ -114,7 +114,7 @@ def parse_method(name: str) -> Method:
     for option in options:
         if option in CRITERIA and plain:
             method = replace(method, criterion=option)
-        elif option == "global" and method.selects and method.criterion in CRITERIA:
+        elif option == "global" and method.selects and method.criterion not in ("random", "bottom"):
             method = replace(method, everywhere=True)
         elif option == "original" and method.kind == "lora":
             method = replace(method, original=True)

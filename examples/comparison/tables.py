@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from statistics import mean
 from typing import Any
@@ -69,58 +70,79 @@ def methods_table(setting: Setting) -> str:
 def tried_table(runs: list[Run]) -> str:
     """A row for each method with options (`sgrq-0.4:exp`): merged losses, less those of the plain method.
 
-    The plain one has the same learning rate where it was run at it with all seeds, else its own best.
+    Both at their own best learning rates, and where the plain one was run with all seeds at the rate of the other, at
+    the same rate. What PEFT cannot merge is left out.
     """
-    losses = ("in domain, merged", "difference", "out of domain, merged", "difference")
-    rows = [["tried", "learning rate", "trained", *losses]]
+    both = ("in domain", "out of domain")
+    heads = ("learning rates", "trained", *(f"{part}, merged" for part in both))
+    rows = [
+        ["tried", *heads, *(f"less plain, {part}" for part in both), *(f"at the same rate, {part}" for part in both)]
+    ]
     for method in methods_of(runs):
-        if ":" not in method:
-            continue
         own = best_runs(runs, method, "merged")
-        one = next(iter(own.values()))
-        name = method.partition(":")[0]
-        same = [run for run in runs if (run["method"], run["learning_rate"]) == (name, one["learning_rate"])]
-        plain = {run["seed"]: run for run in same}
-        if set(plain) != set(own):
-            plain = best_runs(runs, name, "merged")
-        cells = [method, f"{one['learning_rate']:g}", f"{one['trained']:,}"]
-        for part in ("test", "other"):
-            cells += [spell(values(own, "merged", part)), spell(differences(own, plain, part), sign="+")]
+        if ":" not in method or not own:
+            continue
+        name, one = method.partition(":")[0], next(iter(own.values()))
+        plain = best_runs(runs, name, "merged")
+        alike = [run for run in runs if (run["method"], run["learning_rate"]) == (name, one["learning_rate"])]
+        same = {run["seed"]: run for run in alike}
+        rates = [f"{next(iter(found.values()))['learning_rate']:g}" for found in (own, plain) if found]
+        cells = [method, ", plain ".join(rates), f"{one['trained']:,}"]
+        cells += [spell(values(own, "merged", part)) for part in ("test", "other")]
+        for others in (plain, same if set(same) == set(own) else {}):
+            cells += [spell(differences(own, others, part), sign="+") for part in ("test", "other")]
         rows.append(cells)
     return table(rows) if len(rows) > 1 else ""
 
 
 def summary_table(settings: Iterable[Setting]) -> str:
-    """After merging, in each setting: the best LoRA, SGRQ and PEQA in domain, and the methods on the front."""
-    bests = ("best LoRA", "best SGRQ below 1.0", "PEQA")
+    """After merging, in each setting: the best LoRA, SGRQ and PEQA in domain, and the methods on the front.
+
+    The best are chosen by validation loss. "LoRA into the original" is the best of those merged into the weights
+    before quantization.
+    """
+    bests = ("best LoRA", "LoRA into the original", "best SGRQ below 1.0", "PEQA")
     less = ("SGRQ less LoRA", "PEQA less LoRA", "the same out of domain")
     rows = [["setting", "base", *bests, *less, "on the front"]]
     for setting in settings:
         runs = setting["runs"]
+        plain = [name for name in methods_of(runs) if ":" not in name]
         groups = {
-            "lora": [name for name in methods_of(runs) if name.startswith("lora-") and ":" not in name],
-            "sgrq": [name for name in methods_of(runs) if name.startswith("sgrq-") and ":" not in name],
-            "peqa": [name for name in methods_of(runs) if name == "peqa"],
+            "lora": [name for name in plain if name.startswith("lora-")],
+            "original": [name for name in methods_of(runs) if re.fullmatch(r"lora-\d+:original", name)],
+            "sgrq": [name for name in plain if name.startswith("sgrq-")],
+            "peqa": [name for name in plain if name == "peqa"],
         }
         best = {key: best_method(runs, names) for key, names in groups.items()}
         found = {key: best_runs(runs, name, "merged") for key, name in best.items() if name is not None}
-        if len(found) < 3:
+        if not {"lora", "peqa"} <= set(found):
             continue
         cells = [title(setting), _number(setting["untrained"]["test"])]
-        cells += [f"{best[key]}: {spell(values(found[key], 'merged', 'test'))}" for key in ("lora", "sgrq")]
-        cells.append(spell(values(found["peqa"], "merged", "test")))
-        cells += [spell(differences(found[key], found["lora"], "test"), sign="+") for key in ("sgrq", "peqa")]
-        cells.append(
-            ", ".join(spell(differences(found[key], found["lora"], "other"), sign="+") for key in ("sgrq", "peqa"))
-        )
-        cells.append(", ".join(front(runs)))
+        for key in groups:
+            name = "" if key == "peqa" else f"{(best[key] or '').partition(':')[0]}: "
+            cells.append(name + spell(values(found[key], "merged", "test")) if key in found else "")
+        others = [found[key] for key in ("sgrq", "peqa") if key in found]
+        pairs = [
+            [spell(differences(own, found["lora"], part), sign="+") for own in others] for part in ("test", "other")
+        ]
+        cells += [*([""] * (2 - len(others))), *pairs[0], ", ".join(pairs[1]), ", ".join(front(runs))]
         rows.append(cells)
     return table(rows)
 
 
+def exactness(settings: Iterable[Setting]) -> str:
+    """In how many runs the merged model gave the logits of the tuned one, bit for bit."""
+    merged = [run for setting in settings for run in setting["runs"] if run["merged"] is not None]
+    scales = [run for run in merged if run["method"].startswith(("sgrq-", "peqa", "random-", "bottom-"))]
+    plain = [run for run in scales if ":zeros" not in run["method"]]
+    others = [run for run in merged if run["method"].startswith("lora-")]
+    counts = [f"{sum(run['same_bits'] for run in found)} of {len(found)}" for found in (plain, others)]
+    return f"Merged gave the logits of tuned, bit for bit, in {counts[0]} runs of scales and in {counts[1]} of LoRA."
+
+
 def cost_table(settings: Iterable[Setting]) -> str:
     """Step time and peak memory of each method, over those of lora-16 in the same setting."""
-    measured = [setting for setting in settings if "cost" in setting]
+    measured = [setting for setting in settings if "lora-16" in setting.get("cost", {})]
     names = dict.fromkeys(name for setting in measured for name in setting["cost"])
     heads = [title(setting).rpartition(", ")[0] for setting in measured]
     rows = [["method", *(f"{head}: {what}" for head in heads for what in ("step", "peak memory", "kept"))]]
@@ -145,10 +167,10 @@ def best_runs(runs: list[Run], method: str, state: str) -> dict[int, Run]:
 
 
 def best_method(runs: list[Run], names: list[str]) -> str | None:
-    """Of some methods the one with the lowest mean loss in domain after merging."""
+    """Of some methods the one with the lowest mean validation loss after merging."""
     means = {}
     for name in names:
-        found = values(best_runs(runs, name, "merged"), "merged", "test")
+        found = values(best_runs(runs, name, "merged"), "merged", "validation")
         if found and None not in found:
             means[name] = mean(found)
     return min(means, key=means.__getitem__) if means else None
