@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -12,7 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 
 from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
 
-FORMATS = 'as-is, nf4, hqq-BITS-GROUP such as "hqq-3-64", gptq-BITS-GROUP, or a name of examples/benchmarks/bases.py'
+FORMATS = (
+    'as-is, nf4, hqq-BITS-GROUP such as "hqq-3-64", the same with its groups split as "hqq-3-64-16", gptq-BITS-GROUP, '
+    "or a name of examples/benchmarks/bases.py"
+)
 
 
 def load_base(model: str, base: str, dtype: torch.dtype, calibration: list[str]) -> Any:
@@ -28,12 +32,19 @@ def load_base(model: str, base: str, dtype: torch.dtype, calibration: list[str])
         ValueError: If the format is not known.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    packed = re.fullmatch(r"(hqq|gptq)-(\d+)-(\d+)", base)
+    packed = re.fullmatch(r"(hqq|gptq)-(\d+)-(\d+)(?:-(\d+))?", base)
     if base == "nf4":
         loaded = BASES["bnb-nf4"].load(model, dtype)
+    elif packed and packed[4] and (packed[1] != "hqq" or int(packed[3]) % int(packed[4])):
+        raise ValueError(
+            f"The base {base!r} splits groups of {packed[3]} into {packed[4]}, expected HQQ and a divisor."
+        )
     elif packed and packed[1] == "hqq":
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map={"": device}).eval()
         _quantize_hqq(loaded, int(packed[2]), int(packed[3]))
+        if packed[4]:
+            for name in quantized_layers(loaded):
+                split_groups(loaded.get_submodule(name), int(packed[4]))
     elif packed:
         settings = GPTQConfig(
             int(packed[2]),
@@ -59,6 +70,24 @@ def hqq_layer(layer: nn.Linear, bits: int, group_size: int) -> nn.Module:
 
     settings = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1)
     return HQQLinear(layer, settings, compute_dtype=layer.weight.dtype, device=str(layer.weight.device))
+
+
+def split_groups(layer: Any, group_size: int) -> None:
+    """Gives an HQQ layer smaller groups, in place: its codes stay, each scale and zero point is repeated.
+
+    The layer computes the same, bit for bit, and has as many scales as if it had been quantized in such groups.
+    """
+    from hqq.core.quantize import Quantizer
+
+    meta, columns = layer.meta, layer.meta["group_size"]
+    groups = math.prod(meta["shape"]) // columns
+    codes = Quantizer.unpack[meta["packing"]](layer.W_q.data, dtype=torch.uint8)[:groups]  # (N * G, g)
+    packed = Quantizer.pack[meta["packing"]](codes.reshape(-1, group_size))
+    layer.W_q = nn.Parameter(packed, requires_grad=False)
+    for key in ("scale", "zero"):
+        meta[key] = meta[key].repeat_interleave(columns // group_size, 0)
+    meta["group_size"] = group_size
+    layer.quant_config["weight_quant_params"]["group_size"] = group_size
 
 
 def _quantize_hqq(model: Any, bits: int, group_size: int) -> None:
