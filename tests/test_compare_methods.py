@@ -130,28 +130,6 @@ def test_mistakes_are_explained_before_anything_is_run(changes, message, argumen
     assert not (tmp_path / "results.json").exists()
 
 
-@pytest.mark.skipif(find_spec("hqq") is None, reason="hqq is not installed")
-def test_groups_that_divide_no_layer_are_refused(llama_dir):
-    with pytest.raises(ValueError, match=r"Groups of 100 columns divide none of the layers, which have \[64, 128\]"):
-        load_base(str(llama_dir), "hqq-4-100", torch.float32, [])
-
-
-@pytest.mark.skipif(find_spec("hqq") is None, reason="hqq is not installed")
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_split_groups_give_more_scales_and_the_same_bits(bits, llama_dir, ids):
-    whole = load_base(str(llama_dir), f"hqq-{bits}-64", torch.float32, [])
-    split = load_base(str(llama_dir), f"hqq-{bits}-64-16", torch.float32, [])
-    with torch.no_grad():
-        assert torch.equal(split(input_ids=ids).logits, whole(input_ids=ids).logits)
-    counts = [
-        adapt(model, parse_method("peqa"), targets_of(model), None).get_nb_trainable_parameters()[0]
-        for model in (whole, split)
-    ]
-    assert counts[1] == 4 * counts[0]
-    with pytest.raises(ValueError, match="splits groups of 64 into 48, expected HQQ, a divisor"):
-        load_base(str(llama_dir), f"hqq-{bits}-64-48", torch.float32, [])
-
-
 def test_evaluation_is_on_the_texts_that_are_named(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", arguments)
     bench = Bench(compare_methods.parse_arguments())

@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import pytest
+from PIL import Image
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -98,7 +99,8 @@ def test_the_tables_and_plots_on_the_page_are_those_of_the_results(tmp_path, mon
     assert copied.read_text() == page.read_text()
     for path in results:
         picture = Path(path).with_suffix(".png")
-        assert picture.stat().st_size < 150_000 and (tmp_path / picture.name).exists()
+        drawn = [Image.open(path).text["Description"] for path in (picture, tmp_path / picture.name)]
+        assert picture.stat().st_size < 150_000 and drawn[0] == drawn[1], f"draw {picture.name} again"
         assert f"results/{picture.name}" in page.read_text()
 
 

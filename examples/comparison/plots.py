@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -62,8 +64,13 @@ def plot_forgetting(settings: list[dict[str, Any]], path: Path, columns: int = 3
         fontsize=8,
     )
     beside = path.with_suffix(f".partial{path.suffix}")
-    figure.savefig(beside, dpi=100)
+    figure.savefig(beside, dpi=100, metadata={"Description": digest(settings)})
     os.replace(beside, path)
+
+
+def digest(settings: list[dict[str, Any]]) -> str:
+    """What a picture says it was drawn from."""
+    return "sha256 of the results: " + hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _draw(panel: Any, setting: dict[str, Any]) -> None:
