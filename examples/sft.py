@@ -3,7 +3,7 @@
     python examples/sft.py \\
         --model_name_or_path unsloth/Llama-3.2-1B-Instruct-bnb-4bit \\
         --dataset_name trl-lib/Capybara \\
-        --output_dir llama-sgrq --learning_rate 1e-2 --max_steps 500 --push_to_hub
+        --output_dir llama-sgrq --learning_rate 2e-2 --max_steps 500 --push_to_hub
 
 A base that is quantized already loads the same everywhere, so the adapter fits everywhere. A model that is not is
 quantized while loading with `--load_in_4bit` or `--load_in_8bit`. All arguments of TRL's SFTConfig work.

@@ -22,17 +22,23 @@ def test_groups_that_divide_no_layer_are_refused(llama_dir):
         load_base(str(llama_dir), "hqq-4-100", torch.float32, [])
 
 
-@pytest.mark.skipif(find_spec("hqq") is None, reason="hqq is not installed")
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_split_groups_give_more_scales_and_the_same_bits(bits, llama_dir, ids):
-    whole = load_base(str(llama_dir), f"hqq-{bits}-64", torch.float32, [])
-    split = load_base(str(llama_dir), f"hqq-{bits}-64-16", torch.float32, [])
+hqq = pytest.mark.skipif(find_spec("hqq") is None, reason="hqq is not installed")
+SPLIT = [pytest.param(f"hqq-{bits}-64", 16, marks=hqq) for bits in (2, 3, 4, 8)] + [("nf4", 32)]
+
+
+@pytest.mark.parametrize(("base", "size"), SPLIT)
+def test_split_groups_give_more_scales_and_the_same_bits(base, size, llama_dir, ids):
+    whole, split = (load_base(str(llama_dir), name, torch.float32, []) for name in (base, f"{base}-{size}"))
     with torch.no_grad():
         assert torch.equal(split(input_ids=ids).logits, whole(input_ids=ids).logits)
     counts = [
         adapt(model, parse_method("peqa"), targets_of(model), None).get_nb_trainable_parameters()[0]
         for model in (whole, split)
     ]
-    assert counts[1] == 4 * counts[0]
-    with pytest.raises(ValueError, match="splits groups of 64 into 48, expected HQQ, a divisor"):
-        load_base(str(llama_dir), f"hqq-{bits}-64-48", torch.float32, [])
+    assert counts[1] == 64 // size * counts[0]
+
+
+def test_groups_are_split_into_divisors_of_them(llama_dir):
+    for base, sizes in (("hqq-4-64-48", "64 into 48"), ("gptq-4-64-16", "64 into 16")):
+        with pytest.raises(ValueError, match=f"splits groups of {sizes}, expected HQQ and a divisor"):
+            load_base(str(llama_dir), base, torch.float32, [])

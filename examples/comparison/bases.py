@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
 
 FORMATS = (
-    'as-is, nf4, hqq-BITS-GROUP such as "hqq-3-64", the same with its groups split as "hqq-3-64-16", gptq-BITS-GROUP, '
-    "or a name of examples/benchmarks/bases.py"
+    'as-is, nf4, hqq-BITS-GROUP such as "hqq-3-64", the same with groups split, "nf4-32" and "hqq-3-64-16", '
+    "gptq-BITS-GROUP, or a name of examples/benchmarks/bases.py"
 )
 
 
@@ -33,8 +33,10 @@ def load_base(model: str, base: str, dtype: torch.dtype, calibration: list[str])
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     packed = re.fullmatch(r"(hqq|gptq)-(\d+)-(\d+)(?:-(\d+))?", base)
-    if base == "nf4":
+    if base in ("nf4", "nf4-32"):
         loaded = BASES["bnb-nf4"].load(model, dtype)
+        if base == "nf4-32":
+            split_groups(loaded, 32)
     elif packed and packed[4] and (packed[1] != "hqq" or int(packed[3]) % int(packed[4])):
         raise ValueError(
             f"The base {base!r} splits groups of {packed[3]} into {packed[4]}, expected HQQ and a divisor."
@@ -43,8 +45,7 @@ def load_base(model: str, base: str, dtype: torch.dtype, calibration: list[str])
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map={"": device}).eval()
         _quantize_hqq(loaded, int(packed[2]), int(packed[3]))
         if packed[4]:
-            for name in quantized_layers(loaded):
-                split_groups(loaded.get_submodule(name), int(packed[4]))
+            split_groups(loaded, int(packed[4]))
     elif packed:
         settings = GPTQConfig(
             int(packed[2]),
@@ -72,11 +73,23 @@ def hqq_layer(layer: nn.Linear, bits: int, group_size: int) -> nn.Module:
     return HQQLinear(layer, settings, compute_dtype=layer.weight.dtype, device=str(layer.weight.device))
 
 
-def split_groups(layer: Any, group_size: int) -> None:
-    """Gives an HQQ layer smaller groups, in place: its codes stay, each scale and zero point is repeated.
+def split_groups(model: Any, group_size: int) -> None:
+    """Gives the layers of a model smaller groups, in place: codes stay, each scale and zero point is repeated.
 
-    The layer computes the same, bit for bit, and has as many scales as if it had been quantized in such groups.
+    A layer computes the same, bit for bit, and has as many scales as if it had been quantized in such groups. For NF4
+    that is not nested, and HQQ. bitsandbytes has no blocks below 32.
     """
+    for name in quantized_layers(model):
+        layer = model.get_submodule(name)
+        if hasattr(layer, "meta"):
+            _split_hqq(layer, group_size)
+        else:
+            state = layer.weight.quant_state
+            state.absmax = state.absmax.repeat_interleave(state.blocksize // group_size)
+            state.blocksize = group_size
+
+
+def _split_hqq(layer: Any, group_size: int) -> None:
     from hqq.core.quantize import Quantizer
 
     meta, columns = layer.meta, layer.meta["group_size"]
