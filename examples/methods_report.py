@@ -10,11 +10,12 @@ import argparse
 import json
 from pathlib import Path
 
+from comparison.cross import cross_table
 from comparison.tables import cost_table, describe, exactness, methods_of, summary_table
 from markdown_tables import put_between
 from results_file import replace_text
 
-PARTS = ("summary", "cost", "settings")
+PARTS = ("cross", "summary", "cost", "settings")
 MARK = "<!-- {}: made by examples/methods_report.py -->"
 PLOTTED_FROM = 7  # methods; settings with fewer are there to answer one question
 
@@ -28,6 +29,7 @@ def main() -> None:
     by_file = {path: json.loads(path.read_text()) for path in arguments.results}
     settings = [setting for found in by_file.values() for setting in found]
     texts = {
+        "cross": cross_table(settings),
         "summary": f"{summary_table(settings)}\n\n{exactness(settings)}",
         "cost": cost_table(settings),
         "settings": "\n\n".join(map(describe, settings)),

@@ -14,6 +14,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import methods_report  # noqa: E402
+from comparison.cross import cross_table  # noqa: E402
 from comparison.tables import cost_table, describe, exactness, front, summary_table  # noqa: E402
 from markdown_tables import put_between  # noqa: E402
 
@@ -74,6 +75,31 @@ def test_rates_and_methods_are_chosen_by_validation_alone():
     peqa = [run("peqa", seed, 0.1, 2.0, 3.5) for seed in range(2)]
     table = summary_table([a_setting([*lora, *peqa])])
     assert "| lora-8: 4.000 ± 0.000 |" in table and "| -0.500 ± 0.000 |" in table
+
+
+def test_differences_to_peqa_are_by_model_and_width_where_all_methods_were_run():
+    methods = [
+        "lora-2",
+        "lora-8",
+        "lora-8:original",
+        "ia3",
+        "sgrq-0.4",
+        "random-0.1",
+        "bottom-0.1",
+        "peqa-row",
+        "peqa",
+    ]
+    losses = {"lora-2": 3.5, "lora-8": 3.0, "lora-8:original": 2.9, "sgrq-0.4": 3.4}
+    runs = [a_run(method, seed, 0.1, losses.get(method, 3.25) + seed) for method in methods for seed in range(2)]
+    setting = a_setting(runs)
+    few = a_setting(runs[2:])
+    few["shared"] |= {"base": "hqq-2-64"}
+    assert cross_table([setting, few]).splitlines()[2:] == [
+        "| m, a | PEQA less the best LoRA | +0.250 ± 0.000 |  |  |",
+        "| m, a | less LoRA into the original | +0.350 ± 0.000 |  |  |",
+        "| m, a | less LoRA r=2, about as many values | -0.250 ± 0.000 |  |  |",
+        "| m, a | less SGRQ at 0.4 | -0.150 ± 0.000 |  |  |",
+    ]
 
 
 def test_what_cannot_be_merged_is_in_no_table_of_merged_losses():

@@ -1,0 +1,50 @@
+"""Models and data against bits: how far PEQA is from LoRA after merging, in the settings with all methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from markdown_tables import spell, table
+
+from comparison.tables import Setting, best_method, best_runs, differences, methods_of
+
+WIDTHS = {"nf4": "NF4", "hqq-3": "HQQ, 3 bits", "hqq-2": "HQQ, 2 bits"}
+BROAD = 9  # methods; settings with fewer are there to answer one question
+
+
+def _loras(setting: Setting, option: str = "") -> list[str]:
+    return [
+        name for name in methods_of(setting["runs"]) if name.startswith("lora-") and name.partition(":")[2] == option
+    ]
+
+
+OTHERS: dict[str, Callable[[Setting], list[str]]] = {
+    "PEQA less the best LoRA": _loras,
+    "less LoRA into the original": lambda setting: _loras(setting, "original"),
+    "less LoRA r=2, about as many values": lambda setting: [name for name in _loras(setting) if name == "lora-2"],
+    "less SGRQ at 0.4": lambda setting: [setting["same"].get("sgrq-0.4", "sgrq-0.4")],
+}
+
+
+def cross_table(settings: Iterable[Setting]) -> str:
+    """By model and data PEQA's merged loss in domain less those of others, for each width, seed by seed.
+
+    The others are chosen by validation loss where there are several.
+    """
+    rows: dict[tuple[str, int], dict[str, str]] = {}
+    for setting in settings:
+        shared, runs = setting["shared"], setting["runs"]
+        width = shared["base"] if shared["base"] == "nf4" else shared["base"].rpartition("-")[0]
+        if len(methods_of(runs)) < BROAD or width not in WIDTHS:
+            continue
+        for index, others in enumerate(OTHERS.values()):
+            best = best_method(runs, others(setting))
+            if best is not None:
+                found = [best_runs(runs, name, "merged") for name in ("peqa", best)]
+                place = f"{shared['model']}, {shared['train'].split('/')[0]}"
+                rows.setdefault((place, index), {})[width] = spell(differences(*found, "test"), sign="+")
+    cells = [
+        [place, list(OTHERS)[index], *(rows[place, index].get(width, "") for width in WIDTHS)]
+        for place, index in sorted(rows)
+    ]
+    return table([["model and data", "merged, in domain", *WIDTHS.values()], *cells])
