@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from peft_sgrq.selection.calibrate import calibrate
     from peft_sgrq.selection.layerwise import allocate_ratios
     from peft_sgrq.selection.saliency import Saliency
+    from peft_sgrq.splitting import split_groups
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "recover",
     "register",
     "restore_codes",
+    "split_groups",
     "verify_checkpoint",
 ]
 
@@ -51,6 +53,7 @@ _HOMES = {
     "recover": "recovery.recover",
     "register": "registration",
     "restore_codes": "checkpoint.restore",
+    "split_groups": "splitting",
     "verify_checkpoint": "checkpoint.verify",
 }
 

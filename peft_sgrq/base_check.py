@@ -11,6 +11,7 @@ from torch import nn
 
 from peft_sgrq.backends import ScaleBackend
 from peft_sgrq.backends.loading import kernel_is_chosen, loading_expression, spoken
+from peft_sgrq.splitting import split_size
 
 if TYPE_CHECKING:
     from peft_sgrq.config import SGRQConfig
@@ -102,7 +103,12 @@ def check_base(config: SGRQConfig, fingerprints: Mapping[str, str], known: Colle
     (old_format, old_codes, _), (new_format, new_codes, _) = (
         [*digest.split(":"), "", ""][:3] for digest in (expected[name], fingerprints[name])
     )
+    mend = ""
     if old_format != new_format:
+        if size := split_size(old_format, new_format):
+            mend = (
+                f" and, if its groups were split before training, split them: `peft_sgrq.split_groups(model, {size})`"
+            )
         reason = f"layer {name!r} is {spoken(new_format)}, expected {spoken(old_format)}"
     elif old_codes != new_codes:
         reason = f"layer {name!r} has other weights than the one the adapter was trained on (or another dtype of them)"
@@ -113,8 +119,8 @@ def check_base(config: SGRQConfig, fingerprints: Mapping[str, str], known: Colle
         )
     raise ValueError(
         f"The adapter does not fit this base: {reason} ({len(differing)} of {len(expected)} layers differ). Scale "
-        f"changes mean nothing on other codes; load the base with {loading_code(config)}. To use the adapter here all "
-        "the same, set `config.base_fingerprint = None` on its SGRQConfig and pass that as `config=`."
+        f"changes mean nothing on other codes; load the base with {loading_code(config)}{mend}. To use the adapter "
+        "here all the same, set `config.base_fingerprint = None` on its SGRQConfig and pass that as `config=`."
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
@@ -11,6 +10,7 @@ from benchmarks.bases import BASES, quantized_layers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 
+from peft_sgrq import split_groups
 from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
 
 FORMATS = (
@@ -71,36 +71,6 @@ def hqq_layer(layer: nn.Linear, bits: int, group_size: int) -> nn.Module:
 
     settings = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1)
     return HQQLinear(layer, settings, compute_dtype=layer.weight.dtype, device=str(layer.weight.device))
-
-
-def split_groups(model: Any, group_size: int) -> None:
-    """Gives the layers of a model smaller groups, in place: codes stay, each scale and zero point is repeated.
-
-    A layer computes the same, bit for bit, and has as many scales as if it had been quantized in such groups. For NF4
-    that is not nested, and HQQ. bitsandbytes has no blocks below 32.
-    """
-    for name in quantized_layers(model):
-        layer = model.get_submodule(name)
-        if hasattr(layer, "meta"):
-            _split_hqq(layer, group_size)
-        else:
-            state = layer.weight.quant_state
-            state.absmax = state.absmax.repeat_interleave(state.blocksize // group_size)
-            state.blocksize = group_size
-
-
-def _split_hqq(layer: Any, group_size: int) -> None:
-    from hqq.core.quantize import Quantizer
-
-    meta, columns = layer.meta, layer.meta["group_size"]
-    groups = math.prod(meta["shape"]) // columns
-    codes = Quantizer.unpack[meta["packing"]](layer.W_q.data, dtype=torch.uint8)[:groups]  # (N * G, g)
-    packed = Quantizer.pack[meta["packing"]](codes.reshape(-1, group_size))
-    layer.W_q = nn.Parameter(packed, requires_grad=False)
-    for key in ("scale", "zero"):
-        meta[key] = meta[key].repeat_interleave(columns // group_size, 0)
-    meta["group_size"] = group_size
-    layer.quant_config["weight_quant_params"]["group_size"] = group_size
 
 
 def _quantize_hqq(model: Any, bits: int, group_size: int) -> None:

@@ -18,17 +18,19 @@ class ScaleBackend(ScaleMatrix):
     """One linear layer seen as codes and scales: `W[o, c] = C[o, c] * S[r(o), k(c)]`.
 
     The backend owns the scales; nothing else keeps a copy of them. It holds the wrapped module and reads its tensors
-    anew each time, so the module may be moved, copied or loaded into underneath it. No method but `write_scales` and
-    `restore_scales` changes its weight.
+    anew each time, so the module may be moved, copied or loaded into underneath it. No method but `write_scales`,
+    `restore_scales` and `split` changes its weight.
 
     Attributes:
         module (`nn.Module`): The wrapped layer.
         in_parts (`bool`): Whether rows of the codes and columns of the weight can be made without making all of them.
         saved_by (`str` or `None`): What saves a model of this format, where `save_pretrained` does not.
+        splittable (`bool`): Whether `split` can give the layer smaller groups.
     """
 
     in_parts: ClassVar[bool] = False
     saved_by: str | None = None
+    splittable: bool = False
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -168,6 +170,20 @@ class ScaleBackend(ScaleMatrix):
     @abstractmethod
     def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         """Applies to what `write_scales` returned what `nn.Module.to` and the like do by `fn` to the layer itself."""
+
+    def split_obstacle(self, group_size: int) -> str | None:
+        """Why a splittable layer cannot have groups of a size that divides its own, as a clause; `None` if it can."""
+        return None
+
+    def split(self, group_size: int) -> None:
+        """Gives the layer smaller groups, each with the scales and zero points of the one it is a part of.
+
+        The codes stay. Afterwards this backend is out of date, and the layer is to be resolved anew.
+
+        Args:
+            group_size (`int`): Columns per scale, a divisor of what it has that `split_obstacle` has nothing against.
+        """
+        raise NotImplementedError(f"Layers of the format {self.name} cannot be split.")
 
     @abstractmethod
     def quantization(self) -> dict[str, Any] | None:

@@ -33,6 +33,8 @@ _LOADING_FIELDS = (
     "llm_int8_skip_modules",
 )
 
+_SMALLEST_BLOCK = 32
+
 
 class _Stored(NamedTuple):
     absmax: torch.Tensor
@@ -46,6 +48,7 @@ class Bnb4bitBackend(ScaleBackend):
     """`bitsandbytes.nn.Linear4bit`. Scales are float32; nested ones stay so until a merge un-nests them exactly."""
 
     in_parts = True
+    splittable = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -198,6 +201,22 @@ class Bnb4bitBackend(ScaleBackend):
         offset = None if stored.offset is None else stored.offset.to(device)
         return stored._replace(absmax=stored.absmax.to(device), offset=offset, state2=second)
 
+    def split_obstacle(self, group_size: int) -> str | None:
+        if group_size >= _SMALLEST_BLOCK:
+            return None
+        return (
+            f"bitsandbytes computes with no blocks of {group_size}, expected {_SMALLEST_BLOCK} or more; pass "
+            f"{_SMALLEST_BLOCK}"
+        )
+
+    def split(self, group_size: int) -> None:
+        module: Any = self.module
+        parts = self.group_size // group_size
+        self.write_scales(absmax_of(self._state).repeat_interleave(parts))
+        self._state.blocksize = module.weight.blocksize = group_size
+        if getattr(module, "quant_state", None) is not None:
+            module.quant_state = self._state  # a copied layer has a state of its own there
+
     def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         return digest_tensors(self._packed, self._state)
 
@@ -260,20 +279,22 @@ def nested_layers(model: nn.Module) -> dict[str, int]:
     }
 
 
-def note_unnested(model: nn.Module, before: dict[str, int]) -> None:
+def note_unnested(model: nn.Module, before: dict[str, int], what: str = "Merging") -> None:
     """Reports what un-nesting scales cost, and keeps the quantization config of the model true.
 
     Args:
         model (`nn.Module`): The model after merging.
         before (`dict[str, int]`): What `nested_layers` returned before.
+        what (`str`): What wrote the scales, to begin the sentence with.
     """
     after = nested_layers(model)
     count = sum(size for name, size in before.items() if name not in after)
     if not count:
         return
     logger.warning(
-        "Merging wrote the double-quantized scales of %d layers as plain float32, which is exact and takes %.1f MB "
+        "%s wrote the double-quantized scales of %d layers as plain float32, which is exact and takes %.1f MB "
         "more. The model is still 4-bit and loads as before.",
+        what,
         len(before) - len(after),
         count * 3 / 1e6,  # a float32 in place of a byte
     )

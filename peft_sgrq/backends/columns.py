@@ -70,6 +70,25 @@ class ColumnGroups:
         table[groups[order], place] = order
         return table
 
+    def split(self, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The columns of each group divided, in the order they occur, among parts of another size.
+
+        Args:
+            group_size (`int`): Most columns of a part, a divisor of `g`.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: The part of each column, int64 `[K]`, and how many parts each group
+            has, int64 `[G]`, on the CPU. Parts are numbered group by group.
+        """
+        cpu = torch.device("cpu")
+        columns = self.indices(cpu)  # (G, g)
+        group, place = (columns < self.in_features).nonzero(as_tuple=True)
+        sizes = torch.bincount(group, minlength=self.count)
+        parts = (sizes + group_size - 1) // group_size
+        index = torch.empty(self.in_features, dtype=torch.int64)
+        index[columns[group, place]] = (parts.cumsum(0) - parts)[group] + place // group_size
+        return index, parts
+
     def group_of_column(self, device: torch.device) -> torch.Tensor | None:
         """The group of each column, int64 `[K]`; `None` if groups are consecutive and complete."""
         if self.consecutive and not self.padded:

@@ -85,6 +85,10 @@ class GPTQBackend(GPTQLayout):
         release_copy(self.module)
         return super().restore_scales(stored)
 
+    def split(self, group_size: int) -> None:
+        release_copy(self.module)
+        super().split(group_size)
+
     def quantization(self) -> dict[str, Any] | None:
         return {"quant_method": "gptq", **self.scale_fields()}
 

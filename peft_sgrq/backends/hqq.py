@@ -52,6 +52,7 @@ class HQQBackend(ScaleBackend):
         self.group_size = size if self._axis == 1 else 1
         if self._axis == 1 and size == self.in_features:
             self.granularity = "row"
+        self.splittable = self._axis == 1
         self.name = f"hqq-{meta['nbits']}bit-axis{self._axis}-{size}"
 
     @staticmethod
@@ -119,6 +120,27 @@ class HQQBackend(ScaleBackend):
 
     def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         return stored  # HQQ layers ignore `to`, and so do their scales
+
+    def split(self, group_size: int) -> None:
+        from hqq.core.quantize import Quantizer
+
+        module: Any = self.module
+        packed, meta = module.W_q.data, self._meta
+        packing, stored = meta["packing"], module.W_q.dtype
+        if packing is None:
+            module.W_q = nn.Parameter(packed.reshape(-1, group_size), requires_grad=False)
+        else:
+            if meta["view_as_float"]:
+                packed = packed.view(meta["unpack_view_dtype"])
+            # 3-bit codes are padded to whole words.
+            codes = Quantizer.unpack[packing](packed, dtype=torch.uint8)[: meta["scale"].numel()]  # (N * G, g)
+            packed = Quantizer.pack[packing](codes.reshape(-1, group_size))
+            module.W_q = nn.Parameter(packed.view(stored), requires_grad=False)
+        for key in ("scale", "zero"):
+            meta[key] = meta[key].repeat_interleave(self.group_size // group_size, 0)
+        meta["group_size"] = group_size
+        if module.quant_config:  # files of older versions do not have it
+            module.quant_config["weight_quant_params"]["group_size"] = group_size
 
     def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.module.W_q.data, self._meta["scale"]  # type: ignore[return-value]

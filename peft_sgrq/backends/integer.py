@@ -27,6 +27,7 @@ class IntegerBackend(ScaleBackend):
     """
 
     family: str
+    splittable = True
 
     def __init__(self, module: nn.Module, in_features: int, out_features: int, bits: int, group_size: int) -> None:
         super().__init__(module)
@@ -161,6 +162,33 @@ class IntegerBackend(ScaleBackend):
 
     def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         return fn(stored)
+
+    def split_obstacle(self, group_size: int) -> str | None:
+        sizes = getattr(type(self.module), "SUPPORTS_GROUP_SIZE", None)  # GPTQModel's layers say which they load
+        if sizes and group_size not in sizes:
+            known = ", ".join(str(size) for size in sizes if size > 0)
+            return f"GPTQModel loads no groups of {group_size}, expected one of {known}; pass one of these"
+        found, expected = int(self.columns.split(group_size)[1].sum()), -(-self.in_features // group_size)
+        if found == expected:
+            return None
+        return (
+            f"its g_idx leaves several groups incomplete, so there would be {found} groups of {group_size}, expected "
+            f"{expected}; pass a size that divides the columns of each group"
+        )
+
+    def split(self, group_size: int) -> None:
+        layer: Any = self.module
+        index, repeats = self.columns.split(group_size)
+        repeats = repeats.to(self.device)
+        layer.scales = layer.scales.repeat_interleave(repeats, 0)
+        layer.qzeros = layer.qzeros.repeat_interleave(repeats, 0)
+        if self._index is not None:
+            layer.g_idx = index.to(self._index)
+        layer.group_size = group_size
+        if hasattr(layer, "requested_group_size"):  # GPTQModel's, which may be -1
+            layer.requested_group_size = group_size
+        if hasattr(layer, "clear_weight_cache"):
+            layer.clear_weight_cache()
 
     def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         return digest_tensors(self.module.qweight, self._stored)  # type: ignore[arg-type]
