@@ -118,7 +118,7 @@ def run(kind: Kind, directories: dict[str, Path], root: Path) -> Run:
     model = kind.load(directories)
     found.logits["whole"] = logits(model, IDS)
     found.scales["whole"] = count(model)
-    model = split_groups(kind.load(directories), kind.size)
+    model = split_groups(model, kind.size)  # after forward passes, which compile and cache
     found.logits["split"] = logits(model, IDS)
     kind.save(model, root / "base")
     found.logits["after saving"] = logits(model, IDS)
@@ -154,15 +154,24 @@ torch.save(found, target)
 """
 
 
+def _names(request: pytest.FixtureRequest) -> set[str]:
+    """The kinds that selected tests ask for."""
+    items = [item for item in request.session.items if "kind" in getattr(item, "fixturenames", ())]
+    return {item.callspec.params["kind"].name for item in items if hasattr(item, "callspec")}
+
+
 @pytest.fixture(scope="module")
-def runs(request, tmp_path_factory) -> dict[str, Run]:
-    """The runs of the selected kinds, with the logits of what they saved where peft_sgrq is not installed."""
-    items = [item for item in request.session.items if "runs" in getattr(item, "fixturenames", ())]
-    names = {item.callspec.params["kind"].name for item in items if hasattr(item, "callspec")}
-    scratch = tmp_path_factory.mktemp("split")
+def directories(request, tmp_path_factory) -> dict[str, Path]:
+    """The checkpoints that splitting starts from, by name."""
     dense = save_small_llama(tmp_path_factory.mktemp("small"))
-    wanted = [checkpoint for checkpoint in PACKED if checkpoint.name in names]
-    directories = {"dense": dense, **make(wanted, dense, tmp_path_factory.mktemp("made"))}
+    wanted = [checkpoint for checkpoint in PACKED if checkpoint.name in _names(request)]
+    return {"dense": dense, **make(wanted, dense, tmp_path_factory.mktemp("made"))}
+
+
+@pytest.fixture(scope="module")
+def runs(request, directories, tmp_path_factory) -> dict[str, Run]:
+    """The runs of the selected kinds, with the logits of what they saved where peft_sgrq is not installed."""
+    names, scratch = _names(request), tmp_path_factory.mktemp("split")
     found, plan = {}, {}
     for kind in KINDS:
         try:
@@ -241,3 +250,17 @@ def test_the_config_of_a_split_model_says_its_group_size(found, kind):
         assert found.config["group_size"] == kind.size
     else:
         assert found.config["bnb_4bit_use_double_quant"] is False
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.name == "gptq-4bit-act-order-ragged"], indirect=True)
+def test_a_split_model_of_gptqmodels_own_loader_is_saved_and_loads(kind, directories, tmp_path):
+    from gptqmodel import BACKEND, GPTQModel
+
+    options = {"backend": BACKEND.GPTQ_TORCH, "device": "cpu", "dtype": torch.bfloat16}
+    loaded = GPTQModel.load(str(directories[kind.name]), **options)
+    before = logits(loaded.model.eval(), IDS)
+    split_groups(loaded.model, kind.size).save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    again = GPTQModel.load(str(tmp_path), **options)
+    assert torch.equal(logits(again.model.eval(), IDS), before)
+    assert next(module for module in again.model.modules() if hasattr(module, "qweight")).group_size == kind.size
