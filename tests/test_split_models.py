@@ -120,10 +120,10 @@ def run(kind: Kind, directories: dict[str, Path], root: Path) -> Run:
     found.scales["whole"] = count(model)
     model = split_groups(model, kind.size)  # after forward passes, which compile and cache
     found.logits["split"] = logits(model, IDS)
+    found.scales["split"] = count(model)
+    model = split_groups(kind.load(directories), kind.size)  # that has not had an adapter
     kind.save(model, root / "base")
     found.logits["after saving"] = logits(model, IDS)
-    found.scales["split"] = count(model)
-    # The adapter is trained on the model in memory, and fits the one that was saved.
     model = adapter_on(split_groups(kind.load(directories), kind.size))
     found.logits["unmerged"] = logits(model, IDS)
     model.save_pretrained(root / "adapter")

@@ -98,6 +98,25 @@ def test_splitting_a_copy_leaves_the_original_alone(case):
     assert torch.equal(copied(x), before) and backend_of(copied).fingerprint() != fingerprint
 
 
+def test_a_split_copy_does_not_compute_with_the_original():
+    layer = packed_layer("gptq", group_size=64).layer
+    bound = layer.dequantize_weight
+    layer.dequantize_weight = functools.wraps(bound)(lambda **options: bound(**options))  # as GPTQModel compiles it
+    x = inputs(layer)
+    before = layer(x)
+    copied = copy.deepcopy(layer)
+    split_groups(nn.Sequential(copied), 16)
+    layer.scales.zero_()
+    assert torch.equal(copied(x), before) and not torch.equal(layer(x), before)
+
+
+def test_both_places_of_a_bitsandbytes_state_are_split():
+    copied = copy.deepcopy(linear_4bit(64, 128))
+    assert copied.quant_state is not copied.weight.quant_state  # bitsandbytes copies it twice
+    split_groups(nn.Sequential(copied), 32)
+    assert copied.quant_state is copied.weight.quant_state and copied.quant_state.blocksize == 32
+
+
 @each([case for case in PACKED if "act-order" in case.name])
 def test_columns_of_a_group_in_activation_order_are_dealt_to_its_parts_as_they_occur(case):
     layer = case.layer()
