@@ -47,9 +47,9 @@ def split_groups(model: Model, group_size: int) -> Model:
 
     Example:
         ```python
-        model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-8B", quantization_config=nf4)
+        model = AutoModelForCausalLM.from_pretrained("unsloth/Llama-3.2-1B-Instruct-bnb-4bit")
         model = peft_sgrq.split_groups(model, 32)
-        model.save_pretrained("qwen3-8b-nf4-32")  # the base that the adapter will belong to
+        model.save_pretrained("llama-nf4-32")  # the base that the adapter will belong to
         model = get_peft_model(model, SGRQConfig(task_type="CAUSAL_LM"))
         ```
     """

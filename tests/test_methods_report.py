@@ -88,17 +88,20 @@ def test_differences_to_peqa_are_by_model_and_width_where_all_methods_were_run()
         "bottom-0.1",
         "peqa-row",
         "peqa",
+        "peqa:beta-0.5",
+        "lora-8:beta-0.5",
     ]
-    losses = {"lora-2": 3.5, "lora-8": 3.0, "lora-8:original": 2.9, "sgrq-0.4": 3.4}
+    losses = {"lora-2": 3.5, "lora-8": 3.0, "lora-8:original": 2.9, "sgrq-0.4": 3.4, "peqa:beta-0.5": 3.125}
     runs = [a_run(method, seed, 0.1, losses.get(method, 3.25) + seed) for method in methods for seed in range(2)]
     setting = a_setting(runs)
-    few = a_setting(runs[2:])
+    few = a_setting(runs[6:])
     few["shared"] |= {"base": "hqq-2-64"}
     assert cross_table([setting, few]).splitlines()[2:] == [
         "| m, a | PEQA less the best LoRA | +0.250 ± 0.000 |  |  |",
         "| m, a | less LoRA into the original | +0.350 ± 0.000 |  |  |",
         "| m, a | less LoRA r=2, about as many values | -0.250 ± 0.000 |  |  |",
         "| m, a | less SGRQ at 0.4 | -0.150 ± 0.000 |  |  |",
+        "| m, a | with beta 0.5 less the best LoRA with 0.9 or 0.5 | +0.125 ± 0.000 |  |  |",
     ]
 
 

@@ -18,11 +18,19 @@ def _loras(setting: Setting, option: str = "") -> list[str]:
     ]
 
 
-OTHERS: dict[str, Callable[[Setting], list[str]]] = {
-    "PEQA less the best LoRA": _loras,
-    "less LoRA into the original": lambda setting: _loras(setting, "original"),
-    "less LoRA r=2, about as many values": lambda setting: [name for name in _loras(setting) if name == "lora-2"],
-    "less SGRQ at 0.4": lambda setting: [setting["same"].get("sgrq-0.4", "sgrq-0.4")],
+Names = Callable[[Setting], list[str]]
+ROWS: dict[str, tuple[str, Names]] = {
+    "PEQA less the best LoRA": ("peqa", _loras),
+    "less LoRA into the original": ("peqa", lambda setting: _loras(setting, "original")),
+    "less LoRA r=2, about as many values": (
+        "peqa",
+        lambda setting: [name for name in _loras(setting) if name == "lora-2"],
+    ),
+    "less SGRQ at 0.4": ("peqa", lambda setting: [setting["same"].get("sgrq-0.4", "sgrq-0.4")]),
+    "with beta 0.5 less the best LoRA with 0.9 or 0.5": (
+        "peqa:beta-0.5",
+        lambda setting: _loras(setting) + _loras(setting, "beta-0.5"),
+    ),
 }
 
 
@@ -37,14 +45,14 @@ def cross_table(settings: Iterable[Setting]) -> str:
         width = shared["base"] if shared["base"] == "nf4" else shared["base"].rpartition("-")[0]
         if len(methods_of(runs)) < BROAD or width not in WIDTHS:
             continue
-        for index, others in enumerate(OTHERS.values()):
+        for index, (own, others) in enumerate(ROWS.values()):
             best = best_method(runs, others(setting))
-            if best is not None:
-                found = [best_runs(runs, name, "merged") for name in ("peqa", best)]
+            if best is not None and own in methods_of(runs):
+                found = [best_runs(runs, name, "merged") for name in (own, best)]
                 place = f"{shared['model']}, {shared['train'].split('/')[0]}"
                 rows.setdefault((place, index), {})[width] = spell(differences(*found, "test"), sign="+")
     cells = [
-        [place, list(OTHERS)[index], *(rows[place, index].get(width, "") for width in WIDTHS)]
+        [place, list(ROWS)[index], *(rows[place, index].get(width, "") for width in WIDTHS)]
         for place, index in sorted(rows)
     ]
     return table([["model and data", "merged, in domain", *WIDTHS.values()], *cells])

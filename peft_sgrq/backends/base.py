@@ -183,7 +183,7 @@ class ScaleBackend(ScaleMatrix):
         Args:
             group_size (`int`): Columns per scale, a divisor of what it has that `split_obstacle` has nothing against.
         """
-        raise NotImplementedError(f"Layers of the format {self.name} cannot be split.")
+        raise ValueError(f"The format {self.name} cannot be split, expected a `splittable` one; check that first.")
 
     @abstractmethod
     def quantization(self) -> dict[str, Any] | None:
