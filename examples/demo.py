@@ -59,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16, help="rank of LoRA")
     parser.add_argument("--learning-rate", type=float, default=4e-2, help="of SGRQ")
     parser.add_argument("--lora-learning-rate", type=float, default=8e-3)
+    parser.add_argument("--adam-beta1", type=float, default=0.9)
     parser.add_argument("--eval-windows", type=int, default=80, help="windows of held-out text at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=("sgrq", "lora"), help="run one method alone")
@@ -95,6 +96,7 @@ def tune(
             max_steps=arguments.steps,
             per_device_train_batch_size=arguments.batch_size,
             learning_rate=method.learning_rate,
+            adam_beta1=arguments.adam_beta1,
             lr_scheduler_type="cosine",
             warmup_steps=max(1, arguments.steps // 20),
             max_length=arguments.length,

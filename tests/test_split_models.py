@@ -35,7 +35,7 @@ class Kind:
 
     Attributes:
         name (`str`): For test ids and `pytest -k`.
-        load (`Callable`): Loads the base in its first groups, given the directories of all.
+        load (`Callable`): Loads the base in its first groups, given the split_bases of all.
         reload (`str`): Python code that sets `model` from `directory` by the format's own loader.
         size (`int`): The group size to have.
         require (`Callable`): Skips the test where a library is not installed.
@@ -113,18 +113,18 @@ def count(model: Any) -> int:
     return trainable
 
 
-def run(kind: Kind, directories: dict[str, Path], root: Path) -> Run:
+def run(kind: Kind, split_bases: dict[str, Path], root: Path) -> Run:
     found = Run(root)
-    model = kind.load(directories)
+    model = kind.load(split_bases)
     found.logits["whole"] = logits(model, IDS)
     found.scales["whole"] = count(model)
     model = split_groups(model, kind.size)  # after forward passes, which compile and cache
     found.logits["split"] = logits(model, IDS)
     found.scales["split"] = count(model)
-    model = split_groups(kind.load(directories), kind.size)  # that has not had an adapter
+    model = split_groups(kind.load(split_bases), kind.size)  # that has not had an adapter
     kind.save(model, root / "base")
     found.logits["after saving"] = logits(model, IDS)
-    model = adapter_on(split_groups(kind.load(directories), kind.size))
+    model = adapter_on(split_groups(kind.load(split_bases), kind.size))
     found.logits["unmerged"] = logits(model, IDS)
     model.save_pretrained(root / "adapter")
     merged = model.merge_and_unload()
@@ -156,12 +156,12 @@ torch.save(found, target)
 
 def _names(request: pytest.FixtureRequest) -> set[str]:
     """The kinds that selected tests ask for."""
-    items = [item for item in request.session.items if "kind" in getattr(item, "fixturenames", ())]
-    return {item.callspec.params["kind"].name for item in items if hasattr(item, "callspec")}
+    items = [item for item in request.session.items if "split_kind" in getattr(item, "fixturenames", ())]
+    return {item.callspec.params["split_kind"].name for item in items if hasattr(item, "callspec")}
 
 
 @pytest.fixture(scope="module")
-def directories(request, tmp_path_factory) -> dict[str, Path]:
+def split_bases(request, tmp_path_factory) -> dict[str, Path]:
     """The checkpoints that splitting starts from, by name."""
     dense = save_small_llama(tmp_path_factory.mktemp("small"))
     wanted = [checkpoint for checkpoint in PACKED if checkpoint.name in _names(request)]
@@ -169,8 +169,8 @@ def directories(request, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def runs(request, directories, tmp_path_factory) -> dict[str, Run]:
-    """The runs of the selected kinds, with the logits of what they saved where peft_sgrq is not installed."""
+def split_runs(request, split_bases, tmp_path_factory) -> dict[str, Run]:
+    """The split_runs of the selected kinds, with the logits of what they saved where peft_sgrq is not installed."""
     names, scratch = _names(request), tmp_path_factory.mktemp("split")
     found, plan = {}, {}
     for kind in KINDS:
@@ -179,7 +179,7 @@ def runs(request, directories, tmp_path_factory) -> dict[str, Run]:
         except pytest.skip.Exception:
             continue
         if kind.name in names:
-            found[kind.name] = run(kind, directories, scratch / kind.name)
+            found[kind.name] = run(kind, split_bases, scratch / kind.name)
             for what in ("base", "merged", *(["files"] if kind.on_files else [])):
                 plan[f"{kind.name}/{what}"] = (kind.reload, str(scratch / kind.name / what))
     (scratch / "plan.json").write_text(json.dumps(plan))
@@ -192,14 +192,14 @@ def runs(request, directories, tmp_path_factory) -> dict[str, Run]:
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.name)
-def kind(request) -> Kind:
+def split_kind(request) -> Kind:
     request.param.require()
     return request.param
 
 
 @pytest.fixture
-def found(kind, runs) -> Run:
-    return runs[kind.name]
+def found(split_kind, split_runs) -> Run:
+    return split_runs[split_kind.name]
 
 
 def check_equal(found: Run, *names: str) -> None:
@@ -207,11 +207,11 @@ def check_equal(found: Run, *names: str) -> None:
     assert all(other.dtype == first.dtype and torch.equal(other, first) for other in rest)
 
 
-def test_a_split_model_gives_the_same_bits_and_has_more_scales(found, kind):
+def test_a_split_model_gives_the_same_bits_and_has_more_scales(found, split_kind):
     check_equal(found, "whole", "split", "after saving")
     # Of a ragged last group of 32 columns there are 2 parts of 16 instead of 4.
-    assert found.scales["split"] == 64 // kind.size * found.scales["whole"] or (
-        "ragged" in kind.name and 3.8 < found.scales["split"] / found.scales["whole"] < 4
+    assert found.scales["split"] == 64 // split_kind.size * found.scales["whole"] or (
+        "ragged" in split_kind.name and 3.8 < found.scales["split"] / found.scales["whole"] < 4
     )
 
 
@@ -232,8 +232,8 @@ def test_an_adapter_fits_the_split_model_that_was_saved(found):
     check_equal(found, "unmerged", "on the saved base")
 
 
-def test_merging_on_the_files_of_a_split_model_writes_the_merge_in_memory(found, kind):
-    if not kind.on_files:
+def test_merging_on_the_files_of_a_split_model_writes_the_merge_in_memory(found, split_kind):
+    if not split_kind.on_files:
         pytest.skip("HQQ's files cannot be merged")
     check_equal(found, "unmerged", "reloaded files")
     base, files, memory = (tensors_of(found.root / name) for name in ("base", "files", "merged again"))
@@ -243,24 +243,26 @@ def test_merging_on_the_files_of_a_split_model_writes_the_merge_in_memory(found,
     assert changed and all(name.endswith((".absmax", ".scales")) for name in changed)
 
 
-def test_the_config_of_a_split_model_says_its_group_size(found, kind):
+def test_the_config_of_a_split_model_says_its_group_size(found, split_kind):
     if found.config is None:
         pytest.skip("HQQ writes group sizes with the layers")
     if "group_size" in found.config:
-        assert found.config["group_size"] == kind.size
+        assert found.config["group_size"] == split_kind.size
     else:
         assert found.config["bnb_4bit_use_double_quant"] is False
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.name == "gptq-4bit-act-order-ragged"], indirect=True)
-def test_a_split_model_of_gptqmodels_own_loader_is_saved_and_loads(kind, directories, tmp_path):
+@pytest.mark.parametrize(
+    "split_kind", [kind for kind in KINDS if kind.name == "gptq-4bit-act-order-ragged"], indirect=True
+)
+def test_a_split_model_of_gptqmodels_own_loader_is_saved_and_loads(split_kind, split_bases, tmp_path):
     from gptqmodel import BACKEND, GPTQModel
 
     options = {"backend": BACKEND.GPTQ_TORCH, "device": "cpu", "dtype": torch.bfloat16}
-    loaded = GPTQModel.load(str(directories[kind.name]), **options)
+    loaded = GPTQModel.load(str(split_bases[split_kind.name]), **options)
     before = logits(loaded.model.eval(), IDS)
-    split_groups(loaded.model, kind.size).save_pretrained(tmp_path)
+    split_groups(loaded.model, split_kind.size).save_pretrained(tmp_path)
     loaded.tokenizer.save_pretrained(tmp_path)
     again = GPTQModel.load(str(tmp_path), **options)
     assert torch.equal(logits(again.model.eval(), IDS), before)
-    assert next(module for module in again.model.modules() if hasattr(module, "qweight")).group_size == kind.size
+    assert next(module for module in again.model.modules() if hasattr(module, "qweight")).group_size == split_kind.size
