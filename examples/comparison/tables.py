@@ -39,7 +39,10 @@ def describe(setting: Setting) -> str:
 def title(setting: Setting) -> str:
     shared = setting["shared"]
     recovered = ", recovered first" if "recover" in shared else ""
-    return f"{shared['model']}, {shared['base']}{recovered}, {shared['train'].split('/')[0]}, {shared['steps']} steps"
+    rows = shared.get("evaluation_rows", 0)
+    windows = f", {rows} windows" if rows > 100 else ""
+    data = shared["train"].split("/")[0]
+    return f"{shared['model']}, {shared['base']}{recovered}, {data}, {shared['steps']} steps{windows}"
 
 
 def methods_table(setting: Setting) -> str:
