@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from comparison.merging import merge
 from comparison.methods import Method, Unavailable, adapt, count_trained, parse_method
 from comparison.selections import choose, criterion_of
 from comparison.store import STATES
+from results_file import replace_text
 from torch import nn
 from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 from transformers.utils import logging
@@ -65,9 +65,7 @@ def main() -> None:
                     print(f"{name}: {reason}")
                     continue
                 runs.append(run)
-                beside = arguments.results.with_suffix(".partial")
-                beside.write_text(json.dumps(runs, indent=1) + "\n")
-                os.replace(beside, arguments.results)
+                replace_text(arguments.results, json.dumps(runs, indent=1) + "\n")
                 print(json.dumps(run), flush=True)
 
 

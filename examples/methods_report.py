@@ -10,14 +10,13 @@ import argparse
 import json
 from pathlib import Path
 
-from comparison.cross import cross_table
+from comparison.cross import BROAD, cross_table
 from comparison.tables import cost_table, describe, exactness, methods_of, summary_table
 from markdown_tables import put_between
 from results_file import replace_text
 
 PARTS = ("cross", "summary", "cost", "settings")
 MARK = "<!-- {}: made by examples/methods_report.py -->"
-PLOTTED_FROM = 7  # methods; settings with fewer are there to answer one question
 
 
 def main() -> None:
@@ -45,7 +44,7 @@ def main() -> None:
         from comparison.plots import plot_forgetting
 
         for path, found in by_file.items():
-            broad = [setting for setting in found if len(methods_of(setting["runs"])) >= PLOTTED_FROM]
+            broad = [setting for setting in found if len(methods_of(setting["runs"])) >= BROAD]
             plot_forgetting(broad or found, arguments.plots / f"{path.stem}.png")
 
 

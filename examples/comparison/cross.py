@@ -6,30 +6,23 @@ from collections.abc import Callable, Iterable
 
 from markdown_tables import spell, table
 
-from comparison.tables import Setting, best_method, best_runs, differences, methods_of
+from comparison.tables import Setting, best_method, best_runs, differences, loras, methods_of
 
 WIDTHS = {"nf4": "NF4", "hqq-3": "HQQ, 3 bits", "hqq-2": "HQQ, 2 bits"}
 BROAD = 9  # methods; settings with fewer are there to answer one question
 
-
-def _loras(setting: Setting, option: str = "") -> list[str]:
-    return [
-        name for name in methods_of(setting["runs"]) if name.startswith("lora-") and name.partition(":")[2] == option
-    ]
-
-
 Names = Callable[[Setting], list[str]]
 ROWS: dict[str, tuple[str, Names]] = {
-    "PEQA less the best LoRA": ("peqa", _loras),
-    "less LoRA into the original": ("peqa", lambda setting: _loras(setting, "original")),
+    "PEQA less the best LoRA": ("peqa", lambda setting: loras(setting["runs"])),
+    "less LoRA into the original": ("peqa", lambda setting: loras(setting["runs"], "original")),
     "less LoRA r=2, about as many values": (
         "peqa",
-        lambda setting: [name for name in _loras(setting) if name == "lora-2"],
+        lambda setting: [name for name in loras(setting["runs"]) if name == "lora-2"],
     ),
     "less SGRQ at 0.4": ("peqa", lambda setting: [setting["same"].get("sgrq-0.4", "sgrq-0.4")]),
     "with beta 0.5 less the best LoRA with 0.9 or 0.5": (
         "peqa:beta-0.5",
-        lambda setting: _loras(setting) + _loras(setting, "beta-0.5"),
+        lambda setting: loras(setting["runs"]) + loras(setting["runs"], "beta-0.5"),
     ),
 }
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
+from selection_bench import CONTROLS
 from torch import nn
 
 from comparison.variants import FORMS, reparametrize, tie_rows
@@ -114,7 +115,7 @@ def parse_method(name: str) -> Method:
     for option in options:
         if option in CRITERIA and plain:
             method = replace(method, criterion=option)
-        elif option == "global" and method.selects and method.criterion not in ("random", "bottom"):
+        elif option == "global" and method.selects and method.criterion not in CONTROLS:
             method = replace(method, everywhere=True)
         elif option == "original" and method.kind == "lora":
             method = replace(method, original=True)

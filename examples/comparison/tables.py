@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from statistics import mean
 from typing import Any
@@ -111,8 +110,8 @@ def summary_table(settings: Iterable[Setting]) -> str:
         runs = setting["runs"]
         plain = [name for name in methods_of(runs) if ":" not in name]
         groups = {
-            "lora": [name for name in plain if name.startswith("lora-")],
-            "original": [name for name in methods_of(runs) if re.fullmatch(r"lora-\d+:original", name)],
+            "lora": loras(runs),
+            "original": loras(runs, "original"),
             "sgrq": [name for name in plain if name.startswith("sgrq-")],
             "peqa": [name for name in plain if name == "peqa"],
         }
@@ -160,6 +159,11 @@ def cost_table(settings: Iterable[Setting]) -> str:
 
 def methods_of(runs: list[Run]) -> list[str]:
     return list(dict.fromkeys(run["method"] for run in runs))
+
+
+def loras(runs: list[Run], option: str = "") -> list[str]:
+    """The methods that are LoRA with just this option; by default with none."""
+    return [name for name in methods_of(runs) if name.startswith("lora-") and name.partition(":")[2] == option]
 
 
 def best_runs(runs: list[Run], method: str, state: str) -> dict[int, Run]:
