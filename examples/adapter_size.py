@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from peft_sgrq.selection import count_selected
+from peft_sgrq.selection.ratio import count_selected
 
 BLOCK_SIZE = 64  # of bitsandbytes, by default
 SHAPES = {

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from peft_sgrq import SGRQConfig, merge_checkpoint, verify_checkpoint
 from peft_sgrq.checkpoint import plan, verify  # noqa: F401  (imported before memory is measured)
-from peft_sgrq.selection.masks import pack_mask
+from peft_sgrq.layer.masks import pack_mask
 
 ROWS, COLUMNS, BLOCK, LAYERS_A_SHARD = 8192, 4096, 64, 24
 

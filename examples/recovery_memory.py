@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from transformers.utils import logging
 
 from peft_sgrq import recover
-from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
+from peft_sgrq.base.workarounds.bnb_cpu_packing import disable_cpu_packing
 
 VOCABULARY = 1024
 TIME = "block over forward pass"

@@ -15,11 +15,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, get_cosine_schedule_with_warmup
 
 from peft_sgrq import SGRQConfig, calibrate
-from peft_sgrq.selection import Saliency, count_selected, decode_mask, encode_mask, select_top
-from peft_sgrq.selection.layerwise import allocate_ratios
-from peft_sgrq.selection.probe import probing
-from peft_sgrq.targets import backend_of, named_base_layers
-from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
+from peft_sgrq.adapter.targets import named_base_layers, scaled_weight_of
+from peft_sgrq.base.workarounds.bnb_cpu_packing import disable_cpu_packing
+from peft_sgrq.layer.masks import decode_mask, encode_mask
+from peft_sgrq.selection.layerwise.allocate_ratios import allocate_ratios
+from peft_sgrq.selection.layerwise.probe import probing
+from peft_sgrq.selection.ratio import count_selected, select_top
+from peft_sgrq.selection.saliency import Saliency
 
 CONTROLS = ("random", "bottom")
 
@@ -136,17 +138,17 @@ class Bench:
         """In each layer the scales with the largest mean gradient, as many as whole columns of the ratio have."""
         model = self.load()
         layers = dict(named_base_layers(model))
-        backends = {
-            name: backend_of(name, layers[name], self.arguments.group_size)
+        scaled_weights = {
+            name: scaled_weight_of(name, layers[name], self.arguments.group_size)
             for name in self.saliency("magnitude", seed).layers
         }
-        everything = {name: torch.arange(backend.selectable) for name, backend in backends.items()}
-        with probing(model, backends, everything) as probe:
+        everything = {name: torch.arange(scaled_weight.selectable) for name, scaled_weight in scaled_weights.items()}
+        with probing(model, scaled_weights, everything) as probe:
             gradients = [probe.gradients({**batch, "labels": batch["input_ids"]}) for batch in self.calibration(seed)]
         masks = {}
-        for name, backend in backends.items():
+        for name, scaled_weight in scaled_weights.items():
             size = torch.stack([gradient[name] for gradient in gradients]).mean(0).abs()
-            count = backend.delta_shape(count_selected(ratio, backend.selectable))
+            count = scaled_weight.delta_shape(count_selected(ratio, scaled_weight.selectable))
             threshold = size.flatten().topk(count[0] * count[1]).values[-1]
             masks[name] = (size >= threshold).float()
         return masks

@@ -10,18 +10,18 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peft_sgrq.base.restore import restore_codes
+    from peft_sgrq.base.split import split_groups
     from peft_sgrq.checkpoint.merge import merge_checkpoint
-    from peft_sgrq.checkpoint.restore import restore_codes
     from peft_sgrq.checkpoint.verify import verify_checkpoint
     from peft_sgrq.config import SGRQConfig
-    from peft_sgrq.layer import SGRQLinear
+    from peft_sgrq.layer.linear import SGRQLinear
     from peft_sgrq.model import SGRQModel
+    from peft_sgrq.plugin.registration import register
     from peft_sgrq.recovery.recover import Recovery, recover
-    from peft_sgrq.registration import register
     from peft_sgrq.selection.calibrate import calibrate
-    from peft_sgrq.selection.layerwise import allocate_ratios
+    from peft_sgrq.selection.layerwise.allocate_ratios import allocate_ratios
     from peft_sgrq.selection.saliency import Saliency
-    from peft_sgrq.splitting import split_groups
 
 __version__ = "0.1.0"
 

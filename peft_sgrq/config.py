@@ -9,8 +9,8 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
-from peft_sgrq.card import write_model_card
-from peft_sgrq.checkpoint.adapter_file import check_adapter_file
+from peft_sgrq.adapter.card import write_model_card
+from peft_sgrq.adapter.file import check_adapter_file
 from peft_sgrq.selection.criteria import check_criterion
 from peft_sgrq.selection.ratio import DEFAULT_BUDGET, check_budget, check_ratio, check_ratio_pattern
 

@@ -14,32 +14,33 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import TaskType
 from torch import nn
 
-from peft_sgrq.adapter_state import in_adapter_dtype, take_over
-from peft_sgrq.backends import ScaleBackend
-from peft_sgrq.backends.bnb_4bit import nested_layers, note_unnested
-from peft_sgrq.backends.compressed_tensors import keep_compressed
-from peft_sgrq.base_check import check_base, describe_quantization
-from peft_sgrq.config import SGRQConfig
-from peft_sgrq.layer import SGRQLinear
-from peft_sgrq.mixed_batch import adapter_names_for, check_adapter_names
-from peft_sgrq.selection import decode_mask, encode_mask, select_without_data
-from peft_sgrq.starting_point import StartingPoint
-from peft_sgrq.targets import (
+from peft_sgrq.adapter.starting_point import StartingPoint
+from peft_sgrq.adapter.state import in_adapter_dtype, take_over
+from peft_sgrq.adapter.targets import (
     TASK_HEADS,
-    backend_of,
     base_of,
     check_gradient_paths,
     check_group_sizes,
     check_modules_to_save,
     find_targets,
+    scaled_weight_of,
     supported_layers,
     warn_of_fused_experts,
 )
-from peft_sgrq.upstream.awq_scale_dtype import keep_awq_scales
-from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
-from peft_sgrq.upstream.gptq_zero_points import save_zero_points_as_loaded
-from peft_sgrq.upstream.transformers_save import drop_irreversible_conversions
-from peft_sgrq.weighted_sum import check_sum, config_of_sum
+from peft_sgrq.adapter.weighted_sum import check_sum, config_of_sum
+from peft_sgrq.base.check import check_base, describe_quantization
+from peft_sgrq.base.workarounds.awq_scale_dtype import keep_awq_scales
+from peft_sgrq.base.workarounds.bnb_cpu_packing import disable_cpu_packing
+from peft_sgrq.base.workarounds.gptq_zero_points import save_zero_points_as_loaded
+from peft_sgrq.base.workarounds.transformers_save import drop_irreversible_conversions
+from peft_sgrq.config import SGRQConfig
+from peft_sgrq.formats.bnb_4bit.weight import nested_layers, note_unnested
+from peft_sgrq.formats.compressed_tensors.weight import keep_compressed
+from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.layer.linear import SGRQLinear
+from peft_sgrq.layer.masks import decode_mask, encode_mask
+from peft_sgrq.layer.mixed_batch import adapter_names_for, check_adapter_names
+from peft_sgrq.selection.by_weights import select_without_data
 
 logger = logging.getLogger(__name__)
 
@@ -96,50 +97,56 @@ class SGRQModel(BaseTuner):
     def _prepare_model(self, peft_config: SGRQConfig, model: nn.Module) -> None:
         # Everything that can be wrong is found here, before the first layer is replaced.
         check_modules_to_save(model, peft_config)
-        backends = find_targets(model, peft_config, self._check_target_module_exists)
-        check_group_sizes(model, backends)
-        check_gradient_paths(model, backends, peft_config)
+        scaled_weights = find_targets(model, peft_config, self._check_target_module_exists)
+        check_group_sizes(model, scaled_weights)
+        check_gradient_paths(model, scaled_weights, peft_config)
         if isinstance(peft_config.init_weights, str):
-            StartingPoint(peft_config.init_weights).configure(peft_config, backends)
+            StartingPoint(peft_config.init_weights).configure(peft_config, scaled_weights)
         disable_cpu_packing(model)
         keep_awq_scales(model)
         with _original_scales(model):  # whatever is merged into the base
-            self._complete_config(peft_config, model, backends)
+            self._complete_config(peft_config, model, scaled_weights)
         keep_compressed(model)
 
-    def _complete_config(self, peft_config: SGRQConfig, model: nn.Module, backends: dict[str, ScaleBackend]) -> None:
+    def _complete_config(
+        self, peft_config: SGRQConfig, model: nn.Module, scaled_weights: dict[str, ScaledWeight]
+    ) -> None:
         # Layers on the meta device have no weights to look at yet; all others are checked.
-        present = {name: backend for name, backend in backends.items() if backend.device.type != "meta"}
-        fingerprints = {name: backend.fingerprint() for name, backend in present.items()}
+        present = {
+            name: scaled_weight
+            for name, scaled_weight in scaled_weights.items()
+            if scaled_weight.device.type != "meta"
+        }
+        fingerprints = {name: scaled_weight.fingerprint() for name, scaled_weight in present.items()}
         if peft_config.base_fingerprint is not None:
-            check_base(peft_config, fingerprints, known=backends)
+            check_base(peft_config, fingerprints, known=scaled_weights)
         selection = dict(peft_config.selection or {})
-        missing = {name: backend for name, backend in present.items() if name not in selection}
+        missing = {name: scaled_weight for name, scaled_weight in present.items() if name not in selection}
         peft_config.selection = selection | select_without_data(missing, peft_config)
-        self._check_selection(peft_config, backends)
+        self._check_selection(peft_config, scaled_weights)
         if not present:
             return
         peft_config.base_fingerprint = (peft_config.base_fingerprint or {}) | fingerprints
-        peft_config.base_quantization = describe_quantization(model, backends)
+        peft_config.base_quantization = describe_quantization(model, scaled_weights)
 
     @staticmethod
-    def _check_selection(peft_config: SGRQConfig, backends: dict[str, ScaleBackend]) -> None:
+    def _check_selection(peft_config: SGRQConfig, scaled_weights: dict[str, ScaledWeight]) -> None:
         selection = peft_config.selection or {}
-        unknown = sorted(set(selection) - set(backends))
-        if unknown and backends:
+        unknown = sorted(set(selection) - set(scaled_weights))
+        if unknown and scaled_weights:
             raise ValueError(
                 f"`selection` names {len(unknown)} layers that the config does not target or the model does not have "
-                f"(the first: {unknown[0]!r}), expected some of {sorted(backends)[:3]} and so on; take them out, or "
+                f"(the first: {unknown[0]!r}), expected some of {sorted(scaled_weights)[:3]} and so on; take them out, or "
                 "target them."
             )
-        for name, backend in backends.items():
+        for name, scaled_weight in scaled_weights.items():
             if name not in selection:
                 raise ValueError(
                     f"Layer {name!r} has no weights yet (it is on the meta device), so its salient columns cannot be "
                     "found; load the weights first, or give a config whose `selection` names the layer."
                 )
             try:
-                decode_mask(selection[name], backend.selectable)
+                decode_mask(selection[name], scaled_weight.selectable)
             except ValueError as error:
                 raise ValueError(f"Layer {name!r} does not fit the adapter: {error}.") from None
 
@@ -153,11 +160,11 @@ class SGRQModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        backend = backend_of(current_key, base_of(target), peft_config.group_size)
+        scaled_weight = scaled_weight_of(current_key, base_of(target), peft_config.group_size)
         selection = peft_config.selection = peft_config.selection or {}
         if current_key not in selection:  # only when the layers are those of a state dict, not of the config
-            selection |= select_without_data({current_key: backend}, peft_config)
-        groups = decode_mask(selection[current_key], backend.selectable)
+            selection |= select_without_data({current_key: scaled_weight}, peft_config)
+        groups = decode_mask(selection[current_key], scaled_weight.selectable)
         if isinstance(target, SGRQLinear):
             target.update_layer(adapter_name, config=peft_config, groups=groups)
             return
@@ -189,7 +196,7 @@ class SGRQModel(BaseTuner):
             self._check_finite(adapter_names)
         with _original_scales(self.model):
             nested = nested_layers(self.model)
-        saved_by = {layer.backend.saved_by for layer in self._layers()} - {None}
+        saved_by = {layer.scaled_weight.saved_by for layer in self._layers()} - {None}
         model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
             merge=merge, progressbar=progressbar, adapter_names=adapter_names
         )
@@ -239,7 +246,7 @@ class SGRQModel(BaseTuner):
             if isinstance(layer, SGRQLinear):
                 groups = [layer._delta(adapter).groups for adapter in adapters if adapter in layer.sgrq_delta]
                 if groups:
-                    selection[name] = encode_mask(torch.cat(groups).unique(), layer.backend.selectable)
+                    selection[name] = encode_mask(torch.cat(groups).unique(), layer.scaled_weight.selectable)
         return selection
 
     @contextmanager

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from bases import BASES, Base, save_tiny_gpt2, save_tiny_llama
-from checkpoints import DENSE_FILES, NF4_NESTED_FILES, base_and_adapter
+from support.bases import BASES, Base, save_tiny_gpt2, save_tiny_llama
+from support.checkpoints import DENSE_FILES, NF4_NESTED_FILES, base_and_adapter
 
 
 @pytest.fixture(autouse=True)

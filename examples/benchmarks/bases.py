@@ -58,7 +58,7 @@ def installed(names: list[str]) -> Iterator[Base]:
 
 def quantized_layers(model: nn.Module) -> list[str]:
     """Names of the layers a format has quantized: those `SGRQConfig(target_modules=None)` would take."""
-    from peft_sgrq.backends import is_quantized
+    from peft_sgrq.formats.registry import is_quantized
 
     return [name for name, module in model.named_modules() if is_quantized(module)]
 

@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
 from peft_sgrq import SGRQConfig, calibrate
-from peft_sgrq.selection import decode_mask
-from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
+from peft_sgrq.base.workarounds.bnb_cpu_packing import disable_cpu_packing
+from peft_sgrq.layer.masks import decode_mask
 
 CRITERIA = ("diag", "obs", "billm", "fisher", "gradient")
 Batches = list[dict[str, torch.Tensor]]

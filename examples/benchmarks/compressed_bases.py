@@ -95,7 +95,7 @@ def _fp8_quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _fp8_again(model: Any, layer: Any) -> torch.Tensor:
-    from peft_sgrq.backends.fp8_blocks import dequantize_blocks
+    from peft_sgrq.formats.fp8_blocks.weight import dequantize_blocks
 
     codes, scales = _fp8_quantize(layer.weight.data)
     return dequantize_blocks(codes, scales, BLOCK).to(layer.weight.dtype)

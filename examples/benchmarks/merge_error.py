@@ -67,13 +67,13 @@ def scale_sgrq(model: nn.Module, size: float) -> None:
 
 
 def weight_norm(layer: nn.Module) -> float:
-    from peft_sgrq.backends import resolve_backend
+    from peft_sgrq.formats.registry import resolve_weight
 
     weight: Any = layer.weight
     if type(weight) is nn.Parameter and weight.element_size() > 1 and weight.is_floating_point():
         return weight.float().norm().item()  # dense by now
-    backend = resolve_backend(layer, 64)
-    return backend.dequantize(backend.scales(), torch.float32).norm().item()
+    scaled_weight = resolve_weight(layer, 64)
+    return scaled_weight.dequantize(scaled_weight.scales(), torch.float32).norm().item()
 
 
 @torch.no_grad()
@@ -126,7 +126,7 @@ def measure(base: Base, method: str, size: float, arguments: argparse.Namespace)
 
 def dense_of(model: Any, ids: torch.Tensor) -> Any:
     """The model as PEFT's LoRA gets it: decompressed by its first forward pass, or fp8 layers as dense ones."""
-    from peft_sgrq.backends.fp8_blocks import Fp8BlockLinear
+    from peft_sgrq.formats.fp8_blocks.weight import Fp8BlockLinear
 
     logits(model, ids)
     for name, module in list(model.named_modules()):

@@ -31,7 +31,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from peft_sgrq import SGRQConfig, SGRQLinear
-from peft_sgrq.functional import effective_scales
+from peft_sgrq.layer.functional import effective_scales
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
@@ -97,8 +97,8 @@ def kept(rate: float, arguments: argparse.Namespace) -> dict[str, Any]:
     sizes = []
     for layer in layers(model):
         groups = layer.sgrq_delta["default"].selected()
-        old = layer.backend.scales()[:, groups]
-        new = effective_scales(layer.backend, *layer.combined_delta(("default",)))[:, groups]
+        old = layer.scaled_weight.scales()[:, groups]
+        new = effective_scales(layer.scaled_weight, *layer.combined_delta(("default",)))[:, groups]
         sizes.append(((new - old) / old).abs().flatten())
         for name, total in totals.items():
             base = rounded(old, name, old)  # the base has its scales in that dtype already
@@ -129,22 +129,22 @@ def load_base(dtype: str, arguments: argparse.Namespace) -> nn.Module:
 @contextmanager
 def without_rounding() -> Iterator[None]:
     """Lets the forward pass compute with scales in float32, as if they could be stored so."""
-    from peft_sgrq.backends.torchao import TorchaoPlainBackend
-    from peft_sgrq.backends.torchao_nvfp4 import TorchaoNVFP4Backend
+    from peft_sgrq.formats.torchao.nvfp4 import TorchaoNVFP4Weight
+    from peft_sgrq.formats.torchao.weight import TorchaoPlainWeight
 
-    def scales_as_they_are(backend: Any, scales: torch.Tensor) -> torch.Tensor:
+    def scales_as_they_are(scaled_weight: Any, scales: torch.Tensor) -> torch.Tensor:
         return scales
 
-    def unrounded(backend: Any, scales: torch.Tensor) -> torch.Tensor:
-        return scales.view(backend.stored_scales.shape)
+    def unrounded(scaled_weight: Any, scales: torch.Tensor) -> torch.Tensor:
+        return scales.view(scaled_weight.stored_scales.shape)
 
-    def unrounded_e4m3(backend: Any, scales: torch.Tensor) -> torch.Tensor:
-        return scales / backend._factor
+    def unrounded_e4m3(scaled_weight: Any, scales: torch.Tensor) -> torch.Tensor:
+        return scales / scaled_weight._factor
 
     replaced = [
-        (TorchaoPlainBackend, "prepare", unrounded),
-        (TorchaoPlainBackend, "round_to_storage", scales_as_they_are),
-        (TorchaoNVFP4Backend, "_to_e4m3", unrounded_e4m3),
+        (TorchaoPlainWeight, "prepare", unrounded),
+        (TorchaoPlainWeight, "round_to_storage", scales_as_they_are),
+        (TorchaoNVFP4Weight, "_to_e4m3", unrounded_e4m3),
     ]
     originals = [(owner, name, owner.__dict__.get(name)) for owner, name, _ in replaced]
     for owner, name, function in replaced:

@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from examples.benchmarks.measure import clock, in_turn, kept_bytes, peak_bytes
 from examples.benchmarks.methods import adapters, sgrq_name
-from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
+from peft_sgrq.base.workarounds.bnb_cpu_packing import disable_cpu_packing
 
 TARGETS = "all-linear"
 

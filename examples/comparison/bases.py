@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 
 from peft_sgrq import split_groups
-from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
+from peft_sgrq.base.workarounds.bnb_cpu_packing import disable_cpu_packing
 
 FORMATS = (
     'as-is, nf4, hqq-BITS-GROUP such as "hqq-3-64", the same with groups split, "nf4-32" and "hqq-3-64-16", '
@@ -52,7 +52,7 @@ def load_base(model: str, base: str, dtype: torch.dtype, calibration: list[str])
             tokenizer=AutoTokenizer.from_pretrained(model),
             dataset=calibration,
             group_size=int(packed[3]),
-            backend="torch",
+            scaled_weight="torch",
         )
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, quantization_config=settings)
     elif base == "as-is":

@@ -20,7 +20,7 @@ from comparison.merging import merge, merge_into_original
 from comparison.methods import Method, Unavailable, adapt, count_trained
 from comparison.selections import choose, criterion_of
 from peft_sgrq import SGRQConfig, calibrate, recover
-from peft_sgrq.selection import Saliency
+from peft_sgrq.selection.saliency import Saliency
 
 WARMUP = 0.1
 _RECOVERY_ROWS = 128  # windows

@@ -190,5 +190,7 @@ def adapt(model: Any, method: Method, targets: list[str], selection: Mapping[str
 def count_trained(model: nn.Module, method: Method) -> int:
     """Numbers a method trains; the tied changes of a row count once."""
     if method.tied:
-        return sum(module.backend.scales_shape[0] for module in model.modules() if isinstance(module, SGRQLinear))
+        return sum(
+            module.scaled_weight.scales_shape[0] for module in model.modules() if isinstance(module, SGRQLinear)
+        )
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

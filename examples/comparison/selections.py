@@ -5,7 +5,7 @@ from __future__ import annotations
 from selection_bench import CONTROLS, select_control
 
 from comparison.methods import Method
-from peft_sgrq.selection import Saliency
+from peft_sgrq.selection.saliency import Saliency
 
 
 def criterion_of(method: Method) -> str:

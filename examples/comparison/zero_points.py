@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from peft_sgrq import SGRQLinear
-from peft_sgrq.backends.hqq import HQQBackend
-from peft_sgrq.functional import effective_scales, round_straight_through
+from peft_sgrq.formats.hqq.weight import HQQWeight
+from peft_sgrq.layer.functional import effective_scales, round_straight_through
 
 PARAMETER = "zero_point_change"
 
@@ -25,35 +25,35 @@ def train_zero_points(layers: list[SGRQLinear]) -> None:
         ValueError: If a layer is not one of HQQ with groups along rows.
     """
     for layer in layers:
-        backend = layer.backend
-        if not isinstance(backend, HQQBackend) or backend.scales_shape[0] != backend.out_features:
+        scaled_weight = layer.scaled_weight
+        if not isinstance(scaled_weight, HQQWeight) or scaled_weight.scales_shape[0] != scaled_weight.out_features:
             raise ValueError(
-                f"Zero points of {backend.name} cannot be trained here, expected HQQ with axis=1; leave out `zeros`."
+                f"Zero points of {scaled_weight.name} cannot be trained here, expected HQQ with axis=1; leave out `zeros`."
             )
-        change = nn.Parameter(torch.zeros(backend.scales_shape, device=backend.device))
+        change = nn.Parameter(torch.zeros(scaled_weight.scales_shape, device=scaled_weight.device))
         layer.sgrq_delta["default"].register_parameter(PARAMETER, change)
         layer.register_forward_hook(_shift)
 
 
-def _zero_points(backend: Any) -> torch.Tensor:
-    return backend.module.meta["zero"]
+def _zero_points(scaled_weight: Any) -> torch.Tensor:
+    return scaled_weight.module.meta["zero"]
 
 
 def _changed(layer: SGRQLinear) -> torch.Tensor:
     """The zero points in effect, as stored, float32 `[R, G]`, straight-through."""
-    zero = _zero_points(layer.backend)
+    zero = _zero_points(layer.scaled_weight)
     change = getattr(layer.sgrq_delta["default"], PARAMETER)
-    return round_straight_through(zero.float().view(layer.backend.scales_shape) + change, zero.dtype)
+    return round_straight_through(zero.float().view(layer.scaled_weight.scales_shape) + change, zero.dtype)
 
 
 def _shift(layer: SGRQLinear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-    backend = layer.backend
+    scaled_weight = layer.scaled_weight
     if layer.merged:
         return output
     x = inputs[0]
-    sums = x.unflatten(-1, (backend.scales_shape[1], -1)).float().sum(-1)  # (..., G)
-    scales = effective_scales(backend, *layer.combined_delta(("default",)))  # (R, G)
-    change = _changed(layer) - _zero_points(backend).float().view(backend.scales_shape)
+    sums = x.unflatten(-1, (scaled_weight.scales_shape[1], -1)).float().sum(-1)  # (..., G)
+    scales = effective_scales(scaled_weight, *layer.combined_delta(("default",)))  # (R, G)
+    change = _changed(layer) - _zero_points(scaled_weight).float().view(scaled_weight.scales_shape)
     return output - (sums @ (change * scales).t()).to(output.dtype)
 
 
@@ -62,6 +62,6 @@ def merge_zero_points(model: nn.Module) -> None:
     """Writes the zero points in effect into the base; to be followed by the merge of the scales."""
     for layer in model.modules():
         if isinstance(layer, SGRQLinear):
-            zero = _zero_points(layer.backend)
-            layer.backend.module.meta["zero"] = _changed(layer).to(zero.dtype).view(zero.shape)
+            zero = _zero_points(layer.scaled_weight)
+            layer.scaled_weight.module.meta["zero"] = _changed(layer).to(zero.dtype).view(zero.shape)
             getattr(layer.sgrq_delta["default"], PARAMETER).zero_()

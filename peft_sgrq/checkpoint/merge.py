@@ -9,9 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from peft_sgrq.checkpoint.folder import INDEX, write_json
 from peft_sgrq.checkpoint.plan import MergePlan, plan_merge
-from peft_sgrq.checkpoint.sources import base_of, find_folder, other_files
+from peft_sgrq.files.folder import INDEX, write_json
+from peft_sgrq.files.sources import base_of, find_folder, other_files
 
 logger = logging.getLogger(__name__)
 

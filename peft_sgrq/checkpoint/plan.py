@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from peft_sgrq.base_check import check_base
-from peft_sgrq.checkpoint.adapter import StoredAdapter, StoredDelta, read_adapter
-from peft_sgrq.checkpoint.folder import Change, Changes, CheckpointFolder
-from peft_sgrq.checkpoint.layouts import LAYOUTS, StoredLayer, find_layer
-from peft_sgrq.checkpoint.names import Names
-from peft_sgrq.functional import effective_scales
+from peft_sgrq.adapter.stored import StoredAdapter, StoredDelta, read_adapter
+from peft_sgrq.base.check import check_base
+from peft_sgrq.files.folder import Change, Changes, CheckpointFolder
+from peft_sgrq.files.names import Names
+from peft_sgrq.formats.stored_registry import STORED_FORMATS, find_layer
+from peft_sgrq.formats.stored_weight import StoredWeight
+from peft_sgrq.layer.functional import effective_scales
 
 
 class MergePlan(NamedTuple):
@@ -22,13 +23,13 @@ class MergePlan(NamedTuple):
 
     Attributes:
         base (`CheckpointFolder`): What is merged into.
-        layers (`dict[str, StoredLayer]`): The layers whose scales change, by their names in memory.
+        layers (`dict[str, StoredWeight]`): The layers whose scales change, by their names in memory.
         changes (`Changes`): Tensors to write or to drop, by name.
         config (`dict` or `None`): The changed `config.json`, `None` if it stays as it is.
     """
 
     base: CheckpointFolder
-    layers: dict[str, StoredLayer]
+    layers: dict[str, StoredWeight]
     changes: Changes
     config: dict[str, Any] | None
 
@@ -57,7 +58,7 @@ def plan_merge(base: Path, adapter: Path, check: bool = True) -> MergePlan:
     return MergePlan(folder, layers, changes, _changed_config(folder, changes))
 
 
-def _find_layers(folder: CheckpointFolder, stored: StoredAdapter) -> dict[str, StoredLayer]:
+def _find_layers(folder: CheckpointFolder, stored: StoredAdapter) -> dict[str, StoredWeight]:
     prefixes = {name.rpartition(".")[0] for name in folder} | {name.rpartition(".weight.")[0] for name in folder}
     names = Names(prefixes - {""})
     layers = {}
@@ -93,7 +94,7 @@ def _is_tied(folder: CheckpointFolder) -> bool:
     return bool(config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings", False)))
 
 
-def _check_fingerprints(stored: StoredAdapter, layers: dict[str, StoredLayer]) -> None:
+def _check_fingerprints(stored: StoredAdapter, layers: dict[str, StoredWeight]) -> None:
     expected = stored.config.base_fingerprint or {}
     found = {name: layer.fingerprint() for name, layer in layers.items()}
     for name, digest in found.items():
@@ -110,7 +111,7 @@ def _check_fingerprints(stored: StoredAdapter, layers: dict[str, StoredLayer]) -
         raise ValueError(f"{error} (On files: `check_base=False`, or `--no-check`.) Nothing was written.") from None
 
 
-def _scale_changes(name: str, layer: StoredLayer, delta: StoredDelta) -> Changes:
+def _scale_changes(name: str, layer: StoredWeight, delta: StoredDelta) -> Changes:
     count = len(delta.groups)
     shape = tuple(delta.values.shape)
     fits = count and int(delta.groups[-1]) < layer.selectable and shape == layer.delta_shape(count)
@@ -182,6 +183,6 @@ def _existing(names: Names, name: str, taken: Changes) -> str:
 def _changed_config(folder: CheckpointFolder, changes: Changes) -> dict[str, Any] | None:
     names = {name for name in folder if changes.get(name, True)}
     config = copy.deepcopy(folder.config)
-    for layout in LAYOUTS:
+    for layout in STORED_FORMATS:
         layout.adjust_config(config, names)
     return None if config == folder.config else config

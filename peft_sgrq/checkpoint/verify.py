@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peft_sgrq.checkpoint.folder import INDEX, CheckpointFolder
 from peft_sgrq.checkpoint.plan import MergePlan, plan_merge
 from peft_sgrq.checkpoint.quantization_fields import reading_fields, without_empty
-from peft_sgrq.checkpoint.sources import base_of, find_folder, other_files
+from peft_sgrq.files.folder import INDEX, CheckpointFolder
+from peft_sgrq.files.sources import base_of, find_folder, other_files
 
 # What transformers writes anew whenever it saves.
 _VOLATILE = ("transformers_version", "_name_or_path")

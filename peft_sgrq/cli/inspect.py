@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peft_sgrq.selection.report import LayerReport, Report, SizeReport
+    from peft_sgrq.selection.report.report import LayerReport, Report, SizeReport
 
 NAMED_RATIOS = ("knee", "global", "layerwise")
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import os
 
-    from peft_sgrq.selection.report import report_adapter, report_saliency
+    from peft_sgrq.selection.report.report import report_adapter, report_saliency
     from peft_sgrq.selection.saliency import Saliency
 
     saliency_file = os.path.isfile(args.path)
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         saliency = Saliency.load(args.saliency) if args.saliency else None
         report = report_adapter(args.path, saliency)
     if args.plot:
-        from peft_sgrq.plotting import plot_report
+        from peft_sgrq.selection.report.plot import plot_report
 
         try:
             plot_report(report, args.plot, saliency)
@@ -106,7 +106,7 @@ def _size_row(size: SizeReport) -> list[str]:
 
 def _grid(title: str, report: Report, value: Callable[[LayerReport], float | None], digits: int = 0) -> str:
     """A row for each block and a column for each kind of layer; layers of a kind in one block are averaged."""
-    from peft_sgrq.selection.report import shorten
+    from peft_sgrq.selection.report.report import shorten
 
     cells: dict[tuple[int | None, str], list[float]] = {}
     for layer in report.layers:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peft_sgrq.delta import Delta
+from peft_sgrq.layer.delta import Delta
 from peft_sgrq.recovery.descent import Descent
 from peft_sgrq.recovery.preservation import Pull
 

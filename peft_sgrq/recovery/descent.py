@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from peft_sgrq.delta import Delta
+from peft_sgrq.layer.delta import Delta
 
 LEAST_DELTA = -0.99  # a scale keeps at least a hundredth of its size, and so its sign
 _WARM_UP = 0.05  # of the steps

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from peft_sgrq.delta import Delta
+from peft_sgrq.layer.delta import Delta
+from peft_sgrq.passes.data import Batch
 from peft_sgrq.recovery.descent import Descent
-from peft_sgrq.selection.data import Batch
 
 
 @dataclass

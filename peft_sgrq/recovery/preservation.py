@@ -20,13 +20,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_sgrq.backends.base import ScaleBackend
+from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.passes.chain import forward_replaced
+from peft_sgrq.passes.data import Batch
+from peft_sgrq.passes.gradients import observe_gradients
+from peft_sgrq.passes.statistics import InputStatistics
 from peft_sgrq.recovery.reference import Reference
-from peft_sgrq.selection.blocks import forward_replaced
 from peft_sgrq.selection.criteria import sum_by_scale
-from peft_sgrq.selection.data import Batch
-from peft_sgrq.selection.gradients import observe_gradients
-from peft_sgrq.selection.statistics import InputStatistics
 
 FROM_INPUTS: dict[str, Callable[[InputStatistics], torch.Tensor]] = {
     "diag": lambda inputs: inputs.diagonal,  # (K,)
@@ -51,20 +51,20 @@ class Pull:
     constant: torch.Tensor
 
     @classmethod
-    def of(cls, backend: ScaleBackend, original: torch.Tensor, importance: torch.Tensor) -> Pull:
+    def of(cls, scaled_weight: ScaledWeight, original: torch.Tensor, importance: torch.Tensor) -> Pull:
         """The term of a layer.
 
         Args:
-            backend (`ScaleBackend`): The quantized layer.
+            scaled_weight (`ScaledWeight`): The quantized layer.
             original (`torch.Tensor`): `W`, float32 `[N, K]`.
             importance (`torch.Tensor`): `F`, float32 `[N, K]`, or `[K]` for all rows.
         """
-        weight = backend.dequantize(backend.scales(), torch.float32)  # (N, K)
+        weight = scaled_weight.dequantize(scaled_weight.scales(), torch.float32)  # (N, K)
         error = weight - original
         weighted = importance * weight
         return cls(
-            sum_by_scale(weighted * weight, backend),
-            sum_by_scale(weighted * error, backend),
+            sum_by_scale(weighted * weight, scaled_weight),
+            sum_by_scale(weighted * error, scaled_weight),
             (importance * error.square()).sum(),
         )
 
@@ -86,35 +86,39 @@ class Pull:
         return (curvature * delta.square() + 2 * slope * delta).sum() + self.constant
 
 
-def magnitude_pulls(reference: Reference, backends: Mapping[str, ScaleBackend]) -> dict[str, Pull]:
+def magnitude_pulls(reference: Reference, scaled_weights: Mapping[str, ScaledWeight]) -> dict[str, Pull]:
     """The terms of layers with every weight equally important."""
     return {
-        name: Pull.of(backend, reference.weight(name, backend), torch.ones(backend.in_features, device=backend.device))
-        for name, backend in backends.items()
+        name: Pull.of(
+            scaled_weight,
+            reference.weight(name, scaled_weight),
+            torch.ones(scaled_weight.in_features, device=scaled_weight.device),
+        )
+        for name, scaled_weight in scaled_weights.items()
     }
 
 
 def input_pulls(
     reference: Reference,
-    backends: Mapping[str, ScaleBackend],
+    scaled_weights: Mapping[str, ScaledWeight],
     inputs: Mapping[str, InputStatistics],
     importance: str,
 ) -> dict[str, Pull]:
     """The terms of layers with an importance that second moments of the reference's inputs give."""
     return {
         name: Pull.of(
-            backend,
-            reference.weight(name, backend),
-            FROM_INPUTS[importance](inputs[name]).to(backend.device, torch.float32),
+            scaled_weight,
+            reference.weight(name, scaled_weight),
+            FROM_INPUTS[importance](inputs[name]).to(scaled_weight.device, torch.float32),
         )
-        for name, backend in backends.items()
+        for name, scaled_weight in scaled_weights.items()
     }
 
 
 def gradient_pulls(
     reference: Reference,
     blocks: Sequence[nn.Module],
-    backends: Mapping[str, ScaleBackend],
+    scaled_weights: Mapping[str, ScaledWeight],
     batches: Sequence[Batch],
     advance: Callable[[], Any],
 ) -> dict[str, Pull]:
@@ -126,7 +130,7 @@ def gradient_pulls(
     Args:
         reference (`Reference`): The model before quantization.
         blocks (`Sequence[nn.Module]`): Its blocks.
-        backends (`dict[str, ScaleBackend]`): The quantized layers.
+        scaled_weights (`dict[str, ScaledWeight]`): The quantized layers.
         batches (`Sequence[Batch]`): The data.
         advance (`Callable`): Called after each batch.
     """
@@ -134,24 +138,24 @@ def gradient_pulls(
 
     def take(name: str, gradients: Iterator[torch.Tensor]) -> None:
         squares = sum(gradient.square() for gradient in gradients)  # (N, K)
-        backend = backends[name]
-        pull = Pull.of(backend, reference.weight(name, backend), squares.to(backend.device))  # type: ignore[union-attr]
+        scaled_weight = scaled_weights[name]
+        pull = Pull.of(scaled_weight, reference.weight(name, scaled_weight), squares.to(scaled_weight.device))  # type: ignore[union-attr]
         if name in pulls:
             pulls[name].add(pull)
         else:
             pulls[name] = pull
 
-    layers = {name: (reference.layers[name], reference.layers[name].forward) for name in backends}
+    layers = {name: (reference.layers[name], reference.layers[name].forward) for name in scaled_weights}
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(forward_replaced(block, _run_again(block.forward)))
         for batch in batches:
             observe_gradients(reference.model, layers, batch, reference.run_with_labels, take)
             advance()
-    for name, backend in backends.items():
+    for name, scaled_weight in scaled_weights.items():
         if name not in pulls:  # a layer no token has come to, an expert say
-            nothing = torch.zeros(backend.in_features, device=backend.device)
-            pulls[name] = Pull.of(backend, reference.weight(name, backend), nothing)
+            nothing = torch.zeros(scaled_weight.in_features, device=scaled_weight.device)
+            pulls[name] = Pull.of(scaled_weight, reference.weight(name, scaled_weight), nothing)
     return pulls
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from peft_sgrq.delta import Delta
+from peft_sgrq.layer.delta import Delta
 from peft_sgrq.recovery.block import BlockError
 from peft_sgrq.recovery.preservation import Pull
 

@@ -17,18 +17,18 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from peft_sgrq.config import SGRQConfig
-from peft_sgrq.layer import SGRQLinear
+from peft_sgrq.layer.linear import SGRQLinear
+from peft_sgrq.passes.chain import find_stack
+from peft_sgrq.passes.data import Batch, load_batches
+from peft_sgrq.passes.processes import process_count
+from peft_sgrq.passes.running import longest, runner
+from peft_sgrq.passes.untouched import refuse_adapters, untouched
 from peft_sgrq.recovery.block import BlockError
 from peft_sgrq.recovery.distillation import Distillation, DistillationStage
 from peft_sgrq.recovery.progress_file import ProgressFile
 from peft_sgrq.recovery.reference import Reference, check_tokenizer
 from peft_sgrq.recovery.settings import Settings, first_stage
 from peft_sgrq.recovery.stage import BlockStage
-from peft_sgrq.selection.blocks import find_stack
-from peft_sgrq.selection.data import Batch, load_batches
-from peft_sgrq.selection.processes import process_count
-from peft_sgrq.selection.running import longest, runner
-from peft_sgrq.selection.untouched import refuse_adapters, untouched
 
 logger = logging.getLogger(__name__)
 
@@ -172,10 +172,10 @@ def _recover(
 ) -> Recovery:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SGRQLinear)}
     stack = find_stack(model, layers)
-    backends = {name: layer.backend for name, layer in layers.items()}
+    scaled_weights = {name: layer.scaled_weight for name, layer in layers.items()}
     recovery = Recovery(peft_model)
     with (
-        closing(Reference(reference, model, stack and stack[0], backends)) as before,
+        closing(Reference(reference, model, stack and stack[0], scaled_weights)) as before,
         untouched(model),
         untouched(before.model),
         tqdm(desc="Recovering", disable=not progress) as bar,

@@ -12,9 +12,10 @@ import torch
 from accelerate.utils import align_module_device  # type: ignore[import-untyped]
 from torch import nn
 
-from peft_sgrq.backends import ScaleBackend, resolve_backend
-from peft_sgrq.selection.data import Batch
-from peft_sgrq.selection.running import runner
+from peft_sgrq.formats.registry import resolve_weight
+from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.passes.data import Batch
+from peft_sgrq.passes.running import runner
 
 
 class Reference:
@@ -26,7 +27,7 @@ class Reference:
             time the block runs, by accelerate's offloading, and dropped when it has run.
         model (`nn.Module`): The quantized model.
         stack (`str` or `None`): Name of the list of blocks.
-        backends (`dict[str, ScaleBackend]`): The layers of the quantized model to be recovered.
+        scaled_weights (`dict[str, ScaledWeight]`): The layers of the quantized model to be recovered.
 
     Attributes:
         model (`nn.Module`): The model, in eval mode while it is used.
@@ -44,7 +45,7 @@ class Reference:
         reference: nn.Module | str | os.PathLike[str],
         model: nn.Module,
         stack: str | None,
-        backends: Mapping[str, ScaleBackend],
+        scaled_weights: Mapping[str, ScaledWeight],
     ) -> None:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.source: list[Any] | None = None
@@ -74,7 +75,7 @@ class Reference:
         self.run: Callable[[Batch], Any] = runner(reference)
         self.run_with_labels: Callable[[Batch], Any] = runner(reference, with_labels=True)
         self._stack = stack
-        self.layers = _matching_layers(reference, backends)
+        self.layers = _matching_layers(reference, scaled_weights)
         _check_vocabulary(reference, model)
 
     def close(self) -> None:
@@ -98,16 +99,16 @@ class Reference:
         return list(found)  # type: ignore[arg-type]
 
     @contextmanager
-    def backend(self, name: str, group_size: int) -> Iterator[ScaleBackend]:
+    def scaled_weight(self, name: str, group_size: int) -> Iterator[ScaledWeight]:
         """A layer seen as codes and scales, with its weights in memory while this is open."""
         module = self.layers[name]
         with align_module_device(module):
-            yield resolve_backend(module, group_size)
+            yield resolve_weight(module, group_size)
 
-    def weight(self, name: str, like: ScaleBackend) -> torch.Tensor:
+    def weight(self, name: str, like: ScaledWeight) -> torch.Tensor:
         """The weight of a layer, float32 `[N, K]`, on the device of the quantized layer `like`."""
-        with self.backend(name, like.group_size) as backend:
-            return backend.dequantize(backend.scales(), torch.float32).to(like.device)
+        with self.scaled_weight(name, like.group_size) as scaled_weight:
+            return scaled_weight.dequantize(scaled_weight.scales(), torch.float32).to(like.device)
 
 
 def _load_streamed(path: str, model: nn.Module, stack: str | None, folder: str) -> nn.Module:
@@ -174,24 +175,27 @@ def _device_map(model: nn.Module, stack: str | None, device: torch.device) -> di
     return found
 
 
-def _matching_layers(reference: nn.Module, backends: Mapping[str, ScaleBackend]) -> dict[str, nn.Module]:
+def _matching_layers(reference: nn.Module, scaled_weights: Mapping[str, ScaledWeight]) -> dict[str, nn.Module]:
     """The reference's modules of the layers to be recovered, by name."""
     modules = dict(reference.named_modules())
-    missing = [name for name in backends if name not in modules]
+    missing = [name for name in scaled_weights if name not in modules]
     if missing:
         raise ValueError(
             f"The reference has no layer {missing[0]!r} ({len(missing)} are missing), expected the layers of the "
             "quantized model under the same names; give the model that was quantized."
         )
-    for name, backend in backends.items():
-        before = resolve_backend(modules[name], backend.group_size)
-        found, expected = (before.out_features, before.in_features), (backend.out_features, backend.in_features)
+    for name, scaled_weight in scaled_weights.items():
+        before = resolve_weight(modules[name], scaled_weight.group_size)
+        found, expected = (
+            (before.out_features, before.in_features),
+            (scaled_weight.out_features, scaled_weight.in_features),
+        )
         if found != expected:
             raise ValueError(
                 f"Layer {name!r} of the reference has shape {found}, expected {expected}; give the model that was "
                 "quantized."
             )
-    return {name: modules[name] for name in backends}
+    return {name: modules[name] for name in scaled_weights}
 
 
 def _check_vocabulary(reference: nn.Module, model: nn.Module) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_sgrq.passes.data import Batch
 from peft_sgrq.recovery.preservation import IMPORTANCES
 from peft_sgrq.recovery.reference import Reference
-from peft_sgrq.selection.data import Batch
 
 _SAMPLES = 64  # of a parameter, in a digest
 

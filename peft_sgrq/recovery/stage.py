@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from peft_sgrq.layer import SGRQLinear
+from peft_sgrq.layer.linear import SGRQLinear
+from peft_sgrq.passes.chain import Chain, NotAChainError
+from peft_sgrq.passes.data import Batch
+from peft_sgrq.passes.padding import Padding
+from peft_sgrq.passes.running import runner
+from peft_sgrq.passes.statistics import InputStatistics
 from peft_sgrq.recovery.block import BlockError, BlockTraining, squared_error
 from peft_sgrq.recovery.preservation import FROM_INPUTS, Pull, gradient_pulls, input_pulls, magnitude_pulls
 from peft_sgrq.recovery.progress_file import ProgressFile
 from peft_sgrq.recovery.reference import Reference
-from peft_sgrq.selection.blocks import Chain, NotAChainError
-from peft_sgrq.selection.data import Batch
-from peft_sgrq.selection.padding import Padding
-from peft_sgrq.selection.running import runner
-from peft_sgrq.selection.statistics import InputStatistics
 
 if TYPE_CHECKING:
     from peft_sgrq.recovery.settings import Settings
@@ -134,7 +134,7 @@ class BlockStage:
                 self._counted,
                 list(deltas.values()),
                 [
-                    (pull, layers[name].backend.selected_dim)
+                    (pull, layers[name].scaled_weight.selected_dim)
                     for name, pull in self._pulls(layers, inputs, pulls).items()
                 ],
                 self._settings.preservation,
@@ -199,12 +199,14 @@ class BlockStage:
         settings, file = self._settings, self._file
         if not settings.preservation or settings.importance != "fisher":
             return {}
-        backends = {name: layer.backend for block in self._layers for name, layer in block.items()}
+        scaled_weights = {name: layer.scaled_weight for block in self._layers for name, layer in block.items()}
         if not file.pulls:
             self._bar.reset(total=len(self._batches))
-            file.pulls = gradient_pulls(self._reference, reference_blocks, backends, self._batches, self._bar.update)
+            file.pulls = gradient_pulls(
+                self._reference, reference_blocks, scaled_weights, self._batches, self._bar.update
+            )
             file.save()
-        return {name: pull.to(backends[name].device) for name, pull in file.pulls.items()}
+        return {name: pull.to(scaled_weights[name].device) for name, pull in file.pulls.items()}
 
     def _watch_inputs(self, names: Sequence[str], stack: ExitStack) -> dict[str, _Inputs]:
         """Statistics of what the reference's layers get while the context is open."""
@@ -226,14 +228,14 @@ class BlockStage:
             return {}
         if settings.importance == "fisher":
             return {name: of_gradients[name] for name in layers}
-        backends = {name: layer.backend for name, layer in layers.items()}
+        scaled_weights = {name: layer.scaled_weight for name, layer in layers.items()}
         if settings.importance == "magnitude":
-            return magnitude_pulls(self._reference, backends)
+            return magnitude_pulls(self._reference, scaled_weights)
         statistics = {
-            name: one.statistics or InputStatistics(backends[name].in_features, settings.importance != "diag")
+            name: one.statistics or InputStatistics(scaled_weights[name].in_features, settings.importance != "diag")
             for name, one in inputs.items()
         }
-        return input_pulls(self._reference, backends, statistics, settings.importance)
+        return input_pulls(self._reference, scaled_weights, statistics, settings.importance)
 
 
 class _Inputs:

@@ -1,10 +1,10 @@
 """Which scales are trained: criteria give scores, a ratio gives how many, a mask stores the choice."""
 
+from peft_sgrq.layer.masks import decode_mask, encode_mask
+from peft_sgrq.selection.by_weights import select_without_data
 from peft_sgrq.selection.layer_saliency import LayerSaliency
-from peft_sgrq.selection.masks import decode_mask, encode_mask
 from peft_sgrq.selection.ratio import count_selected, knee, select_top
 from peft_sgrq.selection.saliency import Saliency
-from peft_sgrq.selection.uncalibrated import select_without_data
 
 __all__ = [
     "LayerSaliency",

@@ -15,8 +15,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from peft_sgrq.backends.base import ScaleBackend
+from peft_sgrq.adapter.targets import find_targets, supported_layers
+from peft_sgrq.base.workarounds.bnb_cpu_packing import disable_cpu_packing
 from peft_sgrq.config import SGRQConfig
+from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.passes.data import Batch, load_batches
+from peft_sgrq.passes.gradients import GradientScores
+from peft_sgrq.passes.processes import gather, process_index
+from peft_sgrq.passes.running import longest, runner
+from peft_sgrq.passes.statistics import InputStatistics
+from peft_sgrq.passes.untouched import refuse_adapters, untouched
 from peft_sgrq.selection.collect import collect_input_scores
 from peft_sgrq.selection.criteria import (
     CUSTOM,
@@ -31,17 +39,9 @@ from peft_sgrq.selection.criteria import (
     reduce_scores,
     weight_scores,
 )
-from peft_sgrq.selection.data import Batch, load_batches
-from peft_sgrq.selection.gradients import GradientScores
 from peft_sgrq.selection.layer_saliency import LayerSaliency
 from peft_sgrq.selection.original import original_weights
-from peft_sgrq.selection.processes import gather, process_index
-from peft_sgrq.selection.running import longest, runner
 from peft_sgrq.selection.saliency import Saliency
-from peft_sgrq.selection.statistics import InputStatistics
-from peft_sgrq.selection.untouched import refuse_adapters, untouched
-from peft_sgrq.targets import find_targets, supported_layers
-from peft_sgrq.upstream.bnb_cpu_packing import disable_cpu_packing
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def calibrate(
     chosen = criterion if criterion is not None else config.criterion or DEFAULT_CRITERION
     if not callable(chosen):
         check_criterion(chosen)
-    backends = _targets(model, config)
+    scaled_weights = _targets(model, config)
     if config.ratio == 1 and not config.ratio_pattern:
         logger.warning(
             "The config's `ratio` is 1.0, at which every scale is trained whatever its saliency; set another such as "
@@ -125,7 +125,7 @@ def calibrate(
         )
     disable_cpu_packing(model)
     name = f"{CUSTOM}{getattr(chosen, '__name__', type(chosen).__name__)}" if callable(chosen) else chosen
-    saliency = Saliency({layer: _unscored(backend) for layer, backend in backends.items()}, name)
+    saliency = Saliency({layer: _unscored(scaled_weight) for layer, scaled_weight in scaled_weights.items()}, name)
     if config.ratio != "layerwise":
         saliency.configure(copy.copy(config))  # a ratio that cannot be had is found now, not after the work
     batches: list[Batch] = []
@@ -135,14 +135,17 @@ def calibrate(
             saliency.tokens = sum(gather(sum(int(batch.counted.sum()) for batch in batches)))
         loaded = time.perf_counter()
         if name in WEIGHTS:
-            scores = {layer: weight_scores(layer, backend, name, seed) for layer, backend in backends.items()}
+            scores = {
+                layer: weight_scores(layer, scaled_weight, name, seed)
+                for layer, scaled_weight in scaled_weights.items()
+            }
         elif name in GRADIENTS:
-            scores = _gradient_scores(model, backends, batches, GRADIENTS[name], saliency.tokens, bar)
+            scores = _gradient_scores(model, scaled_weights, batches, GRADIENTS[name], saliency.tokens, bar)
         else:
             function = chosen if callable(chosen) else (HESSIAN | DIAGONAL)[_known(name)]
-            score = _scorer(model, backends, function, original if name == "error" or callable(chosen) else None)
+            score = _scorer(model, scaled_weights, function, original if name == "error" or callable(chosen) else None)
             scores = collect_input_scores(
-                model, backends, batches, runner(model), score, name not in DIAGONAL, memory_limit, bar
+                model, scaled_weights, batches, runner(model), score, name not in DIAGONAL, memory_limit, bar
             )
     if name == "error" and not any(bool(values.any()) for values in scores.values()):
         raise ValueError(
@@ -152,7 +155,7 @@ def calibrate(
     saliency.layers = {name: layer.scored(scores[name]) for name, layer in saliency.layers.items()}
     saliency.seconds = {"data": loaded - start, "scores": time.perf_counter() - loaded}
     if config.ratio == "layerwise":
-        from peft_sgrq.selection.layerwise import allocate_ratios
+        from peft_sgrq.selection.layerwise.allocate_ratios import allocate_ratios
 
         found = allocate_ratios(model, config, [batch.inputs for batch in batches], saliency, progress=progress)
         saliency.ratios = gather(found.ratios)[0]
@@ -162,9 +165,9 @@ def calibrate(
     return saliency
 
 
-def _unscored(backend: ScaleBackend) -> LayerSaliency:
-    count = backend.out_features if backend.granularity == "row" else backend.in_features
-    return LayerSaliency.of(backend, torch.zeros(count))
+def _unscored(scaled_weight: ScaledWeight) -> LayerSaliency:
+    count = scaled_weight.out_features if scaled_weight.granularity == "row" else scaled_weight.in_features
+    return LayerSaliency.of(scaled_weight, torch.zeros(count))
 
 
 def _known(name: str) -> str:
@@ -176,30 +179,35 @@ def _known(name: str) -> str:
     return name
 
 
-def _targets(model: nn.Module, config: SGRQConfig) -> dict[str, ScaleBackend]:
+def _targets(model: nn.Module, config: SGRQConfig) -> dict[str, ScaledWeight]:
     config = copy.deepcopy(config)
     if config.target_modules is None:
         config.target_modules = supported_layers(model, config)
     config = _maybe_include_all_linear_layers(config, model)
-    backends = find_targets(model, config, BaseTuner._check_target_module_exists)
-    if not backends:
+    scaled_weights = find_targets(model, config, BaseTuner._check_target_module_exists)
+    if not scaled_weights:
         raise ValueError(
             f"The model has none of the layers that the config targets (target_modules={config.target_modules!r}), "
             "expected at least one; check the names."
         )
-    for name, backend in backends.items():
-        if backend.device.type == "meta":
+    for name, scaled_weight in scaled_weights.items():
+        if scaled_weight.device.type == "meta":
             raise ValueError(
                 f"Layer {name!r} has no weights yet (it is on the meta device), expected a model with weights to "
                 "calibrate; load them first."
             )
-    return backends
+    return scaled_weights
 
 
 def _gradient_scores(
-    model: nn.Module, backends: dict[str, ScaleBackend], batches: list[Batch], criterion: Any, tokens: int, bar: Any
+    model: nn.Module,
+    scaled_weights: dict[str, ScaledWeight],
+    batches: list[Batch],
+    criterion: Any,
+    tokens: int,
+    bar: Any,
 ) -> dict[str, torch.Tensor]:
-    collected = GradientScores(backends, criterion)
+    collected = GradientScores(scaled_weights, criterion)
     run = runner(model, with_labels=True)
     bar.reset(total=len(batches))
     for batch in batches:
@@ -212,14 +220,14 @@ def _gradient_scores(
 
 
 def _scorer(
-    model: nn.Module, backends: dict[str, ScaleBackend], criterion: Criterion, original: Any
+    model: nn.Module, scaled_weights: dict[str, ScaledWeight], criterion: Criterion, original: Any
 ) -> Callable[[str, InputStatistics], torch.Tensor]:
-    weight_before = None if original is None else original_weights(original, model, backends)
+    weight_before = None if original is None else original_weights(original, model, scaled_weights)
 
     def score(name: str, inputs: InputStatistics) -> torch.Tensor:
-        backend = backends[name]
-        weight = backend.dequantize(backend.scales(), torch.float32)  # (N, K)
-        before = None if weight_before is None else weight_before(name, backend)
+        scaled_weight = scaled_weights[name]
+        weight = scaled_weight.dequantize(scaled_weight.scales(), torch.float32)  # (N, K)
+        before = None if weight_before is None else weight_before(name, scaled_weight)
         if not inputs.tokens:
             logger.warning("No calibration token came to layer %s; all of its columns score 0.", name)
         elif not bool(torch.isfinite(inputs.diagonal).all()):
@@ -228,14 +236,14 @@ def _scorer(
                 "check the model, or load it in bfloat16 or float32."
             )
         scores = criterion(LayerStatistics(name, weight, inputs, before))
-        whole = (backend.out_features, backend.in_features)
-        summed = whole[:1] if backend.granularity == "row" else whole[1:]
+        whole = (scaled_weight.out_features, scaled_weight.in_features)
+        summed = whole[:1] if scaled_weight.granularity == "row" else whole[1:]
         if not isinstance(scores, torch.Tensor) or tuple(scores.shape) not in (whole, summed):
             raise ValueError(
                 f"The criterion returned {tuple(scores.shape) if isinstance(scores, torch.Tensor) else scores!r} for "
                 f"layer {name!r}, expected a tensor of shape {whole} or {summed}; correct the function."
             )
-        scores = reduce_scores(scores, backend)
+        scores = reduce_scores(scores, scaled_weight)
         _check_scores(name, scores)
         return scores
 

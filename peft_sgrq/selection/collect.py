@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_sgrq.backends.base import ScaleBackend
-from peft_sgrq.selection.blocks import Chain, NotAChainError, find_stack
-from peft_sgrq.selection.data import Batch
-from peft_sgrq.selection.inputs import InputCollector, SharingBrokenError
-from peft_sgrq.selection.padding import Padding
-from peft_sgrq.selection.processes import gather
+from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.passes.chain import Chain, NotAChainError, find_stack
+from peft_sgrq.passes.data import Batch
+from peft_sgrq.passes.inputs import InputCollector, SharingBrokenError
+from peft_sgrq.passes.padding import Padding
+from peft_sgrq.passes.processes import gather
+from peft_sgrq.passes.statistics import InputStatistics
 from peft_sgrq.selection.ratio import size_in_bytes
-from peft_sgrq.selection.statistics import InputStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ Run = Callable[[Batch], Any]
 @torch.no_grad()
 def collect_input_scores(
     model: nn.Module,
-    backends: Mapping[str, ScaleBackend],
+    scaled_weights: Mapping[str, ScaledWeight],
     batches: Sequence[Batch],
     run: Run,
     score: Score,
@@ -39,7 +39,7 @@ def collect_input_scores(
 
     Args:
         model (`nn.Module`): The model, in eval mode.
-        backends (`dict[str, ScaleBackend]`): The layers by name, in the order of the model.
+        scaled_weights (`dict[str, ScaledWeight]`): The layers by name, in the order of the model.
         batches (`Sequence[Batch]`): The data of this process; there may be none.
         run (`Callable`): Runs the model on a batch.
         score (`Callable`): `(name, statistics)` -> scores of a layer; called once the statistics are complete.
@@ -49,16 +49,16 @@ def collect_input_scores(
     """
     padding = Padding(model)
     for share in (True, False):
-        collection = _Collection(backends, batches, run, score, padding, full, share, bar)
+        collection = _Collection(scaled_weights, batches, run, score, padding, full, share, bar)
         try:
             with padding.watching():
-                stack = find_stack(model, backends) if full else None
+                stack = find_stack(model, scaled_weights) if full else None
                 if stack is not None:
                     collection.block_by_block(*stack)
-                rest = [name for name in backends if name not in collection.scores]
+                rest = [name for name in scaled_weights if name not in collection.scores]
                 if rest:
                     collection.passes(collection.plan(rest, memory_limit) if full else [rest])
-            return {name: collection.scores[name] for name in backends}
+            return {name: collection.scores[name] for name in scaled_weights}
         except SharingBrokenError:
             logger.warning("Layers do not share their inputs in all batches; starting again with statistics for each.")
     raise AssertionError("statistics that are not shared cannot break")
@@ -67,7 +67,7 @@ def collect_input_scores(
 class _Collection:
     def __init__(
         self,
-        backends: Mapping[str, ScaleBackend],
+        scaled_weights: Mapping[str, ScaledWeight],
         batches: Sequence[Batch],
         run: Run,
         score: Score,
@@ -77,13 +77,13 @@ class _Collection:
         bar: Any,
     ) -> None:
         self.scores: dict[str, torch.Tensor] = {}
-        self._backends, self._batches, self._run, self._score = backends, batches, run, score
+        self._scaled_weights, self._batches, self._run, self._score = scaled_weights, batches, run, score
         self._padding, self._full, self._share, self._bar = padding, full, share, bar
 
     def block_by_block(self, stack_name: str, stack: nn.ModuleList) -> None:
         """Scores the layers in a stack of blocks; none of them if it turns out to be no chain."""
         inside: list[list[str]] = [
-            [name for name in self._backends if name.startswith(f"{stack_name}.{index}.")]
+            [name for name in self._scaled_weights if name.startswith(f"{stack_name}.{index}.")]
             for index in range(len(stack))
         ]
         while not inside[-1]:
@@ -138,7 +138,7 @@ class _Collection:
         plan: list[list[str]] = []
         left = 0
         for group in dict.fromkeys(tuple(together.get(name, [name])) for name in names):
-            features = self._backends[group[0]].in_features
+            features = self._scaled_weights[group[0]].in_features
             size = 4 * features * features
             if size > limit:
                 raise ValueError(
@@ -154,7 +154,7 @@ class _Collection:
         return plan
 
     def _collector(self, names: Iterable[str], full: bool) -> InputCollector:
-        return InputCollector({name: self._backends[name] for name in names}, self._padding, full, self._share)
+        return InputCollector({name: self._scaled_weights[name] for name in names}, self._padding, full, self._share)
 
     def _finish(self, collector: InputCollector, names: Iterable[str]) -> dict[str, torch.Tensor]:
         collector.reduce()

@@ -29,8 +29,8 @@ from dataclasses import dataclass
 
 import torch
 
-from peft_sgrq.backends.base import ScaleBackend
-from peft_sgrq.selection.statistics import InputStatistics
+from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.passes.statistics import InputStatistics
 
 
 @dataclass
@@ -74,41 +74,43 @@ def error(layer: LayerStatistics) -> torch.Tensor:
     return (layer.weight - layer.original).square() * layer.inputs.diagonal.float()  # (N, K)
 
 
-def fisher(weight: torch.Tensor, gradient: torch.Tensor, backend: ScaleBackend) -> torch.Tensor:
+def fisher(weight: torch.Tensor, gradient: torch.Tensor, scaled_weight: ScaledWeight) -> torch.Tensor:
     """Of one sequence: `w^2 g^2`, from the weight and its gradient, float32 `[N, K]`."""
     return (weight * gradient).square()  # (N, K)
 
 
-def gradient(weight: torch.Tensor, gradient: torch.Tensor, backend: ScaleBackend) -> torch.Tensor:
+def gradient(weight: torch.Tensor, gradient: torch.Tensor, scaled_weight: ScaledWeight) -> torch.Tensor:
     """Of one sequence: the squared gradient of each scale's relative change, shared out to the columns it scales.
 
     `dL/ddelta = sum w g` over what the scale multiplies; the columns of a group get equal parts of the square, so that
     they add up to it.
     """
     product = weight * gradient  # (N, K)
-    if backend.granularity == "row":
+    if scaled_weight.granularity == "row":
         return product.sum(1).square()  # (N,)
-    sums = _sum_groups(product, backend)  # (N, G)
-    return spread_over_columns(sums.square().sum(0), backend)
+    sums = _sum_groups(product, scaled_weight)  # (N, G)
+    return spread_over_columns(sums.square().sum(0), scaled_weight)
 
 
-def _sum_groups(elements: torch.Tensor, backend: ScaleBackend) -> torch.Tensor:
-    return backend.select_columns(elements, None).view(elements.shape[0], -1, backend.group_size).sum(2)
+def _sum_groups(elements: torch.Tensor, scaled_weight: ScaledWeight) -> torch.Tensor:
+    return scaled_weight.select_columns(elements, None).view(elements.shape[0], -1, scaled_weight.group_size).sum(2)
 
 
-def sum_by_scale(elements: torch.Tensor, backend: ScaleBackend) -> torch.Tensor:
+def sum_by_scale(elements: torch.Tensor, scaled_weight: ScaledWeight) -> torch.Tensor:
     """Sums of values of each weight, `[N, K]`, over the weights that each scale multiplies, `[rows, groups]`."""
-    if backend.granularity == "row":
+    if scaled_weight.granularity == "row":
         return elements.sum(1, keepdim=True)
-    return backend.reduce_rows(_sum_groups(elements, backend))
+    return scaled_weight.reduce_rows(_sum_groups(elements, scaled_weight))
 
 
-def spread_over_columns(values: torch.Tensor, backend: ScaleBackend) -> torch.Tensor:
+def spread_over_columns(values: torch.Tensor, scaled_weight: ScaledWeight) -> torch.Tensor:
     """Shares out a value of each group, `[G]`, to its columns in equal parts, `[K]`."""
-    columns = torch.arange(1, backend.in_features + 1, dtype=torch.float64, device=values.device)
-    slots = backend.select_columns(columns.unsqueeze(0), None).view(-1, backend.group_size).long()  # 0 for padding
+    columns = torch.arange(1, scaled_weight.in_features + 1, dtype=torch.float64, device=values.device)
+    slots = (
+        scaled_weight.select_columns(columns.unsqueeze(0), None).view(-1, scaled_weight.group_size).long()
+    )  # 0 for padding
     parts = values / (slots > 0).sum(1)  # (G,)
-    result = values.new_zeros(backend.in_features + 1)
+    result = values.new_zeros(scaled_weight.in_features + 1)
     result[slots] = parts.unsqueeze(1).expand_as(slots)
     return result[1:]
 
@@ -123,40 +125,42 @@ DEFAULT_CRITERION = "diag"  # no worse than obs when its scales are tuned, at ha
 CUSTOM = "custom:"  # what the names of users' functions begin with
 
 
-def reduce_scores(elements: torch.Tensor, backend: ScaleBackend) -> torch.Tensor:
+def reduce_scores(elements: torch.Tensor, scaled_weight: ScaledWeight) -> torch.Tensor:
     """Scores of each weight `[N, K]` summed to what a saliency holds: `[K]`, or `[N]` in a row format."""
-    return elements.sum(1 if backend.granularity == "row" else 0) if elements.dim() == 2 else elements
+    return elements.sum(1 if scaled_weight.granularity == "row" else 0) if elements.dim() == 2 else elements
 
 
 @torch.no_grad()
-def weight_scores(name: str, backend: ScaleBackend, criterion: str, seed: int = 0) -> torch.Tensor:
+def weight_scores(name: str, scaled_weight: ScaledWeight, criterion: str, seed: int = 0) -> torch.Tensor:
     """The scores of a criterion that needs no data, `"magnitude"` or `"random"`: float32, `[K]`, or `[N]` of rows.
 
     Random scores depend on the seed and the name of the layer, not on any state.
     """
     if criterion == "magnitude":
-        return squared_weights(backend)
+        return squared_weights(scaled_weight)
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-    scores = torch.rand(backend.selectable, generator=generator).to(backend.device)
-    return scores if backend.granularity == "row" else spread_over_columns(scores, backend)
+    scores = torch.rand(scaled_weight.selectable, generator=generator).to(scaled_weight.device)
+    return scores if scaled_weight.granularity == "row" else spread_over_columns(scores, scaled_weight)
 
 
 _PART_BYTES = 2 << 20  # of the weight in float32; as much as stays in a cache, twice as fast as more
 
 
-def squared_weights(backend: ScaleBackend) -> torch.Tensor:
+def squared_weights(scaled_weight: ScaledWeight) -> torch.Tensor:
     """The sum of squared weights of each column, float32 `[K]`, or of each row in a row format, `[N]`."""
-    scales = backend.scales()
-    if not backend.in_parts:
-        return reduce_scores(backend.dequantize(scales, torch.float32).square_(), backend)
-    size = 1 if backend.granularity == "row" else backend.group_size
-    step = max(1, _PART_BYTES // (4 * backend.out_features * size)) * size
+    scales = scaled_weight.scales()
+    if not scaled_weight.in_parts:
+        return reduce_scores(scaled_weight.dequantize(scales, torch.float32).square_(), scaled_weight)
+    size = 1 if scaled_weight.granularity == "row" else scaled_weight.group_size
+    step = max(1, _PART_BYTES // (4 * scaled_weight.out_features * size)) * size
     sums = []
-    for start in range(0, backend.in_features, step):
-        columns = slice(start, min(start + step, backend.in_features))
-        sums.append(reduce_scores(backend.dequantize_columns(scales, torch.float32, columns).square_(), backend))
-    return torch.stack(sums).sum(0) if backend.granularity == "row" else torch.cat(sums)
+    for start in range(0, scaled_weight.in_features, step):
+        columns = slice(start, min(start + step, scaled_weight.in_features))
+        sums.append(
+            reduce_scores(scaled_weight.dequantize_columns(scales, torch.float32, columns).square_(), scaled_weight)
+        )
+    return torch.stack(sums).sum(0) if scaled_weight.granularity == "row" else torch.cat(sums)
 
 
 def check_criterion(criterion: object) -> None:

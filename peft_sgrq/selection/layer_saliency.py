@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from peft_sgrq.backends.base import ScaleBackend
+from peft_sgrq.formats.scaled_weight import ScaledWeight
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +20,7 @@ class LayerSaliency:
         shape (`tuple[int, int]`): `(out_features, in_features)`.
         granularity (`"group"` or `"row"`): What is selected: groups of columns, or rows.
         group_size (`int`): Columns per scale.
-        fingerprint (`str`): Digest of the base layer, as in `ScaleBackend.fingerprint`.
+        fingerprint (`str`): Digest of the base layer, as in `ScaledWeight.fingerprint`.
         groups (`torch.Tensor` or `None`): The group of each column, int64 `[in_features]`; `None` if it is
             `column // group_size`, or in a row format.
     """
@@ -33,15 +33,15 @@ class LayerSaliency:
     groups: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, backend: ScaleBackend, scores: torch.Tensor, fingerprint: str | None = None) -> LayerSaliency:
-        """The saliency of a backend's layer from `scores` as the attribute of that name has them, on any device."""
+    def of(cls, scaled_weight: ScaledWeight, scores: torch.Tensor, fingerprint: str | None = None) -> LayerSaliency:
+        """The saliency of a scaled weight's layer from `scores` as the attribute of that name has them, on any device."""
         return cls(
             scores=scores.detach().to("cpu", torch.float32).contiguous(),
-            shape=(backend.out_features, backend.in_features),
-            granularity=backend.granularity,
-            group_size=backend.group_size,
-            fingerprint=backend.fingerprint() if fingerprint is None else fingerprint,
-            groups=_groups_of_columns(backend),
+            shape=(scaled_weight.out_features, scaled_weight.in_features),
+            granularity=scaled_weight.granularity,
+            group_size=scaled_weight.group_size,
+            fingerprint=scaled_weight.fingerprint() if fingerprint is None else fingerprint,
+            groups=_groups_of_columns(scaled_weight),
         )
 
     def scored(self, scores: torch.Tensor) -> LayerSaliency:
@@ -68,13 +68,15 @@ class LayerSaliency:
         return torch.zeros(self.selectable, dtype=torch.float64).index_add_(0, groups, self.scores.double()).float()
 
 
-def _groups_of_columns(backend: ScaleBackend) -> torch.Tensor | None:
-    if backend.granularity == "row":
+def _groups_of_columns(scaled_weight: ScaledWeight) -> torch.Tensor | None:
+    if scaled_weight.granularity == "row":
         return None
-    columns = torch.arange(1, backend.in_features + 1, dtype=torch.float32, device=backend.device)
-    slots = backend.select_columns(columns.unsqueeze(0), None).flatten().long().cpu()  # column + 1, or 0 for padding
+    columns = torch.arange(1, scaled_weight.in_features + 1, dtype=torch.float32, device=scaled_weight.device)
+    slots = (
+        scaled_weight.select_columns(columns.unsqueeze(0), None).flatten().long().cpu()
+    )  # column + 1, or 0 for padding
     slot = torch.arange(len(slots))[slots > 0]
-    groups = torch.empty(backend.in_features, dtype=torch.int64)
-    groups[slots[slot] - 1] = slot // backend.group_size
-    in_order = torch.arange(backend.in_features) // backend.group_size
+    groups = torch.empty(scaled_weight.in_features, dtype=torch.int64)
+    groups[slots[slot] - 1] = slot // scaled_weight.group_size
+    in_order = torch.arange(scaled_weight.in_features) // scaled_weight.group_size
     return None if torch.equal(groups, in_order) else groups

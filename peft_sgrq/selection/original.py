@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_sgrq.backends.base import ScaleBackend
+from peft_sgrq.formats.scaled_weight import ScaledWeight
 
 
 def original_weights(
     original: nn.Module | str | os.PathLike[str], model: nn.Module, names: Collection[str]
-) -> Callable[[str, ScaleBackend], torch.Tensor]:
+) -> Callable[[str, ScaledWeight], torch.Tensor]:
     """A function from a layer to its weight before quantization, float32 `[N, K]` on the layer's device.
 
     Args:
@@ -27,7 +27,7 @@ def original_weights(
         ValueError: If the original lacks a layer, or has it in another shape.
         TypeError: If it is neither a model nor a path.
     """
-    from peft_sgrq.targets import backend_of, named_base_layers
+    from peft_sgrq.adapter.targets import named_base_layers, scaled_weight_of
 
     if isinstance(original, (str, os.PathLike)):
         cls: Any = type(model)
@@ -49,13 +49,13 @@ def original_weights(
             "quantized model under the same names; give the model that was quantized."
         )
 
-    def weight_of(name: str, backend: ScaleBackend) -> torch.Tensor:
-        before = backend_of(name, layers[name], backend.group_size)
-        if (before.out_features, before.in_features) != (backend.out_features, backend.in_features):
+    def weight_of(name: str, scaled_weight: ScaledWeight) -> torch.Tensor:
+        before = scaled_weight_of(name, layers[name], scaled_weight.group_size)
+        if (before.out_features, before.in_features) != (scaled_weight.out_features, scaled_weight.in_features):
             raise ValueError(
                 f"Layer {name!r} of `original` has shape {(before.out_features, before.in_features)}, expected "
-                f"{(backend.out_features, backend.in_features)}; give the model that was quantized."
+                f"{(scaled_weight.out_features, scaled_weight.in_features)}; give the model that was quantized."
             )
-        return before.dequantize(before.scales(), torch.float32).to(backend.device)
+        return before.dequantize(before.scales(), torch.float32).to(scaled_weight.device)
 
     return weight_of

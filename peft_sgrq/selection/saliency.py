@@ -12,9 +12,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from peft_sgrq.layer.masks import encode_mask
 from peft_sgrq.selection.criteria import COMPARABLE
 from peft_sgrq.selection.layer_saliency import LayerSaliency
-from peft_sgrq.selection.masks import encode_mask
 from peft_sgrq.selection.ratio import (
     DEFAULT_BUDGET,
     Budget,
@@ -208,12 +208,12 @@ class Saliency:
 
     def check(self, model: nn.Module) -> None:
         """Raises a ValueError if this is not the saliency of the layers of `model`, with its codes and scales."""
-        from peft_sgrq.targets import backend_of, named_base_layers
+        from peft_sgrq.adapter.targets import named_base_layers, scaled_weight_of
 
         modules = dict(named_base_layers(model))
         for name, layer in self.layers.items():
             module = modules.get(name)
-            found = None if module is None else backend_of(name, module, layer.group_size).fingerprint()
+            found = None if module is None else scaled_weight_of(name, module, layer.group_size).fingerprint()
             if found != layer.fingerprint:
                 raise ValueError(
                     f"The saliency is that of another model: layer {name!r} "

@@ -25,7 +25,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig
-from peft.utils.quantization_utils import Bnb4bitBackend, Bnb8bitBackend
+from peft.utils.quantization_utils import Bnb4bitWeight, Bnb8bitBackend
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -190,9 +190,9 @@ class Loader:
 
 
 LOADERS = (
-    Loader("nf4", quantized(), Bnb4bitBackend),
-    Loader("nf4-nested", quantized(bnb_4bit_use_double_quant=True), Bnb4bitBackend),
-    Loader("fp4", quantized(bnb_4bit_quant_type="fp4"), Bnb4bitBackend),
+    Loader("nf4", quantized(), Bnb4bitWeight),
+    Loader("nf4-nested", quantized(bnb_4bit_use_double_quant=True), Bnb4bitWeight),
+    Loader("fp4", quantized(bnb_4bit_quant_type="fp4"), Bnb4bitWeight),
     Loader("int8", BitsAndBytesConfig(load_in_8bit=True), Bnb8bitBackend),
 )
 

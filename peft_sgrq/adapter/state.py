@@ -1,0 +1,58 @@
+"""The tensors of an adapter file: written in the dtype of the adapter, checked before any of them is loaded."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from peft_sgrq.config import ADAPTER_DTYPES, SGRQConfig
+from peft_sgrq.layer.delta import Delta
+from peft_sgrq.layer.masks import encode_mask, unpack_mask
+
+
+def in_adapter_dtype(
+    tensors: dict[str, torch.Tensor], config: SGRQConfig, adapter_name: str, prefix: str
+) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter, its deltas in the dtype its file holds.
+
+    Args:
+        tensors (`dict[str, torch.Tensor]`): By parameter name, deltas in float32.
+        config (`SGRQConfig`): The config of the adapter.
+        adapter_name (`str`): Its name.
+        prefix (`str`): What the names of a tuner's own modules start with.
+    """
+    dtype = getattr(torch, config.adapter_dtype)
+    suffix = f".{adapter_name}.weight"
+    return {
+        key: value.to(dtype) if key.endswith(suffix) and f".{prefix}" in f".{key}" else value
+        for key, value in tensors.items()
+    }
+
+
+def take_over(model: nn.Module, config: SGRQConfig, tensors: dict[str, torch.Tensor], suffix: str) -> None:
+    """Checks the tensors of an adapter file, and makes the config say what they hold.
+
+    Args:
+        model (`nn.Module`): The model they are to be loaded into.
+        config (`SGRQConfig`): The config of the adapter; its selection and its dtype become those of the file.
+        tensors (`dict[str, torch.Tensor]`): By parameter name in the model.
+        suffix (`str`): What the names of the adapter's modules end with, `.sgrq_delta.<name>`.
+
+    Raises:
+        ValueError: If a tensor does not fit the layer it is for.
+    """
+    deltas = {
+        name: module for name, module in model.named_modules() if isinstance(module, Delta) and name.endswith(suffix)
+    }
+    errors = [error for name, delta in deltas.items() for error in delta.find_errors(tensors, name + ".")]
+    if errors:
+        raise ValueError(f"The adapter file does not fit ({len(errors)} tensors, the first:) {errors[0]}")
+    # PEFT does not read the config of an adapter that replaces another in place.
+    for name, delta in deltas.items():
+        mask, weight = tensors.get(name + ".selection"), tensors.get(name + ".weight")
+        layer_name = name.removesuffix(suffix).removeprefix("base_model.model.")
+        if mask is not None and config.selection and layer_name in config.selection:
+            config.selection[layer_name] = encode_mask(unpack_mask(mask), delta.selectable)
+        if weight is not None and str(weight.dtype).removeprefix("torch.") in ADAPTER_DTYPES:
+            delta.dtype = weight.dtype
+            config.adapter_dtype = str(weight.dtype).removeprefix("torch.")

@@ -1,0 +1,103 @@
+"""An SGRQ adapter read from its folder, without a model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+
+from peft_sgrq.adapter.file import check_adapter_file
+from peft_sgrq.config import SGRQConfig
+from peft_sgrq.layer.masks import unpack_mask
+
+_PREFIX = "base_model.model."
+_DELTA = re.compile(r"(.+)\.sgrq_delta\.(weight|selection)")
+_ROWS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
+
+
+class StoredDelta(NamedTuple):
+    """The deltas of one layer, float32, and the groups they belong to, int64, ascending."""
+
+    values: torch.Tensor
+    groups: torch.Tensor
+
+
+class StoredAdapter(NamedTuple):
+    """What an adapter folder holds.
+
+    Attributes:
+        config (`SGRQConfig`): Its config.
+        deltas (`dict[str, StoredDelta]`): By layer name.
+        whole (`dict[str, torch.Tensor]`): Tensors of `modules_to_save`, by the name of the tensor they replace.
+        rows (`dict[str, tuple[list[int], torch.Tensor]]`): Trained embedding rows, by the name of the embedding's
+            weight: their indices, and the rows.
+    """
+
+    config: SGRQConfig
+    deltas: dict[str, StoredDelta]
+    whole: dict[str, torch.Tensor]
+    rows: dict[str, tuple[list[int], torch.Tensor]]
+
+
+def read_adapter(path: Path) -> StoredAdapter:
+    """Reads an adapter that `save_pretrained` wrote.
+
+    Raises:
+        ValueError: If the folder holds no SGRQ adapter in safetensors, or the file is truncated, holds NaN, or holds
+            tensors no SGRQ adapter has.
+    """
+    from peft import PeftConfig
+
+    file = path / SAFETENSORS_WEIGHTS_NAME
+    if not (path / "adapter_config.json").is_file() or not file.is_file():
+        raise ValueError(
+            f"{path} holds no adapter, expected adapter_config.json and {SAFETENSORS_WEIGHTS_NAME}; give the folder "
+            "`save_pretrained` wrote them to."
+        )
+    check_adapter_file(str(path))
+    config = PeftConfig.from_pretrained(str(path))
+    if not isinstance(config, SGRQConfig):
+        raise ValueError(
+            f"{path} holds an adapter of type {config.peft_type}, expected SGRQ; others have no scales to merge, load "
+            "them with PEFT and use `merge_and_unload`."
+        )
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    whole: dict[str, torch.Tensor] = {}
+    rows: dict[str, tuple[list[int], torch.Tensor]] = {}
+    for key, tensor in load_file(file).items():
+        name = key.removeprefix(_PREFIX)
+        if match := _DELTA.fullmatch(name):
+            parts.setdefault(match[1], {})[match[2]] = tensor
+        elif match := _ROWS.fullmatch(name):
+            rows[f"{match[1]}.weight"] = (_token_indices(config, match[1]), tensor)
+        elif ".lora_" in name or "sgrq_" in name:
+            raise ValueError(f"{file} holds {key!r}, expected tensors of an SGRQ adapter; save the adapter again.")
+        else:
+            whole[name] = tensor
+    return StoredAdapter(config, {name: _delta(name, part) for name, part in parts.items()}, whole, rows)
+
+
+def _delta(name: str, part: dict[str, torch.Tensor]) -> StoredDelta:
+    if set(part) != {"weight", "selection"}:
+        raise ValueError(
+            f"The adapter has {sorted(part)} for layer {name!r}, expected its deltas and their selection; the file is "
+            "incomplete, save the adapter again."
+        )
+    values = part["weight"].float()
+    if not torch.isfinite(values).all():
+        raise ValueError(
+            f"The adapter holds NaN or infinite deltas for layer {name!r}, expected finite numbers: the training that "
+            "wrote it diverged; use an earlier checkpoint. Nothing was written."
+        )
+    return StoredDelta(values, unpack_mask(part["selection"]))
+
+
+def _token_indices(config: SGRQConfig, name: str) -> list[int]:
+    indices = config.trainable_token_indices
+    if isinstance(indices, dict):
+        return next((list(value) for key, value in indices.items() if f".{name}".endswith(f".{key}")), [])
+    return list(indices or ())

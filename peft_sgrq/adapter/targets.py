@@ -1,0 +1,177 @@
+"""Which layers of a model an adapter goes to, and whether it can."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.peft_types import TaskType
+from torch import nn
+
+from peft_sgrq.config import SGRQConfig
+from peft_sgrq.formats.registry import is_quantized, is_supported, resolve_weight
+from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.layer.linear import SGRQLinear
+
+# The heads PEFT trains whole for a task.
+TASK_HEADS: dict[str, list[str]] = {
+    TaskType.SEQ_CLS: list(SEQ_CLS_HEAD_NAMES),
+    TaskType.TOKEN_CLS: ["classifier", "score"],
+    TaskType.QUESTION_ANS: ["qa_outputs"],
+}
+
+
+def named_base_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of a model as they are without adapters: an adapted layer stands for its base layer."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            inside += (name + ".",)
+        yield name, base_of(module)
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The base layer of a layer adapted by SGRQ; any other module itself."""
+    return module.get_base_layer() if isinstance(module, SGRQLinear) else module
+
+
+def find_targets(
+    model: nn.Module, config: SGRQConfig, matches: Callable[[SGRQConfig, str], Any]
+) -> dict[str, ScaledWeight]:
+    """The scaled weights of the layers a config targets, by name.
+
+    Args:
+        model (`nn.Module`): The model, which may have adapters already.
+        config (`SGRQConfig`): A config whose `target_modules` is not `None`.
+        matches (`Callable`): PEFT's test whether a config targets a name.
+
+    Raises:
+        ValueError: If a targeted layer cannot be adapted; the sentence names it.
+    """
+    return {
+        name: scaled_weight_of(name, layer, config.group_size)
+        for name, layer in named_base_layers(model)
+        if name and matches(config, name)
+    }
+
+
+def scaled_weight_of(name: str, layer: nn.Module, group_size: int) -> ScaledWeight:
+    """The scaled weight of a layer; a ValueError that names the layer if there is none."""
+    try:
+        scaled_weight = resolve_weight(layer, group_size)
+        if scaled_weight.device.type == "meta" and getattr(layer, "_hf_hook", None) is not None:
+            raise ValueError(
+                "it is offloaded by accelerate, and its scales are needed outside of its forward pass, too; load the "
+                "model with a device_map that keeps the layers to adapt on a device"
+            )
+    except ValueError as error:
+        raise ValueError(f"Layer {name!r} cannot be adapted: {error}. The model was not changed.") from None
+    return scaled_weight
+
+
+def check_group_sizes(model: nn.Module, scaled_weights: Mapping[str, ScaledWeight]) -> None:
+    """Refuses a group size other than that of the adapters a layer has already: adapters add scale by scale."""
+    for name, module in model.named_modules():
+        if isinstance(module, SGRQLinear) and name in scaled_weights:
+            found, expected = scaled_weights[name].group_size, module.scaled_weight.group_size
+            if found != expected:
+                raise ValueError(
+                    f"`group_size` is {found} for layer {name!r}, but the adapters it has already use {expected} and "
+                    "adapters add scale by scale; give the new adapter that group size. The model was not changed."
+                )
+
+
+def check_gradient_paths(model: nn.Module, scaled_weights: Mapping[str, ScaledWeight], config: SGRQConfig) -> None:
+    """Refuses to train around layers that lose the gradient of their input: those before them would learn nothing.
+
+    Raises:
+        ValueError: If a layer that quantizes its activations has no adapter; the sentence names it.
+    """
+    if config.inference_mode:
+        return
+    for name, layer in named_base_layers(model):
+        if name in scaled_weights or not is_quantized(layer):
+            continue
+        try:
+            lost = resolve_weight(layer, config.group_size).drops_input_gradient
+        except ValueError:
+            continue
+        if lost:
+            raise ValueError(
+                f"Layer {name!r} quantizes its activations and is not targeted, so training would lose the gradient "
+                "there without a word, expected every such layer to have an adapter, which passes it on; use "
+                "target_modules=None, or a `ratio` that makes the adapter small. The model was not changed."
+            )
+
+
+def supported_layers(model: nn.Module, config: SGRQConfig) -> set[str]:
+    """The names `target_modules=None` stands for: all quantized layers, or all dense ones but the output head.
+
+    Raises:
+        ValueError: If the model has neither.
+    """
+    layers = dict(named_base_layers(model))
+    names = {name for name, layer in layers.items() if is_quantized(layer)}
+    if not names:
+        get_head = getattr(model, "get_output_embeddings", None)
+        head = get_head() if callable(get_head) else None
+        names = {name for name, layer in layers.items() if name and is_supported(layer) and layer is not head}
+        whole = (*TASK_HEADS.get(config.task_type or "", ()), *(config.modules_to_save or ()))
+        names = {name for name in names if not any(_is_within(name, module) for module in whole)}
+    if names and config.layers_to_transform is not None:
+        # PEFT looks at the index of a block only where a name is matched by its end.
+        names = {
+            name for name in names if check_target_module_exists(replace(config, target_modules=[_end(name)]), name)
+        }
+    if not names:
+        raise ValueError(
+            "The model has no layer whose scales could be trained: found neither a quantized layer of a supported "
+            f"format nor nn.Linear or Conv1D (layers_to_transform={config.layers_to_transform}), expected one; "
+            "quantize it, e.g. with a BitsAndBytesConfig, or name its layers in `target_modules`."
+        )
+    return names
+
+
+def warn_of_fused_experts(model: nn.Module) -> None:
+    """Says which experts of a mixture are left alone because one 3-D parameter holds them all."""
+    found = {
+        f"{name}.{key}".lstrip("."): tuple(parameter.shape)
+        for name, module in model.named_modules()
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and "expert" in f"{name}.{key}.{type(module).__name__}".lower()
+    }
+    if not found:
+        return
+    name, shape = next(iter(found.items()))
+    warnings.warn(
+        f"{len(found)} parameters with fused experts are left as they are (the first: {name!r}, shape {shape}): SGRQ "
+        "tunes the scales of linear layers, and these are 3-D parameters that no linear layer owns. Other layers are "
+        "tuned; experts that are linear layers of their own would be, too."
+    )
+
+
+def _is_within(name: str, module: str) -> bool:
+    return f".{module}." in f".{name}."
+
+
+def _end(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def check_modules_to_save(model: nn.Module, config: SGRQConfig) -> None:
+    """Refuses a quantized module in `modules_to_save`, which cannot be trained whole."""
+    for wanted in config.modules_to_save or ():
+        for name, module in model.named_modules():
+            if (name == wanted or name.endswith("." + wanted)) and any(map(is_quantized, module.modules())):
+                raise ValueError(
+                    f"`modules_to_save` names {name!r}, which is quantized and cannot be trained whole, expected a "
+                    "module in floating point; leave it out (its scales are trained if it is in `target_modules`), or "
+                    "keep it from being quantized (`llm_int8_skip_modules` in bitsandbytes)."
+                )

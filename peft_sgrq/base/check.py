@@ -1,0 +1,134 @@
+"""Whether a model is the base an adapter was trained on, and the sentence that says so when it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.utils.peft_types import TaskType
+from torch import nn
+
+from peft_sgrq.base.split import split_size
+from peft_sgrq.formats.loading import kernel_is_chosen, loading_expression, spoken
+from peft_sgrq.formats.scaled_weight import ScaledWeight
+
+if TYPE_CHECKING:
+    from peft_sgrq.config import SGRQConfig
+
+_AUTO_CLASSES: dict[str, str] = {
+    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
+    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
+    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
+}
+
+
+def describe_quantization(model: nn.Module, scaled_weights: Mapping[str, ScaledWeight]) -> dict[str, Any] | None:
+    """The quantization config of a base: the model's own if it has one, else put together from its layers.
+
+    Returns:
+        A dict of JSON values with `quant_method`, the `dtype` of the model, and `pre_quantized` if it was loaded from
+        a quantized checkpoint; `None` if none of the layers is quantized.
+    """
+    found = next(
+        (config for scaled_weight in scaled_weights.values() if (config := scaled_weight.quantization())), None
+    )
+    if found is None:
+        return None
+    own: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    if own is not None:
+        fields = own if isinstance(own, dict) else own.to_dict()
+        found |= {key: value for key, value in fields.items() if _is_json(value) and key != "quant_method"}
+        # The layers tell the packing; the method, where it is another, is what the checkpoint is loaded by.
+        method = getattr(fields.get("quant_method"), "value", fields.get("quant_method"))
+        if kernel_is_chosen({"quant_method": method}):
+            found["quant_method"] = method
+    dtype = getattr(model, "dtype", None)
+    if isinstance(dtype, torch.dtype):
+        found["dtype"] = str(dtype).removeprefix("torch.")
+    if getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False):
+        found["pre_quantized"] = True
+    return found
+
+
+def loading_code(config: SGRQConfig) -> str:
+    """The Python expression that loads the base an adapter was trained on."""
+    fields = [repr(config.base_model_name_or_path or "the base model")]
+    quantization = config.base_quantization or {}
+    if quantization.get("dtype"):
+        fields.append(f"dtype={quantization['dtype']!r}")
+
+    def load(*more: str) -> str:
+        arguments = [*fields, *more, *([f"revision={config.revision!r}"] if config.revision else [])]
+        return f"{auto_class(config)}.from_pretrained({', '.join(arguments)})"
+
+    return loading_expression(load, quantization)
+
+
+def auto_class(config: SGRQConfig) -> str:
+    """The transformers class that loads a base for the adapter's task."""
+    return _AUTO_CLASSES.get(config.task_type or TaskType.CAUSAL_LM, "AutoModel")
+
+
+def quantization_code(quantization: Mapping[str, Any]) -> str:
+    """A recorded quantization as the Python expression of its config, or of what quantizes the model."""
+    code = loading_expression(lambda *arguments: ", ".join(arguments), {**quantization, "pre_quantized": False})
+    return code.removeprefix("quantization_config=") or str(quantization.get("quant_method"))
+
+
+def check_base(config: SGRQConfig, fingerprints: Mapping[str, str], known: Collection[str]) -> None:
+    """Compares the layers of a model with the fingerprints an adapter carries.
+
+    Args:
+        config (`SGRQConfig`): The adapter's config, with its `base_fingerprint`.
+        fingerprints (`dict[str, str]`): Layer name -> fingerprint of the model, for the targeted layers that have
+            their weights.
+        known (`Collection[str]`): Names of all targeted layers of the model.
+
+    Raises:
+        ValueError: If a layer is missing, of another format, or has other codes or scales.
+    """
+    expected = config.base_fingerprint or {}
+    missing = sorted(set(expected) - set(known))
+    if missing:
+        raise ValueError(
+            f"The adapter changes {len(missing)} layers that this model does not have or does not target (the first: "
+            f"{missing[0]!r}), expected all {len(expected)} of them; load it on the base it was trained on: "
+            f"{loading_code(config)}."
+        )
+    differing = [name for name in expected if expected[name] != fingerprints.get(name, expected[name])]
+    if not differing:
+        return
+    name = differing[0]
+    (old_format, old_codes, _), (new_format, new_codes, _) = (
+        [*digest.split(":"), "", ""][:3] for digest in (expected[name], fingerprints[name])
+    )
+    mend = ""
+    if old_format != new_format:
+        if size := split_size(old_format, new_format):
+            mend = (
+                f" and, if its groups were split before training, split them: `peft_sgrq.split_groups(model, {size})`"
+            )
+        reason = f"layer {name!r} is {spoken(new_format)}, expected {spoken(old_format)}"
+    elif old_codes != new_codes:
+        reason = f"layer {name!r} has other weights than the one the adapter was trained on (or another dtype of them)"
+    else:
+        reason = (
+            f"layer {name!r} has the codes but not the scales the adapter was trained on: the base has an adapter "
+            "merged into it already, or was quantized on another device or from another dtype"
+        )
+    raise ValueError(
+        f"The adapter does not fit this base: {reason} ({len(differing)} of {len(expected)} layers differ). Scale "
+        f"changes mean nothing on other codes; load the base with {loading_code(config)}{mend}. To use the adapter "
+        "here all the same, set `config.base_fingerprint = None` on its SGRQConfig and pass that as `config=`."
+    )
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_json(item) for item in value)
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
+    return value is None or isinstance(value, (str, int, float, bool))

@@ -1,0 +1,1 @@
+"""bitsandbytes nf4 and fp4."""

@@ -1,0 +1,307 @@
+"""bitsandbytes 4-bit layers: nf4 and fp4, any block size, with nested (double-quantized) scales or not.
+
+The codes are packed two to a byte over the flattened weight, one float32 `absmax` a block. Blocks must not straddle
+rows, so `in_features` has to be a multiple of the block size.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from peft_sgrq.formats.kernels import decodes_4bit, group_reduce_4bit
+from peft_sgrq.formats.scaled_weight import ScaledWeight
+
+logger = logging.getLogger(__name__)
+
+
+# What from_pretrained needs to quantize a base again; the rest of the recorded config are defaults.
+_LOADING_FIELDS = (
+    "load_in_4bit",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "bnb_4bit_compute_dtype",
+    "bnb_4bit_quant_storage",
+    "load_in_8bit",
+    "llm_int8_threshold",
+    "llm_int8_skip_modules",
+)
+
+_SMALLEST_BLOCK = 32
+
+
+class _Stored(NamedTuple):
+    absmax: torch.Tensor
+    offset: torch.Tensor | None
+    state2: Any
+    nested: bool
+    compress_statistics: bool
+
+
+class Bnb4bitWeight(ScaledWeight):
+    """`bitsandbytes.nn.Linear4bit`. Scales are float32; nested ones stay so until a merge un-nests them exactly."""
+
+    in_parts = True
+    splittable = True
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        state = self._state
+        if state is None:
+            raise ValueError(
+                "its weight is not quantized yet, expected a bitsandbytes quant_state; move the model to its device "
+                "first, bitsandbytes quantizes on the way"
+            )
+        self.out_features, self.in_features = (int(size) for size in state.shape)
+        if (self.out_features, self.in_features) != (module.out_features, module.in_features):
+            raise ValueError(
+                f"its weight was quantized with shape {tuple(state.shape)}, expected (out_features, in_features) = "
+                f"{(module.out_features, module.in_features)}; quantize it again from a weight of that orientation"
+            )
+        self.group_size = int(state.blocksize)
+        if self.in_features % self.group_size:
+            raise ValueError(
+                f"in_features={self.in_features} is not a multiple of its block size {self.group_size}, so blocks "
+                "straddle rows and have no column group; leave it out with `exclude_modules`, or quantize with a "
+                "block size that divides in_features"
+            )
+        self.name = f"bnb-{state.quant_type}-{self.group_size}"
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        # Without bitsandbytes imported no module can be one of its layers.
+        bnb = sys.modules.get("bitsandbytes.nn")
+        return bnb is not None and isinstance(module, bnb.Linear4bit)
+
+    @property
+    def _state(self) -> Any:
+        return _quant_state(self.module)
+
+    @property
+    def _packed(self) -> torch.Tensor:
+        return self.module.weight.data.view(-1, 1)  # type: ignore[operator]
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def scales(self) -> torch.Tensor:
+        return absmax_of(self._state).view(self.scales_shape)
+
+    def sources(self) -> list[torch.Tensor]:
+        state = self._state
+        levels = [state.offset, state.state2.absmax] if state.nested else []
+        return [self.module.weight, state.absmax, *levels]
+
+    @property
+    def _packed_groups(self) -> torch.Tensor:
+        return self._packed.view(torch.uint8).view(*self.scales_shape, -1)  # (N, G, g / 2)
+
+    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        return self.codes_of_rows(groups, dtype, slice(None))
+
+    def codes_of_rows(self, groups: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
+        packed = self._packed_groups[rows]
+        if groups is not None:
+            packed = packed.index_select(1, groups)  # (N, n, g / 2)
+        count, selected = packed.shape[:2]
+        ones = torch.ones(count * selected, dtype=torch.float32, device=packed.device)
+        shape = (count, selected * self.group_size)
+        return self._dequantize(packed.reshape(-1, 1), ones, shape, dtype)
+
+    def reduce(self, product: torch.Tensor, groups: torch.Tensor | None, rows: slice) -> torch.Tensor:
+        if decodes_4bit(product):
+            return group_reduce_4bit(product, self._packed_groups[rows], groups, self._state.code)
+        return super().reduce(product, groups, rows)
+
+    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self._dequantize(self._packed, self.prepare(scales), (self.out_features, self.in_features), dtype)
+
+    def dequantize_columns(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice) -> torch.Tensor:
+        groups = slice(columns.start // self.group_size, columns.stop // self.group_size)
+        packed = self._packed_groups[:, groups].reshape(-1, 1)
+        shape = (self.out_features, columns.stop - columns.start)
+        return self._dequantize(packed, self.prepare(scales[:, groups]), shape, dtype)
+
+    def _dequantize(
+        self, packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
+    ) -> torch.Tensor:
+        return torch.ops.bitsandbytes.dequantize_4bit.default(
+            packed, absmax, self.group_size, self._state.quant_type, shape, dtype
+        )
+
+    def prepare(self, scales: torch.Tensor) -> torch.Tensor:
+        return scales.reshape(-1).contiguous()  # (N * G,)
+
+    def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
+        if x.numel() == 0:  # as bitsandbytes does; its kernels are not made for it
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        bias = self.bias
+        return torch.ops.bitsandbytes.gemm_4bit.default(
+            x,
+            self._packed,
+            (self.out_features, self.in_features),
+            prepared,
+            self.group_size,
+            self._state.quant_type,
+            bias=None if bias is None else bias.to(x.dtype),
+        )
+
+    def bind(self, prepared: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        gemm = torch.ops.bitsandbytes.gemm_4bit.default
+        module: Any = self.module
+        packed, shape = self._packed, (self.out_features, self.in_features)
+        size, quant_type = self.group_size, self._state.quant_type
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            dtype, bias = module.compute_dtype, module.bias
+            cast = x if dtype is None or x.dtype == dtype else x.to(dtype)
+            if not cast.numel():
+                return self.cast_output(self.linear(cast, prepared), x)
+            own = None if bias is None else bias.to(cast.dtype)
+            y = gemm(cast, packed, shape, prepared, size, quant_type, bias=own)
+            return y if y.dtype == x.dtype else y.to(x.dtype)
+
+        return run
+
+    # bitsandbytes computes in `compute_dtype` and returns the dtype of the input.
+
+    def cast_input(self, x: torch.Tensor) -> torch.Tensor:
+        module: Any = self.module
+        if not module.compute_type_is_set:
+            module.set_compute_type(x)
+            module.compute_type_is_set = True
+        return x if module.compute_dtype is None else x.to(module.compute_dtype)
+
+    def cast_output(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return y.to(x.dtype)
+
+    def write_scales(self, scales: torch.Tensor) -> Any:
+        return self.restore_scales(_Stored(self.prepare(scales).contiguous(), None, None, False, False))
+
+    def restore_scales(self, stored: Any) -> Any:
+        weight: Any = self.module.weight
+        state = self._state
+        replaced = _Stored(state.absmax, state.offset, state.state2, state.nested, weight.compress_statistics)
+        state.absmax, state.offset, state.state2, state.nested, weight.compress_statistics = stored
+        return replaced
+
+    def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        # As bitsandbytes does with the scales of the layer: they move, and keep their dtype.
+        device = fn(torch.empty(0, device=stored.absmax.device)).device
+        second = copy.copy(stored.state2)
+        if second is not None:
+            second.absmax, second.code = second.absmax.to(device), second.code.to(device)
+        offset = None if stored.offset is None else stored.offset.to(device)
+        return stored._replace(absmax=stored.absmax.to(device), offset=offset, state2=second)
+
+    def split_obstacle(self, group_size: int) -> str | None:
+        if group_size >= _SMALLEST_BLOCK:
+            return None
+        return (
+            f"bitsandbytes computes with no blocks of {group_size}, expected {_SMALLEST_BLOCK} or more; pass "
+            f"{_SMALLEST_BLOCK}"
+        )
+
+    def split(self, group_size: int) -> None:
+        module: Any = self.module
+        parts = self.group_size // group_size
+        self.write_scales(absmax_of(self._state).repeat_interleave(parts))
+        self._state.blocksize = module.weight.blocksize = group_size
+        if getattr(module, "quant_state", None) is not None:
+            module.quant_state = self._state  # a copied layer has a state of its own there
+
+    def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return digest_tensors(self._packed, self._state)
+
+    def quantization(self) -> dict[str, Any] | None:
+        state = self._state
+        compute_dtype = self.module.compute_dtype or state.dtype
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": state.quant_type,
+            "bnb_4bit_use_double_quant": bool(state.nested),
+            "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": str(self.module.weight.dtype).removeprefix("torch."),
+        }
+
+
+def absmax_of(state: Any) -> torch.Tensor:
+    """The scales of a bitsandbytes quantization state, float32 `[rows * groups]`; nested ones un-nested exactly."""
+    if not state.nested:
+        return state.absmax
+    second = state.state2
+    absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
+        state.absmax, second.absmax, second.code, second.blocksize, torch.float32
+    )
+    return absmax + state.offset
+
+
+def digest_tensors(packed: torch.Tensor, state: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What identifies a 4-bit weight: its packed codes, and its scales as they are stored."""
+    if not state.nested:
+        return packed, state.absmax
+    levels = (state.absmax, state.state2.absmax, state.offset)
+    return packed, torch.cat([level.reshape(-1).contiguous().view(torch.uint8) for level in levels])
+
+
+def _quant_state(module: nn.Module) -> Any:
+    # A weight rebuilt by others (FSDP does so) may have lost its state; the layer has it too.
+    state = getattr(module.weight, "quant_state", None)
+    return getattr(module, "quant_state", None) if state is None else state
+
+
+def loading_code(load: Callable[..., str], quantization: Mapping[str, Any]) -> str:
+    """The Python code that loads a base and quantizes it by bitsandbytes, in 4 or in 8 bits."""
+    wanted = [(key, quantization.get(key)) for key in _LOADING_FIELDS]
+    if not quantization.get("load_in_8bit"):
+        wanted = [(key, value) for key, value in wanted if key != "llm_int8_threshold"]
+    if not quantization.get("load_in_4bit"):
+        wanted = [(key, value) for key, value in wanted if not key.startswith("bnb_4bit")]
+    arguments = ", ".join(f"{key}={value!r}" for key, value in wanted if value not in (None, False, "uint8"))
+    return load(f"quantization_config=BitsAndBytesConfig({arguments})")
+
+
+def nested_layers(model: nn.Module) -> dict[str, int]:
+    """Names of the 4-bit layers with nested scales, as they are without adapters, and how many scales each has."""
+    states = {name: _quant_state(module) for name, module in model.named_modules() if Bnb4bitWeight.matches(module)}
+    return {
+        name.removesuffix(".base_layer"): state.absmax.numel()
+        for name, state in states.items()
+        if state is not None and state.nested
+    }
+
+
+def note_unnested(model: nn.Module, before: dict[str, int], what: str = "Merging") -> None:
+    """Reports what un-nesting scales cost, and keeps the quantization config of the model true.
+
+    Args:
+        model (`nn.Module`): The model after merging.
+        before (`dict[str, int]`): What `nested_layers` returned before.
+        what (`str`): What wrote the scales, to begin the sentence with.
+    """
+    after = nested_layers(model)
+    count = sum(size for name, size in before.items() if name not in after)
+    if not count:
+        return
+    logger.warning(
+        "%s wrote the double-quantized scales of %d layers as plain float32, which is exact and takes %.1f MB "
+        "more. The model is still 4-bit and loads as before.",
+        what,
+        len(before) - len(after),
+        count * 3 / 1e6,  # a float32 in place of a byte
+    )
+    config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    if after or config is None:
+        return
+    if isinstance(config, dict):
+        config["bnb_4bit_use_double_quant"] = False
+    else:
+        config.bnb_4bit_use_double_quant = False

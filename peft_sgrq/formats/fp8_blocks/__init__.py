@@ -1,0 +1,1 @@
+"""Fine-grained fp8, a scale for each block."""

@@ -1,0 +1,1 @@
+"""GPTQ, AWQ and AutoRound: integer codes packed into int32 words."""

@@ -1,0 +1,74 @@
+"""AWQ layers as GPTQModel loads them: codes and zero points packed along the output, groups of consecutive columns.
+
+`qweight` int32 `[K, N * bits / 32]`, `qzeros` int32 `[groups, N * bits / 32]`, `scales` float16 (or bfloat16)
+`[groups, N]`. Words of 4-bit codes are interleaved, those of other widths are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_sgrq.formats.int32_packed.gptqmodel_layer import check_kernel, is_gptqmodel_layer
+from peft_sgrq.formats.int32_packed.packing import unpack
+from peft_sgrq.formats.int32_packed.weight import Int32PackedWeight
+
+_INTERLEAVED = (0, 4, 1, 5, 2, 6, 3, 7)  # where in its word each of eight 4-bit codes is
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class AWQWeight(Int32PackedWeight):
+    """`gptqmodel`'s `AwqTorchLinear`: scales are cast to the dtype of the input before the weight is made."""
+
+    family = "awq"
+
+    def __init__(self, module: nn.Module) -> None:
+        layer: Any = module
+        check_kernel(
+            module,
+            "AwqTorchLinear",
+            'quantization_config=AwqConfig(bits=..., backend="torch_awq"), AutoRoundConfig(backend="torch"), or '
+            "GPTQModel.load(..., backend=BACKEND.AWQ_TORCH)",
+        )
+        super().__init__(module, layer.in_features, layer.out_features, layer.bits, layer.group_size)
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        return is_gptqmodel_layer(module, "awq")
+
+    def _unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        order = _INTERLEAVED if self.bits == 4 else None
+        return unpack(packed, self.bits, 1, order)[:, : self.out_features]
+
+    def unpack_codes(self) -> torch.Tensor:
+        return self._unpack(self.module.qweight)  # type: ignore[arg-type]
+
+    def unpack_columns(self, columns: torch.Tensor) -> torch.Tensor:
+        return self._unpack(self.module.qweight.index_select(0, columns))  # type: ignore[operator]
+
+    def unpack_zeros(self) -> torch.Tensor:
+        return self._unpack(self.module.qzeros)  # type: ignore[arg-type]
+
+    def weight(self, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return super().weight(stored.to(dtype), dtype)
+
+    def cast_input(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.dtype in _HALF else x.to(torch.float16)
+
+    def cast_output(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return y.to(x.dtype)
+
+    def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
+        y, bias = self.product(x, prepared), self.bias
+        return y if bias is None else y + bias.to(x.dtype)
+
+    def quantization(self) -> dict[str, Any] | None:
+        return {"quant_method": "awq", **self.scale_fields()}
+
+
+def loading_code(load: Callable[..., str], quantization: Mapping[str, Any]) -> str:
+    """The Python code that loads an AWQ checkpoint on the kernel that can be trained through."""
+    return load(f'quantization_config=AwqConfig(bits={quantization.get("bits")}, backend="torch_awq")')

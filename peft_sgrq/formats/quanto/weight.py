@@ -1,0 +1,179 @@
+"""optimum-quanto layers with frozen weights: int8 and float8 (a scale a row), int4 and int2 (groups, with a shift).
+
+The int4 and int2 weights are `q * scale - shift` with a float shift, the zero point times the scale: it changes with
+the scale, so that `W'` is the weight times `1 + delta` (see `rescaled_offset`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from peft_sgrq.formats.scaled_weight import ScaledWeight, gather_groups, rescaled_offset
+
+_PACKED = "TinyGemmWeightQBitsTensor"  # bfloat16, groups of 128: `(q - 8) * scale + offset` by another kernel
+
+
+class QuantoWeight(ScaledWeight):
+    """`optimum.quanto.nn.QLinear` with weights alone quantized."""
+
+    saved_by = "`save_file(model.state_dict(), file)` beside `optimum.quanto.quantization_map(model)`"
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        layer: Any = module
+        if not layer.frozen:
+            raise ValueError(
+                "its weight is quantized anew at each forward pass; call optimum.quanto.freeze(model) first"
+            )
+        if layer.activation_qtype is not None:
+            raise ValueError(
+                f"its activations are quantized to {layer.activation_qtype.name}, which is not supported; quantize "
+                "weights only"
+            )
+        weight = layer.weight
+        self.out_features, self.in_features = weight.shape
+        kind = type(weight).__name__
+        self._grouped = hasattr(weight, "_group_size")
+        if kind not in ("WeightQBytesTensor", "WeightQBitsTensor", _PACKED) or weight.axis != 0:
+            raise ValueError(
+                f"its weight is a {kind} along axis {weight.axis}, expected quanto's WeightQBytesTensor, "
+                f"WeightQBitsTensor or {_PACKED} along axis 0; leave it out with `exclude_modules`"
+            )
+        self.group_size = int((weight._group_size if self._grouped else None) or self.in_features)
+        if self.group_size == self.in_features:
+            self.granularity = "row"
+        block = "row" if self.granularity == "row" else str(self.group_size)
+        self.name = f"quanto-{weight.qtype.name}-{block}"
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        quanto = sys.modules.get("optimum.quanto.nn")
+        return quanto is not None and isinstance(module, quanto.QLinear)
+
+    @property
+    def _weight(self) -> Any:
+        return self.module.weight
+
+    @property
+    def _fields(self) -> tuple[str, ...]:
+        """The tensors of the weight that are replaced when scales change."""
+        if not self._grouped:
+            return ("_scale",)
+        return ("_scale_shift",) if type(self._weight).__name__ == _PACKED else ("_scale", "_shift")
+
+    def sources(self) -> list[torch.Tensor]:
+        return [getattr(self._weight, field) for field in self._fields]
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        return self.sources()[0].dtype
+
+    def _scales_and_offsets(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What is stored, float32 `[N, G]` each; an integer shift is a zero point and does not count."""
+        stored = self.sources()
+        if self._fields == ("_scale_shift",):
+            scales, offsets = stored[0].float().transpose(0, 1).unbind(-1)  # stored as (G, N, 2)
+            return scales, offsets
+        scales = stored[0].float().view(self.scales_shape)
+        if len(stored) == 1 or not stored[1].dtype.is_floating_point:
+            return scales, None
+        return scales, -stored[1].float().view(self.scales_shape)
+
+    def scales(self) -> torch.Tensor:
+        return self._scales_and_offsets()[0]
+
+    def _changed(self, scales: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The tensors of `_fields` for other scales, in quanto's form."""
+        old, offsets = self._scales_and_offsets()
+        stored = self.sources()
+        if len(stored) == 1 and offsets is not None:  # `_scale_shift`: both in one tensor
+            dtype = stored[0].dtype
+            scales, offset = scales.to(dtype), rescaled_offset(offsets, scales, old).to(dtype)
+            # quanto's files hold `8 * scale - offset`, in this dtype: the offset is one that survives the way there
+            # and back, as those of the base are.
+            offset = 8 * scales - (8 * scales - offset)
+            return (torch.stack((scales, offset), -1).transpose(0, 1).contiguous(),)
+        changed = scales.to(stored[0].dtype).reshape(stored[0].shape)
+        if len(stored) == 1:
+            return (changed,)
+        if offsets is None:
+            return changed, stored[1]
+        shift = -rescaled_offset(offsets, scales, old)
+        return changed, shift.to(stored[1].dtype).reshape(stored[1].shape)
+
+    def prepare(self, scales: torch.Tensor) -> torch.Tensor:
+        changed = self._changed(scales)
+        return changed[0] if len(changed) == 1 else torch.stack(changed)
+
+    def _with(self, prepared: torch.Tensor) -> Any:
+        fields = self._fields
+        changed = (prepared,) if len(fields) == 1 else tuple(prepared.unbind())
+        names, attributes = self._weight.__tensor_flatten__()
+        tensors = {name: getattr(self._weight, name) for name in names} | dict(zip(fields, changed, strict=True))
+        return type(self._weight).__tensor_unflatten__(tensors, attributes, None, None)
+
+    def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self._with(prepared), self.bias)
+
+    def _unit_values(self) -> torch.Tensor:
+        weight = self._weight
+        if not self._grouped:
+            return weight._data.float()
+        if type(weight).__name__ == _PACKED:
+            codes = weight._data.unpack().float() - 8  # (N, K)
+        else:
+            codes = weight._data.unpack().float().view(self.out_features, self.in_features)
+            if not weight._shift.dtype.is_floating_point:
+                codes = codes - self._spread(weight._shift.float().view(self.scales_shape))
+        scales, offsets = self._scales_and_offsets()
+        if offsets is None:
+            return codes
+        return codes + self._spread(torch.where(scales == 0, 0.0, offsets / scales))
+
+    def _spread(self, groups: torch.Tensor) -> torch.Tensor:
+        return groups.repeat_interleave(self.group_size, 1)
+
+    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        codes = self._unit_values()
+        if self.granularity == "row":
+            return (codes if groups is None else codes.index_select(0, groups)).to(dtype)
+        return gather_groups(codes, groups, self.scales_shape[1], self.group_size).to(dtype)
+
+    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return (self._unit_values() * self._spread(scales)).to(dtype)
+
+    def write_scales(self, scales: torch.Tensor) -> Any:
+        return self.restore_scales(self._changed(scales))
+
+    def restore_scales(self, stored: Any) -> Any:
+        replaced = tuple(self.sources())
+        for field, tensor in zip(self._fields, stored, strict=True):
+            setattr(self._weight, field, tensor)
+        return replaced
+
+    def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        # As quanto does with the weight: it moves, and keeps its dtype.
+        device = fn(torch.empty(0, device=stored[0].device)).device
+        return tuple(tensor.to(device) for tensor in stored)
+
+    def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        codes: Any = self._weight._data
+        codes = getattr(codes, "_data", codes)  # packed codes are a tensor in a tensor
+        return codes, torch.cat([tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in self.sources()])
+
+    def quantization(self) -> dict[str, Any] | None:
+        return {"quant_method": "quanto", "weights": self._weight.qtype.name}
+
+
+def loading_code(load: Callable[..., str], quantization: Mapping[str, Any]) -> str:
+    """The Python code that loads a base and quantizes it again by quanto."""
+    weights = quantization.get("weights")
+    if not str(weights).startswith("q"):  # transformers' name of it
+        return load(f"quantization_config=QuantoConfig(weights={weights!r})")
+    return f"model = {load()}; quantize(model, weights={weights}); freeze(model)"

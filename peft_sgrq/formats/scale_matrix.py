@@ -1,0 +1,101 @@
+"""The scales of one linear layer: their geometry, their rounding, and the digest that identifies a base."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from typing import Literal, NamedTuple
+
+import torch
+
+_SAMPLES = 4096
+
+
+class Geometry(NamedTuple):
+    """What the stored shapes of a layer say about its format; the fields are attributes of a `ScaleMatrix`."""
+
+    name: str
+    granularity: Literal["group", "row"]
+    out_features: int
+    in_features: int
+    group_size: int
+    rows_per_scale: int
+
+
+class ScaleMatrix(ABC):
+    """The scales `S` of a layer with the weight `W[o, c] = C[o, c] * S[r(o), k(c)]`, wherever they are stored.
+
+    A layer in memory (`ScaledWeight`) and a layer in a checkpoint (`checkpoint.layouts.StoredWeight`) are both one, so
+    that both are changed by the same formula and recognized by the same digest.
+
+    Attributes:
+        name (`str`): The format, as it stands in fingerprints, e.g. `"bnb-nf4-64"`.
+        granularity (`"group"` or `"row"`): Whether a scale serves a group of columns of one row (or of a block of
+            rows), or one whole row. In a group format columns are selected by group, in a row format rows.
+        in_features, out_features (`int`): Shape of the weight, `[out_features, in_features]` = `[N, K]`.
+        group_size (`int`): Columns per scale, `g`. The last group may hold fewer.
+        rows_per_scale (`int`): Rows per scale: 1, or the height of a block. The last block may hold fewer.
+        storage_dtype (`torch.dtype`): The dtype the format stores its scales in (a dense layer: its weight).
+    """
+
+    granularity: Literal["group", "row"] = "group"
+
+    name: str
+    in_features: int
+    out_features: int
+    group_size: int
+    rows_per_scale: int = 1
+
+    def _set_geometry(self, geometry: Geometry) -> None:
+        for field, value in geometry._asdict().items():
+            setattr(self, field, value)
+
+    @property
+    def selected_dim(self) -> int:
+        """The dimension of `S` along which scales are selected: 1 (groups of columns) or 0 (rows)."""
+        return 0 if self.granularity == "row" else 1
+
+    @property
+    def scales_shape(self) -> tuple[int, int]:
+        """Shape `(rows, groups)` of the scale matrix `S`."""
+        return -(-self.out_features // self.rows_per_scale), -(-self.in_features // self.group_size)
+
+    @property
+    def selectable(self) -> int:
+        """How many groups (rows in a row format) there are to select from."""
+        return self.scales_shape[self.selected_dim]
+
+    def delta_shape(self, selected: int) -> tuple[int, int]:
+        """Shape of the deltas when `selected` groups or rows are tuned."""
+        rows, groups = self.scales_shape
+        return (selected, groups) if self.granularity == "row" else (rows, selected)
+
+    @property
+    @abstractmethod
+    def storage_dtype(self) -> torch.dtype:
+        """The dtype the format stores its scales in; for a dense layer, the dtype of its weight."""
+
+    @abstractmethod
+    def scales(self) -> torch.Tensor:
+        """The scales `S`, float32 `[rows, groups]`. Not to be written to."""
+
+    def round_to_storage(self, scales: torch.Tensor) -> torch.Tensor:
+        """Rounds float32 scales to the grid of the storage dtype; the identity where they are stored in float32."""
+        return scales if self.storage_dtype == torch.float32 else scales.to(self.storage_dtype).float()
+
+    @abstractmethod
+    def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The stored codes and the stored scales, in any shape, as they identify the base."""
+
+    def fingerprint(self) -> str:
+        """A cheap digest of the layer, `format:codes:scales`, from samples of the stored bytes."""
+        codes, scales = self.fingerprint_tensors()
+        return f"{self.name}:{_digest(codes, self.out_features, self.in_features)}:{_digest(scales)}"
+
+
+def _digest(tensor: torch.Tensor, *shape: int) -> str:
+    raw = tensor.detach().reshape(-1)
+    raw = raw.contiguous().view(torch.uint8)
+    step = max(1, raw.numel() // _SAMPLES) | 1  # odd, so that no column or byte position is favoured
+    sample = raw[::step][:_SAMPLES].cpu().numpy().tobytes()
+    return hashlib.blake2b(sample + repr((raw.numel(), *shape)).encode(), digest_size=4).hexdigest()

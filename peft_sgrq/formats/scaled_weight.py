@@ -1,0 +1,215 @@
+"""What a weight format must offer to have its scales tuned."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from peft_sgrq.formats.kernels import group_reduce
+from peft_sgrq.formats.scale_matrix import ScaleMatrix
+
+
+class ScaledWeight(ScaleMatrix):
+    """One linear layer seen as codes and scales: `W[o, c] = C[o, c] * S[r(o), k(c)]`.
+
+    The scaled weight owns the scales; nothing else keeps a copy of them. It holds the wrapped module and reads its tensors
+    anew each time, so the module may be moved, copied or loaded into underneath it. No method but `write_scales`,
+    `restore_scales` and `split` changes its weight.
+
+    Attributes:
+        module (`nn.Module`): The wrapped layer.
+        in_parts (`bool`): Whether rows of the codes and columns of the weight can be made without making all of them.
+        saved_by (`str` or `None`): What saves a model of this format, where `save_pretrained` does not.
+        splittable (`bool`): Whether `split` can give the layer smaller groups.
+    """
+
+    in_parts: ClassVar[bool] = False
+    saved_by: str | None = None
+    splittable: bool = False
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @staticmethod
+    @abstractmethod
+    def matches(module: nn.Module) -> bool:
+        """Whether a module is a layer of this format. Imports nothing: a library not imported has no layers."""
+
+    @property
+    def consecutive(self) -> bool:
+        """Whether group `k` is the columns from `k * group_size` on; GPTQ's activation order assigns them freely."""
+        return True
+
+    def select_columns(self, x: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
+        """Columns of the selected groups, `[..., K]` -> `[T, n * group_size]`; a partial group is padded by zeros."""
+        x = x.reshape(-1, x.shape[-1])  # (T, K)
+        return gather_groups(x, groups, self.scales_shape[1], self.group_size)
+
+    def reduce_rows(self, sums: torch.Tensor) -> torch.Tensor:
+        """Adds up the rows that share a scale, `[N, n]` -> `[rows, n]`; the sums themselves where none do.
+
+        The map `r(o)` of the format, as far as gradients need it.
+        """
+        if self.rows_per_scale == 1:
+            return sums
+        rows = self.scales_shape[0]
+        padded = F.pad(sums, (0, 0, 0, rows * self.rows_per_scale - sums.shape[0]))
+        return padded.view(rows, self.rows_per_scale, -1).sum(1)
+
+    def computed_input(self, x: torch.Tensor) -> torch.Tensor:
+        """The input the product is made with: a format that quantizes activations rounds it, others leave it alone."""
+        return x
+
+    # numbers
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.module.weight.device  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias of the layer, `[out_features]`, or `None`."""
+        return self.module.bias  # type: ignore[return-value]
+
+    @abstractmethod
+    def sources(self) -> list[torch.Tensor]:
+        """The stored tensors that `prepare` and `bind` make something of, so that a change of them can be seen."""
+
+    @abstractmethod
+    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """Unit-scale values `C` at the columns of the selected groups, `[N, n * group_size]`."""
+
+    @abstractmethod
+    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The weight `C * S` for given `scales` (float32 `[rows, groups]`), `[N, K]`."""
+
+    def codes_of_rows(self, groups: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
+        """Some rows of what `codes` returns; formats that work in parts decode no others."""
+        return self.codes(groups, dtype)[rows]
+
+    def dequantize_columns(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice) -> torch.Tensor:
+        """Some columns of what `dequantize` returns, of whole groups; formats that work in parts decode no others."""
+        return self.dequantize(scales, dtype)[:, columns]
+
+    def reduce(self, product: torch.Tensor, groups: torch.Tensor | None, rows: slice) -> torch.Tensor:
+        """Sums `product * C` over the columns of each scale: from a gradient of weights to one of scales.
+
+        Args:
+            product (`torch.Tensor`): `dy^T x` at `rows` and at the columns of the selected groups,
+                `[N, n * group_size]`.
+            groups (`torch.Tensor` or `None`): The selected groups, int64 `[n]`; `None` for all.
+            rows (`slice`): Which rows of the weight these are, both ends given.
+
+        Returns:
+            `torch.Tensor`: float32 `[N, n]`.
+        """
+        return group_reduce(product, self.codes_of_rows(groups, product.dtype, rows), self.group_size)
+
+    def prepare(self, scales: torch.Tensor) -> torch.Tensor:
+        """Makes of float32 scales `[rows, groups]` what the kernel of `linear` takes; inference does it once."""
+        return scales
+
+    @property
+    def drops_input_gradient(self) -> bool:
+        """Whether the module's own forward pass, without an adapter, loses the gradient of its input."""
+        return False
+
+    @property
+    def writes_to_input(self) -> bool:
+        """Whether the kernel of `linear` writes to its input, even if it puts back what was there."""
+        return False
+
+    @abstractmethod
+    def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
+        """The layer's forward pass by the format's own kernel with other scales; no autograd.
+
+        Args:
+            x (`torch.Tensor`): `[..., K]`, as `cast_input` returns it.
+            prepared (`torch.Tensor`): What `prepare` made of the scales.
+        """
+
+    def bind(self, prepared: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The whole forward pass, casts included, as one function of the input; decoding calls it for each token.
+
+        Args:
+            prepared (`torch.Tensor`): What `prepare` made of the scales.
+        """
+        return lambda x: self.cast_output(self.linear(self.cast_input(x), prepared), x)
+
+    def cast_input(self, x: torch.Tensor) -> torch.Tensor:
+        """The cast the format's forward pass begins with."""
+        return x
+
+    def cast_output(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The cast the format's forward pass ends with; `x` is the input before `cast_input`."""
+        return y
+
+    # state
+
+    @abstractmethod
+    def write_scales(self, scales: torch.Tensor) -> Any:
+        """Replaces the stored scales, and nothing else.
+
+        Args:
+            scales (`torch.Tensor`): float32 `[rows, groups]`, as `effective_scales` returns them.
+
+        Returns:
+            What `restore_scales` needs to put the replaced tensors back: the same tensors, not equal ones.
+        """
+
+    @abstractmethod
+    def restore_scales(self, stored: Any) -> Any:
+        """Puts back what `write_scales` returned, and returns what that replaced, in the same form."""
+
+    @abstractmethod
+    def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        """Applies to what `write_scales` returned what `nn.Module.to` and the like do by `fn` to the layer itself."""
+
+    def split_obstacle(self, group_size: int) -> str | None:
+        """Why a splittable layer cannot have groups of a size that divides its own, as a clause; `None` if it can."""
+        return None
+
+    def split(self, group_size: int) -> None:
+        """Gives the layer smaller groups, each with the scales and zero points of the one it is a part of.
+
+        The codes stay. Afterwards this scaled weight is out of date, and the layer is to be resolved anew.
+
+        Args:
+            group_size (`int`): Columns per scale, a divisor of what it has that `split_obstacle` has nothing against.
+        """
+        raise ValueError(f"The format {self.name} cannot be split, expected a `splittable` one; check that first.")
+
+    @abstractmethod
+    def quantization(self) -> dict[str, Any] | None:
+        """How a base of this format is loaded: `quant_method` and other fields of its config; `None` if dense."""
+
+
+def rescaled_offset(offset: torch.Tensor, scales: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    """What becomes of a stored offset, which is zero point times scale, when the scale changes.
+
+    In `W = q * S + offset` the offset belongs to the scale: only if both change alike is `W'` the weight times
+    `1 + delta`, with the zero point where it was, as in all other formats. Where the scale is the same, so is the
+    offset, bit for bit.
+
+    Args:
+        offset (`torch.Tensor`): Stored offsets, float32.
+        scales (`torch.Tensor`): The new scales, same shape.
+        original (`torch.Tensor`): The stored scales, same shape.
+    """
+    return torch.where(original == 0, offset, offset * (scales / original))
+
+
+def gather_groups(values: torch.Tensor, groups: torch.Tensor | None, count: int, size: int) -> torch.Tensor:
+    """Columns of the selected groups of a matrix, `[M, K]` -> `[M, n * size]`; the last group padded by zeros."""
+    missing = count * size - values.shape[1]
+    if missing:
+        values = F.pad(values, (0, missing))
+    if groups is None:
+        return values
+    return values.view(-1, count, size).index_select(1, groups).flatten(1)

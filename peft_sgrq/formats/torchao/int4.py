@@ -1,0 +1,131 @@
+"""torchao's packed int4 layers, whose codes are laid out for one kernel: CPU, tile-packed for CUDA, and plain (mslk).
+
+All compute `W = (q - 8) * scale + offset` with a float offset, the zero point times the scale: it changes with the
+scale, so that `W'` is the weight times `1 + delta` (see `rescaled_offset`). What the codes are is found by running the
+kernel on the identity matrix, which holds for any packing. Only the CPU layout has been run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from peft_sgrq.formats.scaled_weight import gather_groups, rescaled_offset
+from peft_sgrq.formats.torchao.weight import TorchaoWeight, weight_type
+
+
+class _Plain(NamedTuple):
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+
+class TorchaoInt4Weight(TorchaoWeight):
+    """`Int4OpaqueTensor` (CPU) and `Int4TilePackedTo4dTensor` (CUDA): scales and offsets in one `[G, N, 2]` tensor."""
+
+    scale_field: ClassVar[str] = "scale_and_zero"
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        weight = self.weight
+        if getattr(weight, "act_mapping_type", None) is not None or getattr(weight, "act_pre_scale", None) is not None:
+            raise ValueError(
+                "its activations are quantized or scaled on the fly, which is not supported in this int4 layout; "
+                "quantize weights only"
+            )
+        if type(weight).__name__ == "Int4OpaqueTensor":
+            self.saved_by = "`torch.save(model.state_dict(), file)`"
+        self.group_size = int(weight.block_size[-1])
+        self.name = f"torchao-int4-{self.group_size}"
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        return weight_type(module) in ("Int4OpaqueTensor", "Int4TilePackedTo4dTensor")
+
+    def _used(self, stored: torch.Tensor) -> torch.Tensor:
+        """Scales and offsets without the padding the kernel asks for, float32 `[N, G, 2]`."""
+        rows, groups = self.scales_shape
+        return stored.float().transpose(0, 1)[:rows, :groups]
+
+    def scales(self) -> torch.Tensor:
+        return self._used(self.stored_scales)[..., 0]
+
+    def prepare(self, scales: torch.Tensor) -> torch.Tensor:
+        stored = self.stored_scales
+        old, offsets = self._used(stored).unbind(-1)  # (N, G)
+        rows, groups = self.scales_shape
+        prepared = stored.clone()
+        prepared[:groups, :rows, 0] = scales.t().to(stored.dtype)
+        prepared[:groups, :rows, 1] = rescaled_offset(offsets, scales, old).t().to(stored.dtype)
+        return prepared
+
+    def _kernel_weight(self, stored: torch.Tensor) -> torch.Tensor:
+        eye = torch.eye(self.in_features, dtype=stored.dtype, device=stored.device)
+        return F.linear(eye, self.with_scales(stored)).t()  # (N, K)
+
+    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        unit = torch.zeros_like(self.stored_scales)
+        unit[..., 0] = 1
+        codes = self._kernel_weight(unit).float()  # q - 8
+        scales, offsets = self._used(self.stored_scales).unbind(-1)
+        zeros = torch.where(scales == 0, 0.0, offsets / scales)  # (N, G)
+        codes = codes + zeros.repeat_interleave(self.group_size, 1)
+        return gather_groups(codes, groups, self.scales_shape[1], self.group_size).to(dtype)
+
+    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self._kernel_weight(self.prepare(scales)).to(dtype)
+
+
+class TorchaoInt4PlainWeight(TorchaoInt4Weight):
+    """`Int4Tensor`: signed codes, two a byte, scales and offsets `[G, N]` each; its kernel (mslk) has not been run."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        if self.weight.activation_dtype != torch.bfloat16:
+            raise ValueError(
+                f"its activations are quantized to {self.weight.activation_dtype}, expected bfloat16 activations; "
+                "quantize with Int4WeightOnlyConfig"
+            )
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        return weight_type(module) == "Int4Tensor"
+
+    @property
+    def stored_scales(self) -> torch.Tensor:
+        return torch.stack((self.weight.scale, self.weight.zero_point), -1)  # (G, N, 2), as in the other layouts
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        return self.weight.scale.dtype
+
+    def sources(self) -> list[torch.Tensor]:
+        return [self.weight.scale, self.weight.zero_point]
+
+    def with_scales(self, stored: Any, **changes: Any) -> Any:
+        pair = stored if isinstance(stored, _Plain) else _Plain(*(part.contiguous() for part in stored.unbind(-1)))
+        names, attributes = self.weight.__tensor_flatten__()
+        tensors = {name: getattr(self.weight, name) for name in names} | pair._asdict() | changes
+        return type(self.weight).__tensor_unflatten__(tensors, attributes, self.weight.shape, self.weight.stride())
+
+    def write_scales(self, scales: torch.Tensor) -> Any:
+        return self.restore_scales(_Plain(*(part.contiguous() for part in self.prepare(scales).unbind(-1))))
+
+    def restore_scales(self, stored: Any) -> Any:
+        weight = self.weight
+        replaced = _Plain(weight.scale, weight.zero_point)
+        weight.scale, weight.zero_point = stored
+        return replaced
+
+    def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        converted: Any = fn(self.with_scales(stored))
+        return _Plain(converted.scale, converted.zero_point)
+
+    def _kernel_weight(self, stored: torch.Tensor) -> torch.Tensor:
+        packed = self.weight.qdata.view(torch.int8)  # (N, K / 2), the even column in the low half
+        codes = torch.stack(((packed << 4) >> 4, packed >> 4), -1).flatten(1).float()
+        scales, offsets = (part.repeat_interleave(self.group_size, 1) for part in self._used(stored).unbind(-1))
+        return codes * scales + offsets  # (N, K)

@@ -1,0 +1,223 @@
+"""torchao layers: a plain `nn.Linear` whose weight is a tensor subclass that holds codes, scales and zero points.
+
+Here are the layouts with one code an element: int8 weight-only (a scale a row, a group or the whole weight), intx 1 to
+8 bit, float8; and the same with activations quantized on the fly, where the gradient passes straight through the
+rounding of the activations (torchao's own forward pass loses it). The packed layouts have files of their own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from peft_sgrq.formats.scale_matrix import Geometry
+from peft_sgrq.formats.scaled_weight import ScaledWeight, gather_groups
+
+PLAIN = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
+
+
+def weight_type(module: nn.Module) -> str | None:
+    """The name of the torchao class of a linear layer's weight; `None` if it is not one of torchao's."""
+    torchao = sys.modules.get("torchao.utils")  # without it imported no weight can be one of its tensors
+    weight = getattr(module, "weight", None)
+    if torchao is None or not isinstance(module, nn.Linear):
+        return None
+    return type(weight).__name__ if isinstance(weight, torchao.TorchAOBaseTensor) else None
+
+
+class TorchaoWeight(ScaledWeight):
+    """What torchao's layouts have in common; `scale_field` names the tensor in the weight that holds the scales."""
+
+    scale_field: ClassVar[str] = "scale"
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        weight = self.weight
+        if weight.dim() != 2:
+            raise ValueError(
+                f"its weight has {weight.dim()} dimensions, expected 2; leave it out with `exclude_modules`"
+            )
+        self.out_features, self.in_features = weight.shape
+
+    @property
+    def weight(self) -> Any:
+        """The torchao tensor."""
+        return self.module.weight
+
+    @property
+    def stored_scales(self) -> torch.Tensor:
+        """The tensor in the weight that holds the scales, as torchao keeps it."""
+        return getattr(self.weight, self.scale_field)
+
+    def with_scales(self, stored: torch.Tensor, **changes: Any) -> Any:
+        """The weight with other scales in torchao's form; codes and everything else are shared, not copied."""
+        weight = self.weight
+        names, attributes = weight.__tensor_flatten__()
+        tensors = {name: getattr(weight, name) for name in names} | {self.scale_field: stored} | changes
+        return type(weight).__tensor_unflatten__(tensors, attributes, weight.shape, weight.stride())
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        return self.stored_scales.dtype
+
+    def sources(self) -> list[torch.Tensor]:
+        return [self.stored_scales]
+
+    def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
+        if x.numel() == 0:  # an expert without tokens; torchao finds no largest value to quantize activations by
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        return F.linear(x, self.with_scales(prepared), self.bias)
+
+    def write_scales(self, scales: torch.Tensor) -> Any:
+        return self.restore_scales(self.prepare(scales).contiguous())
+
+    def restore_scales(self, stored: Any) -> Any:
+        replaced = self.stored_scales
+        setattr(self.weight, self.scale_field, stored)
+        return replaced
+
+    def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        converted: Any = fn(self.with_scales(stored))  # what torchao makes of the scales is torchao's business
+        return getattr(converted, self.scale_field)
+
+    def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.weight.qdata, self.stored_scales
+
+    def quantization(self) -> dict[str, Any] | None:
+        return {"quant_method": "torchao", "weight": self.name.removeprefix("torchao-")}
+
+
+class TorchaoPlainWeight(TorchaoWeight):
+    """`Int8Tensor`, `IntxUnpackedToInt8Tensor` and `Float8Tensor`: `W = (q - zero point) * scale`, in blocks.
+
+    A block spans `block_size` rows and columns: one row and a group of columns, one row, or the whole weight.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        weight = self.weight
+        dtype = weight.target_dtype if type(weight).__name__ == "IntxUnpackedToInt8Tensor" else weight.qdata.dtype
+        if getattr(weight, "act_pre_scale", None) is not None:
+            raise ValueError(
+                "its weight has an activation pre-scale (SmoothQuant or AWQ in torchao), which is not supported; "
+                "leave the layer out with `exclude_modules`, or quantize without it"
+            )
+        self._set_geometry(
+            geometry(type(weight).__name__, dtype, weight.shape, weight.block_size, self._activations is not None)
+        )
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        return weight_type(module) in PLAIN
+
+    @property
+    def _activations(self) -> Any:
+        """How activations are quantized; `None` if they are not."""
+        weight = self.weight
+        return getattr(weight, "act_quant_kwargs", None) or getattr(weight, "activation_quantization", None)
+
+    @property
+    def drops_input_gradient(self) -> bool:
+        return self._activations is not None  # torchao rounds them without a gradient
+
+    def computed_input(self, x: torch.Tensor) -> torch.Tensor:
+        how, weight = self._activations, self.weight
+        if how is None or x.numel() == 0:
+            return x
+        if type(weight).__name__ == "IntxUnpackedToInt8Tensor":
+            from torchao.quantization.quantize_.workflows.intx import intx_unpacked_to_int8_tensor
+
+            return intx_unpacked_to_int8_tensor._apply_int8_act_asym_per_token_quant_dequant(x)
+        from torchao.quantization.quantize_.common import _choose_quant_func_and_quantize_tensor
+
+        settings = {"scale": weight.act_quant_scale, "zero_point": weight.act_quant_zero_point}
+        if type(weight).__name__ == "Float8Tensor":
+            settings = {}
+        return _choose_quant_func_and_quantize_tensor(x, how, **settings).dequantize(x.dtype)
+
+    def scales(self) -> torch.Tensor:
+        return self.stored_scales.float().view(self.scales_shape)
+
+    def prepare(self, scales: torch.Tensor) -> torch.Tensor:
+        stored = self.stored_scales
+        return scales.to(stored.dtype).view(stored.shape)
+
+    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        weight: Any = self.weight
+        # Selected as bytes: not every operation knows float8.
+        codes, zeros = weight.qdata.view(torch.int8), getattr(weight, "zero_point", None)
+        if groups is not None:
+            zeros = None if zeros is None else zeros.index_select(self.selected_dim, groups)
+            if self.granularity == "row":
+                codes = codes.index_select(0, groups)
+            else:
+                codes = gather_groups(codes, groups, self.scales_shape[1], self.group_size)
+        codes = codes.view(weight.qdata.dtype).to(dtype)  # (N, n * g), or (n, K)
+        return codes if zeros is None else codes - self._spread(zeros.to(dtype), codes.shape)
+
+    def _spread(self, blocks: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """Values of blocks `[R, n]` at all their elements, `[N, n * group_size]`."""
+        rows, columns = shape[0] // blocks.shape[0], shape[1] // blocks.shape[1]
+        return blocks.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+
+    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        rows, groups = self.scales_shape
+        weight = self.codes(None, torch.float32).view(rows, self.rows_per_scale, groups, -1)
+        return (weight * scales.view(rows, 1, groups, 1)).view(self.out_features, -1).to(dtype)
+
+
+def geometry(
+    kind: str, dtype: torch.dtype, shape: Sequence[int], block_size: Sequence[int], dynamic: bool
+) -> Geometry:
+    """The geometry and the name of a layer, in memory or in a file.
+
+    Args:
+        kind (`str`): The class of its weight, one of `PLAIN`.
+        dtype (`torch.dtype`): That of the codes; for intx, the one they have the range of (`target_dtype`).
+        shape (`Sequence[int]`): That of the weight, `[N, K]`.
+        block_size (`Sequence[int]`): Rows and columns that share a scale.
+        dynamic (`bool`): Whether activations are quantized, too.
+    """
+    (out_features, in_features), (rows, columns) = map(int, shape), map(int, block_size)
+    values = str(dtype).removeprefix("torch.")
+    if kind == "IntxUnpackedToInt8Tensor":
+        values = values.replace("int", "intx")
+    is_row = (rows, columns) == (1, in_features)
+    block = "row" if is_row else str(columns) if rows == 1 else f"{rows}x{columns}"
+    name = f"torchao-{values}-{block}{'-dynamic' if dynamic else ''}"
+    return Geometry(name, "row" if is_row else "group", out_features, in_features, columns, rows)
+
+
+def loading_code(load: Callable[..., str], quantization: Mapping[str, Any]) -> str:
+    """The Python code that loads a base and quantizes it by torchao, through transformers or by torchao alone."""
+    if "quant_type" in quantization:
+        fields = {"quant_type", "modules_to_not_convert", "include_input_output_embeddings", "untie_embedding_weights"}
+        config = {key: value for key, value in quantization.items() if key in fields and value}
+        return load(f"quantization_config=TorchAoConfig.from_dict({config!r})")
+    return f"model = {load()}; quantize_(model, {_config_code(str(quantization.get('weight')))})"
+
+
+def _config_code(weight: str) -> str:
+    """torchao's config for a format as `TorchaoWeight.name` tells it, e.g. `"intx4-64"`."""
+    kind, block, *rest = weight.split("-")
+    if kind == "nvfp4":
+        return "NVFP4WeightOnlyConfig()"
+    if kind == "int4":
+        return f"Int4WeightOnlyConfig(group_size={block})"
+    dynamic = "Dynamic" if rest else ""
+    if kind.startswith("intx"):
+        prefix = "weight_" if rest else ""
+        granularity = "PerAxis(0)" if block == "row" else f"PerGroup({block})"
+        name = "Int8DynamicActivationIntxWeightConfig" if rest else "IntxWeightOnlyConfig"
+        return f"{name}(weight_dtype=torch.{kind.replace('x', '')}, {prefix}granularity={granularity})"
+    if kind == "int8":
+        name = "Int8DynamicActivationInt8WeightConfig" if dynamic else "Int8WeightOnlyConfig"
+    else:
+        name = "Float8DynamicActivationFloat8WeightConfig" if dynamic else "Float8WeightOnlyConfig"
+    granularity = "" if block == "row" else "PerTensor()" if "x" in block else f"PerGroup({block})"
+    return f"{name}({granularity and 'granularity=' + granularity})"

@@ -1,0 +1,1 @@
+"""One adapted layer: the trained numbers, the formula, forward and merge."""

@@ -1,0 +1,193 @@
+"""The adapters of a layer: deltas by name, sums of them, and what PEFT and torch do to a layer that has them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
+from torch import nn
+
+from peft_sgrq.config import SGRQConfig
+from peft_sgrq.formats.registry import resolve_weight
+from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.layer.decoding import Decoder
+from peft_sgrq.layer.delta import Delta
+from peft_sgrq.layer.prepared import PreparedScales
+
+
+def _quantize_again() -> None:
+    # PEFT wants to be told how a torchao layer is quantized again after a merge.
+    raise RuntimeError("SGRQ merges into the scales and quantizes nothing again, so PEFT must not do it either.")
+
+
+class AdaptedLayer(nn.Module, BaseTunerLayer):
+    """A base layer with the deltas of its adapters; how it computes with them is `SGRQLinear`'s.
+
+    Args:
+        base_layer (`nn.Module`): The layer, of a format `resolve_weight` knows.
+        adapter_name (`str`): Name of the first adapter.
+        config (`SGRQConfig`): Its configuration.
+        groups (`torch.Tensor`): The groups it selects, int64 `[n]`, ascending.
+    """
+
+    adapter_layer_names = ("sgrq_delta",)
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SGRQConfig, groups: torch.Tensor) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        # For PEFT's status and repr only: PEFT's own backends merge by quantizing again.
+        self.quantization_backend = resolve_quantization_backend(base_layer, get_apply_tensor_subclass=_quantize_again)
+        self._scaled_weight = resolve_weight(base_layer, config.group_size)
+        self.in_features, self.out_features = self.scaled_weight.in_features, self.scaled_weight.out_features
+        self.sgrq_delta = nn.ModuleDict()
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.merged_adapters: list[str] = []
+        self._unmerged_scales: tuple[Any, ...] = ()  # in a tuple, lest a parameter in it is registered
+        self._prepared = PreparedScales()
+        self._decoder: Decoder | None = None
+        self._unions: dict[tuple[str, ...], torch.Tensor | None] = {}
+        self.update_layer(adapter_name, config=config, groups=groups)
+
+    @property
+    def scaled_weight(self) -> ScaledWeight:
+        """The base layer seen as codes and scales; always that of the module which is `base_layer` now."""
+        if self._scaled_weight.module is not self.base_layer:
+            self._scaled_weight = resolve_weight(self.base_layer, self._scaled_weight.group_size)
+            self._forget()
+        return self._scaled_weight
+
+    # adapters
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: SGRQConfig,
+        groups: torch.Tensor,
+        inference_mode: bool = False,
+    ) -> None:
+        """Adds an adapter, or replaces the one of that name.
+
+        Args:
+            adapter_name (`str`): Its name.
+            config (`SGRQConfig`): Its config; the group size must be that of the layer's other adapters.
+            groups (`torch.Tensor`): The groups it selects, int64 `[n]`, ascending.
+            inference_mode (`bool`): Whether it starts frozen.
+        """
+        scaled_weight = self.scaled_weight
+        shape = scaled_weight.delta_shape(len(groups))
+        dtype = getattr(torch, config.adapter_dtype)
+        self.sgrq_delta[adapter_name] = Delta(
+            shape,
+            groups,
+            scaled_weight.selectable,
+            dtype,
+            zero=config.init_weights is not False,
+            device=scaled_weight.device,
+        )
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        self._forget()
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        active = self._present(self.active_adapters)
+        if len(active) > 1:
+            self._union(active)  # depends on data, so not something torch.compile could trace in the forward pass
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._forget()
+        super().delete_adapter(adapter_name)
+
+    def _present(self, adapter_names: Sequence[str]) -> tuple[str, ...]:
+        # In one fixed order: the sum of deltas then has the same bits when merging as in the forward pass.
+        return tuple(name for name in self.sgrq_delta if name in adapter_names)
+
+    def _delta(self, name: str) -> Delta:
+        return self.sgrq_delta[name]  # type: ignore[return-value]
+
+    def combined_delta(self, adapter_names: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The sum of the deltas of some adapters, differentiable.
+
+        Args:
+            adapter_names (`tuple[str, ...]`): Adapters this layer has, at least one.
+
+        Returns:
+            The deltas, float32, shaped as `effective_scales` takes them, and the groups they belong to, the union of
+            the adapters' selections (`None` for all).
+        """
+        deltas = [self._delta(name) for name in adapter_names]
+        if len(deltas) == 1:
+            return deltas[0].values(), deltas[0].selected()
+        scaled_weight, dim = self.scaled_weight, self.scaled_weight.selected_dim
+        total = torch.zeros(
+            scaled_weight.delta_shape(scaled_weight.selectable), device=scaled_weight.device
+        )  # all groups
+        for delta in deltas:
+            total = total.index_add(dim, delta.groups, delta.values())
+        groups = self._union(adapter_names)
+        return (total, None) if groups is None else (total.index_select(dim, groups), groups)
+
+    def _union(self, adapter_names: tuple[str, ...]) -> torch.Tensor | None:
+        """Indices of the groups that any of the adapters selects, int64, ascending; `None` for all of them."""
+        if adapter_names not in self._unions:
+            groups = torch.cat([self._delta(name).groups for name in adapter_names]).unique()
+            self._unions[adapter_names] = None if len(groups) == self.scaled_weight.selectable else groups
+        return self._unions[adapter_names]
+
+    def _forget(self) -> None:
+        self._forget_prepared()
+        self._unions.clear()
+
+    def _forget_prepared(self) -> None:
+        self._prepared.clear()
+        self._decoder = None
+
+    # module
+
+    def train(self, mode: bool = True) -> AdaptedLayer:
+        self._forget_prepared()
+        for name in self.sgrq_delta:
+            self._delta(name).restore_precision()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_decoder": None}  # what is bound to this layer's tensors is not a copy's
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
+        self._forget()
+        self._unmerged_scales = tuple(
+            self.scaled_weight.convert_stored(stored, fn) for stored in self._unmerged_scales
+        )
+        return super()._apply(fn, recurse)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own also casts to the dtype the base computes in; deltas stay float32.
+        if adapter_name in self.sgrq_delta:
+            delta = self._delta(adapter_name)
+            if not delta.weight.is_meta:
+                delta.to(device or self.scaled_weight.device)
+
+    def scale_layer(self, scale: float) -> None:
+        if scale != 1:
+            warnings.warn("Scaling operation for SGRQ not supported! Automatically set scale to 1.")
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        if scale is not None and scale != 1:
+            warnings.warn("Unscaling operation for SGRQ not supported! Keeping scale at 1.")
+
+    def extra_repr(self) -> str:
+        text = f"{self.scaled_weight.name}, rows x groups={'x'.join(map(str, self.scaled_weight.scales_shape))}"
+        quantization = quantization_extra_repr(self)
+        return f"{text}, {quantization}" if quantization else text
+
+    def __repr__(self) -> str:
+        return "sgrq." + super().__repr__()

@@ -1,0 +1,239 @@
+"""The arithmetic of scale tuning: one formula for the scales in effect, one autograd function for the layer.
+
+A layer whose weight is stored as codes and scales computes, with `C` the unit-scale values of the codes, `S` the
+scales, and `r`, `k` the maps from rows and columns to rows and groups of `S`::
+
+    W[o, c] = C[o, c] * S[r(o), k(c)]
+    S'      = round_to_storage(S * (1 + delta))        delta: float32, zero at the start, only for selected groups
+    y       = x W'^T + b,   W' = C * S'
+    dL/dx   = dy W'
+    dL/ddelta[r, k] = S[r, k] * sum_{o in r, c in k} C[o, c] (dy^T x)[o, c]
+
+The rounding is straight-through: its derivative is taken as one. The sum needs `x` only at the selected columns, so
+only those are kept for the backward pass, once for all layers with the same `x` (`saved_inputs.py`). Where there is
+one scale per output row, the sum over all columns is the product the forward pass has made already and, without a
+bias, no second product is needed::
+
+    dL/ddelta[o] = sum_t dy[t, o] y[t, o] S[o] / S'[o]
+
+Training all scales is PEQA (Kim et al. 2023, arXiv 2305.14152); selecting salient columns is SGR-Q.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from peft_sgrq.formats.scale_matrix import ScaleMatrix
+from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.layer.saved_inputs import SavedInput, columns_of
+
+# On CPUs the backward pass makes its large temporaries, the dequantized weight and the product `dy^T x`, a part of
+# this size at a time. Fresh memory costs page faults, which take as long as dequantizing does; small memory is reused.
+_TEMPORARY_BYTES = 16 << 20
+
+
+def effective_scales(
+    scaled_weight: ScaleMatrix, delta: torch.Tensor, groups: torch.Tensor | None, scales: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The scales a layer computes with: `round_to_storage(S * (1 + delta))` at the selected groups, `S` elsewhere.
+
+    Args:
+        scaled_weight (`ScaleMatrix`): Owner of the scales `S`, float32 `[rows, groups]`.
+        delta (`torch.Tensor`): Relative changes, float32, `[rows, n]` for a group format and `[n, 1]` for a row
+            format, `n` the number of selected groups or rows.
+        groups (`torch.Tensor` or `None`): Indices of the selected groups (rows in a row format), int64 `[n]`,
+            ascending; `None` selects all of them.
+        scales (`torch.Tensor` or `None`): `scaled_weight.scales()`, if the caller has them already.
+
+    Returns:
+        `torch.Tensor`: float32 `[rows, groups]`, every value representable in the format's storage dtype.
+    """
+    scales = scaled_weight.scales() if scales is None else scales  # (R, G)
+    if groups is None:
+        return scaled_weight.round_to_storage(scales * (1 + delta))
+    dim = scaled_weight.selected_dim
+    changed = scales.index_select(dim, groups) * (1 + delta)
+    return scales.index_copy(dim, groups, scaled_weight.round_to_storage(changed))
+
+
+def _select(values: torch.Tensor, groups: torch.Tensor | None, dim: int) -> torch.Tensor:
+    return values if groups is None else values.index_select(dim, groups)
+
+
+def _ranges(total: int, bytes_each: int, scaled_weight: ScaledWeight) -> list[slice]:
+    step = total
+    if scaled_weight.in_parts and scaled_weight.device.type == "cpu" and not torch.compiler.is_compiling():
+        step = max(1, min(total, _TEMPORARY_BYTES // max(1, bytes_each)))
+    return [slice(start, min(start + step, total)) for start in range(0, total, step)]
+
+
+def _input_gradient(dy: torch.Tensor, scales: torch.Tensor, scaled_weight: ScaledWeight) -> torch.Tensor:
+    """`dy W'` for the scales in effect, `[T, N]` to `[T, K]`, some groups of columns at a time."""
+    size = scaled_weight.group_size if scaled_weight.granularity == "group" else 1
+    steps = _ranges(-(-scaled_weight.in_features // size), dy.shape[1] * size * dy.element_size(), scaled_weight)
+    if len(steps) == 1:
+        return dy @ scaled_weight.dequantize(scales, dy.dtype)
+    dx = dy.new_empty(dy.shape[0], scaled_weight.in_features)
+    for step in steps:
+        columns = slice(step.start * size, min(step.stop * size, scaled_weight.in_features))
+        dx[:, columns] = dy @ scaled_weight.dequantize_columns(scales, dy.dtype, columns)
+    return dx
+
+
+class _RoundSTE(torch.autograd.Function):
+    """Rounds float32 values to another dtype's grid; the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return values.to(dtype).to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0], None
+
+
+def round_straight_through(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounds `values` to the grid of `dtype`, keeping their own dtype; the derivative is taken as one."""
+    return values if dtype == values.dtype else _RoundSTE.apply(values, dtype)
+
+
+def _unit_gradient(
+    dy: torch.Tensor, x: torch.Tensor, groups: torch.Tensor | None, scaled_weight: ScaledWeight
+) -> torch.Tensor:
+    """`sum_{c in k} C[o, c] (dy^T x)[o, c]` for the selected groups or rows.
+
+    Args:
+        dy (`torch.Tensor`): Gradient of the output, `[T, N]`, of the selected rows in a row format.
+        x (`torch.Tensor`): Input, `[T, n * g]`, the columns of the selected groups.
+        groups (`torch.Tensor` or `None`): The selected groups or rows, int64 `[n]`; `None` for all.
+        scaled_weight (`ScaledWeight`): The layer.
+
+    Returns:
+        `torch.Tensor`: float32 `[N, n]`, or `[n, 1]` in a row format.
+    """
+    steps = _ranges(dy.shape[1], x.shape[1] * x.element_size(), scaled_weight)
+    sums = [scaled_weight.reduce(dy[:, rows].t() @ x, groups, rows) for rows in steps]
+    return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+
+class _GroupScaledLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        delta: torch.Tensor,
+        groups: torch.Tensor | None,
+        scaled_weight: ScaledWeight,
+        saved_input: SavedInput,
+    ) -> torch.Tensor:
+        y = scaled_weight.linear(x, scaled_weight.prepare(effective_scales(scaled_weight, delta, groups)))  # (..., N)
+        pieces: list[torch.Tensor] = []
+        ctx.parts = ()
+        if ctx.needs_input_grad[1]:
+            pieces, ctx.parts = saved_input.save(x, groups, scaled_weight, y.dtype)
+        ctx.save_for_backward(delta, groups, *pieces)
+        ctx.scaled_weight = scaled_weight
+        ctx.x_shape = x.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
+        delta, groups, *pieces = ctx.saved_tensors
+        scaled_weight: ScaledWeight = ctx.scaled_weight
+        scales = scaled_weight.scales()  # (R, G)
+        dy = grads[0].reshape(-1, grads[0].shape[-1])  # (T, N)
+        dx = ddelta = None
+        if ctx.needs_input_grad[0]:
+            changed = effective_scales(scaled_weight, delta, groups, scales)
+            dx = _input_gradient(dy, changed, scaled_weight).reshape(ctx.x_shape)
+        for part in ctx.parts:
+            sums = _unit_gradient(dy, columns_of(part, pieces[part.piece], scaled_weight), part.groups, scaled_weight)
+            sums = scaled_weight.reduce_rows(sums)  # (R, n)
+            if part.targets is None:
+                ddelta = sums
+            else:
+                ddelta = delta.new_empty(delta.shape) if ddelta is None else ddelta
+                ddelta.index_copy_(1, part.targets, sums)
+        if ddelta is not None:
+            ddelta = ddelta * _select(scales, groups, 1)
+        elif ctx.needs_input_grad[1]:  # nothing is selected
+            ddelta = torch.zeros_like(delta)
+        return dx, ddelta, None, None, None
+
+
+class _RowScaledLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        delta: torch.Tensor,
+        groups: torch.Tensor | None,
+        scaled_weight: ScaledWeight,
+        saved_input: SavedInput,
+    ) -> torch.Tensor:
+        own = x.clone() if scaled_weight.writes_to_input else x
+        y = scaled_weight.linear(
+            own, scaled_weight.prepare(effective_scales(scaled_weight, delta, groups))
+        )  # (..., N)
+        # A bias much larger than the product would leave few digits of y - b.
+        ctx.product_known = scaled_weight.bias is None
+        saved = None
+        if ctx.needs_input_grad[1]:
+            saved = _select(y.reshape(-1, y.shape[-1]), groups, 1) if ctx.product_known else x  # (T, n) or (..., K)
+        ctx.save_for_backward(saved, delta, groups)
+        ctx.scaled_weight = scaled_weight
+        ctx.x_shape = x.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
+        saved, delta, groups = ctx.saved_tensors
+        scaled_weight: ScaledWeight = ctx.scaled_weight
+        scales = scaled_weight.scales()  # (R, G)
+        dy = grads[0].reshape(-1, grads[0].shape[-1])  # (T, N)
+        dx = ddelta = None
+        if ctx.needs_input_grad[0]:
+            changed = effective_scales(scaled_weight, delta, groups, scales)
+            dx = _input_gradient(dy, changed, scaled_weight).reshape(ctx.x_shape)
+        if ctx.needs_input_grad[1]:
+            dy_rows = _select(dy, groups, 1)  # (T, n)
+            if ctx.product_known:
+                total = (dy_rows.float() * saved.float()).sum(0).unsqueeze(1)  # (n, 1)
+                effective = _select(effective_scales(scaled_weight, delta, groups, scales), groups, 0)  # (n, 1)
+                # Where the scale in effect is zero the output does not tell the product any more.
+                ddelta = torch.where(effective == 0, 0.0, total * (_select(scales, groups, 0) / effective))
+            else:
+                x = scaled_weight.computed_input(saved).reshape(-1, saved.shape[-1]).to(dy.dtype)  # (T, K)
+                ddelta = _unit_gradient(dy_rows, x, groups, scaled_weight)
+                ddelta = ddelta * _select(scales, groups, 0)
+        return dx, ddelta, None, None, None
+
+
+def scaled_linear(
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    groups: torch.Tensor | None,
+    scaled_weight: ScaledWeight,
+    saved_input: SavedInput | None = None,
+) -> torch.Tensor:
+    """The layer's output with its scales changed by `delta`, differentiable in `x` and `delta`.
+
+    The forward pass is the format's own kernel with other scales, so it gives the bits of the merged layer.
+
+    Args:
+        x (`torch.Tensor`): Input `[..., in_features]`, as `ScaledWeight.cast_input` returns it.
+        delta (`torch.Tensor`): Relative scale changes, float32, shaped as in `effective_scales`.
+        groups (`torch.Tensor` or `None`): Selected groups or rows, int64 `[n]`; `None` for all.
+        scaled_weight (`ScaledWeight`): The quantized (or dense) layer.
+        saved_input (`SavedInput` or `None`): What other layers with the same input have saved of it.
+
+    Returns:
+        `torch.Tensor`: `[..., out_features]`, the bias included.
+    """
+    function = _RowScaledLinear if scaled_weight.granularity == "row" else _GroupScaledLinear
+    return function.apply(x, delta, groups, scaled_weight, saved_input or SavedInput())

@@ -1,0 +1,192 @@
+"""The layer of an SGRQ adapter: a base layer computing with changed scales."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+
+from peft_sgrq.layer.adapters import AdaptedLayer
+from peft_sgrq.layer.decoding import Decoder, is_one_token
+from peft_sgrq.layer.functional import effective_scales, scaled_linear
+from peft_sgrq.layer.mixed_batch import check_rows, forward_mixed
+from peft_sgrq.layer.saved_inputs import SavedInput
+
+
+class SGRQLinear(AdaptedLayer):
+    """A linear layer whose scales are changed by its active adapters: `S' = S (1 + sum_a delta_a)`.
+
+    Args:
+        base_layer (`nn.Module`): The layer, of a format `resolve_weight` knows.
+        adapter_name (`str`): Name of the first adapter.
+        config (`SGRQConfig`): Its configuration.
+        groups (`torch.Tensor`): The groups it selects, int64 `[n]`, ascending.
+    """
+
+    # forward
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        decoder = self._decoder
+        if decoder is not None:
+            if not kwargs and is_one_token(self, x) and decoder.is_current(*self._decoding_state()):
+                return decoder.run(x)
+            self._decoder = None
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None:
+            check_rows(adapter_names, len(x), self.merged_adapters)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return forward_mixed(adapter_names, x, self._present, self._adapted)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        return self._adapted(x, self._present(self.active_adapters), plain=True)
+
+    def _adapted(self, x: torch.Tensor, names: tuple[str, ...], plain: bool = False) -> torch.Tensor:
+        if not names:
+            return self.base_layer(x)
+        # The base layer's own forward is not called, so its accelerate hook (offloading, device maps) is.
+        hook = getattr(self.base_layer, "_hf_hook", None)
+        if hook is not None:
+            (x, *_), _ = hook.pre_forward(self.base_layer, x)
+        if not torch.compiler.is_compiling():
+            for name in names:
+                self._delta(name).restore_precision()
+        scaled_weight = self.scaled_weight
+        x_cast = scaled_weight.cast_input(x)
+        if self._needs_grad(x_cast, names):
+            self._forget_prepared()
+            y = scaled_linear(x_cast, *self.combined_delta(names), scaled_weight, SavedInput.of(x))
+        else:
+            with torch.no_grad():
+                prepared = self._prepared_scales(names, x_cast)
+                y = scaled_weight.linear(x_cast, prepared)
+            if plain and hook is None and is_one_token(self, x):  # not for some rows of a mixed batch
+                self._decoder = Decoder.of(scaled_weight.bind(prepared), *self._decoding_state())
+        y = scaled_weight.cast_output(y, x)
+        bias = scaled_weight.bias
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+            y = y + (bias - bias.detach()).to(y.dtype)  # zero: the kernel has added the bias, this is its gradient
+        return y if hook is None else hook.post_forward(self.base_layer, y)
+
+    def _decoding_state(self) -> tuple[tuple[object, ...], list[torch.Tensor]]:
+        """All that decides what a forward pass computes, as `Decoder` compares it."""
+        module = self.base_layer
+        active = self._active_adapter if isinstance(self._active_adapter, str) else tuple(self._active_adapter)
+        state = (module, active, self._disable_adapters, len(self.merged_adapters), hasattr(module, "_hf_hook"))
+        weights = [self._delta(name).weight for name in self.sgrq_delta]
+        return state, [*weights, *self._scaled_weight.sources()]
+
+    def _needs_grad(self, x: torch.Tensor, names: tuple[str, ...]) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        return x.requires_grad or any(self._delta(name).weight.requires_grad for name in names)
+
+    def _prepared_scales(self, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
+        def prepare() -> torch.Tensor:
+            return self.scaled_weight.prepare(effective_scales(self.scaled_weight, *self.combined_delta(names)))
+
+        if self.training or torch.compiler.is_compiling():
+            return prepare()
+        sources = [self._delta(name).weight for name in names] + self.scaled_weight.sources()
+        # A sequence makes them anew, its further tokens reuse them: a change through `.data` goes unseen only between
+        # two inputs of one token each, with no training step and no `train()` or `eval()` between them.
+        decoding = x.dim() > 1 and x.shape[-2] == 1
+        return self._prepared.get(names, sources, prepare, reuse=decoding)
+
+    # merging and combining
+
+    @torch.no_grad()
+    def add_weighted(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """Adds `sum_a weight_a delta_a` to the deltas of an adapter that selects all their groups."""
+        target = self._delta(adapter_name)
+        for name, weight in zip(adapters, weights, strict=True):
+            if name in self.sgrq_delta:
+                positions = torch.searchsorted(target.groups, self._delta(name).groups)
+                values = self._delta(name).values() * weight
+                target.weight.index_add_(self.scaled_weight.selected_dim, positions, values)
+        self._forget_prepared()
+
+    def check_finite(self, adapter_names: list[str] | None = None) -> None:
+        """Raises a ValueError if merging the adapters (`None`: the active ones) would write NaN or infinite scales."""
+        names = self._present(self.active_adapters if adapter_names is None else adapter_names)
+        for checked in dict.fromkeys(
+            [*((name,) for name in names), *([names] if names else [])]
+        ):  # each, and their sum
+            with self.original_scales():
+                scales = effective_scales(self.scaled_weight, *self.combined_delta(checked))
+            if not torch.isfinite(scales).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {', '.join(checked)} seems to be broken: its "
+                    "deltas give NaN or infinite scales, expected finite ones; load an earlier checkpoint of it. "
+                    "Nothing was merged."
+                )
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Writes the scales of the active (or the named) adapters into the base layer.
+
+        Codes and unselected scales stay as they are, nothing is quantized again, and the merged layer gives the bits
+        of the unmerged one. The original scale tensors are kept for `unmerge`.
+
+        Args:
+            safe_merge (`bool`): Check for NaN and infinite scales first.
+            adapter_names (`list[str]` or `None`): Adapters to merge; the active ones if not given.
+
+        Raises:
+            ValueError: With `safe_merge`, if an adapter is broken; nothing is changed then.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.sgrq_delta]
+        if not names:
+            return
+        for name in names:
+            self._delta(name).restore_precision()
+        if safe_merge:
+            self.check_finite(names)
+        merged = [*self.merged_adapters, *names]
+        before = [self.scaled_weight.restore_scales(stored) for stored in self._unmerged_scales]
+        try:
+            scales = effective_scales(self.scaled_weight, *self.combined_delta(self._present(merged)))
+            self._unmerged_scales = (self.scaled_weight.write_scales(scales),)
+        except Exception:
+            for stored in before:
+                self.scaled_weight.restore_scales(stored)
+            raise
+        self.merged_adapters = merged
+        self._forget_prepared()
+
+    def unmerge(self) -> None:
+        """Puts the original scale tensors back."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        self.scaled_weight.restore_scales(*self._unmerged_scales)
+        self._unmerged_scales = ()
+        self.merged_adapters = []
+
+    @contextmanager
+    def original_scales(self) -> Iterator[None]:
+        """While this is open the base layer has its original scales, merged or not."""
+        if not self.merged:
+            yield
+            return
+        merged = self.scaled_weight.restore_scales(*self._unmerged_scales)
+        try:
+            yield
+        finally:
+            self.scaled_weight.restore_scales(merged)
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """The change an adapter makes to the weight of the base, float32 `[out_features, in_features]`."""
+        scaled_weight = self.scaled_weight
+        with self.original_scales():
+            scales = effective_scales(scaled_weight, *self.combined_delta((adapter,)))
+            changed = scaled_weight.dequantize(scales, torch.float32)
+            return changed - scaled_weight.dequantize(scaled_weight.scales(), torch.float32)

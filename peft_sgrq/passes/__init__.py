@@ -1,0 +1,1 @@
+"""Running a model on data, and leaving it as it was."""

@@ -1,0 +1,170 @@
+"""Criteria from a backward pass: gradients of each sequence's loss, layer by layer, while they flow.
+
+Of a layer's weight gradient, `dy^T x` of one sequence, no more is kept than the scores it adds to. The forward pass is
+that of the tuner, so a format whose own kernel drops gradients gives them too. Parameters get no gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.layer.functional import scaled_linear
+from peft_sgrq.passes.chain import forward_replaced
+from peft_sgrq.passes.data import IGNORED, Batch
+from peft_sgrq.passes.processes import sum_over_processes
+from peft_sgrq.selection.criteria import reduce_scores
+
+GradientCriterion = Callable[[torch.Tensor, torch.Tensor, ScaledWeight], torch.Tensor]
+
+
+class _Observed(torch.autograd.Function):
+    """A copy of a layer's output; its backward pass hands the layer's input and output gradient on.
+
+    A copy and no view, because models may add to it in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, anchor: torch.Tensor, take: Any) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.take = take
+        return y.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor, None]:
+        (x,) = ctx.saved_tensors
+        ctx.take(x, grads[0])
+        return grads[0], None, torch.zeros((), device=grads[0].device), None
+
+
+# Of a layer's weight gradients, `[N, K]` of each sequence, in the order of the batch.
+TakeGradients = Callable[[str, Iterator[torch.Tensor]], None]
+
+
+def observe_gradients(
+    model: nn.Module,
+    layers: Mapping[str, tuple[nn.Module, Callable[..., torch.Tensor]]],
+    batch: Batch,
+    run: Callable[[Batch], Any],
+    take: TakeGradients,
+) -> None:
+    """Hands on the gradient of each sequence's loss in the weights of layers, while a backward pass runs.
+
+    A sequence's loss is the sum over its tokens, whatever batch it is in.
+
+    Args:
+        model (`nn.Module`): The model; it has no gradients afterwards.
+        layers (`dict`): Name -> the layer's module, and the forward pass to put in place of its own.
+        batch (`Batch`): The sequences. Without labels the loss is that of the next token.
+        run (`Callable`): Runs the model on a batch with labels.
+        take (`Callable`): Given the name of a layer and its gradients, float32 `[N, K]`, one sequence after another;
+            tokens that are not those of all sequences in order (an expert's) are one sequence.
+
+    Raises:
+        ValueError: If the model returns no loss.
+    """
+    labels = batch.inputs.get("labels")
+    if labels is None:
+        labels = batch.inputs["input_ids"].masked_fill(~batch.counted, IGNORED)
+    batch = Batch({**batch.inputs, "labels": labels}, batch.counted)
+    # Models average the loss over the labels of a batch. A sequence is to count the same in any batch.
+    scored = labels[:, 1:] if getattr(model, "loss_type", None) == "ForCausalLM" else labels
+    terms = int((scored != IGNORED).sum())
+    if not terms:
+        return
+    sequences = len(batch.counted)
+
+    def taker(name: str) -> Any:
+        def receive(x: torch.Tensor, dy: torch.Tensor) -> None:
+            x, dy = (values.reshape(-1, values.shape[-1]) for values in (x, dy))
+            size = len(x) // sequences if len(x) % sequences == 0 else len(x)
+            parts = zip(x.split(size), dy.split(size), strict=True)
+            # In the precision of training.
+            take(name, ((dys.t() @ xs.to(dys)).float() * terms for xs, dys in parts))
+
+        return receive
+
+    anchor = torch.zeros((), requires_grad=True)
+    with torch.enable_grad(), ExitStack() as stack:
+        for name, (module, forward) in layers.items():
+            stack.enter_context(forward_replaced(module, _observed(forward, anchor, taker(name))))
+        loss = getattr(run(batch), "loss", None)
+        if not isinstance(loss, torch.Tensor):
+            raise ValueError(
+                f"The model returned no loss for a batch with {sorted(batch.inputs)}, expected one to differentiate; "
+                "give data with the labels its forward method takes, or another criterion."
+            )
+        torch.autograd.grad(loss, anchor)
+
+
+def _observed(forward: Callable[..., torch.Tensor], anchor: torch.Tensor, take: Any) -> Any:
+    def observed(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = forward(x, *args, **kwargs)
+        return _Observed.apply(y, x.detach(), anchor.to(y.device), take)
+
+    return observed
+
+
+class GradientScores:
+    """Scores of layers by gradients of a loss, added up over sequences.
+
+    Args:
+        scaled_weights (`dict[str, ScaledWeight]`): The layers by name.
+        criterion (`Callable`): `(weight, gradient, scaled_weight)` -> scores of one sequence, of the float32 weight `[N, K]`
+            and the gradient in it; twice the gradient is to score four times as much.
+    """
+
+    def __init__(self, scaled_weights: Mapping[str, ScaledWeight], criterion: GradientCriterion) -> None:
+        self._scaled_weights = scaled_weights
+        self._criterion = criterion
+        self._scores: dict[str, torch.Tensor] = {}
+        for name, scaled_weight in scaled_weights.items():
+            count = scaled_weight.out_features if scaled_weight.granularity == "row" else scaled_weight.in_features
+            self._scores[name] = torch.zeros(count, dtype=torch.float64, device=scaled_weight.device)
+
+    def add(self, model: nn.Module, batch: Batch, run: Callable[[Batch], Any]) -> None:
+        """Adds the sequences of a batch; needs the memory of a training step on it.
+
+        Raises:
+            ValueError: If the model returns no loss.
+        """
+        layers = {
+            name: (scaled_weight.module, _tuned_forward(scaled_weight))
+            for name, scaled_weight in self._scaled_weights.items()
+        }
+        observe_gradients(model, layers, batch, run, self._take)
+
+    def _take(self, name: str, gradients: Iterator[torch.Tensor]) -> None:
+        scaled_weight = self._scaled_weights[name]
+        weight = scaled_weight.dequantize(scaled_weight.scales(), torch.float32)  # (N, K)
+        for gradient in gradients:
+            self._scores[name] += reduce_scores(
+                self._criterion(weight, gradient, scaled_weight), scaled_weight
+            ).double()
+
+    def finish(self, tokens: int) -> dict[str, torch.Tensor]:
+        """The scores by name, summed over all processes and divided by the number of tokens, float64."""
+        sum_over_processes(self._scores.values())
+        return {name: scores / tokens for name, scores in self._scores.items()}
+
+
+def _tuned_forward(scaled_weight: ScaledWeight) -> Any:
+    """The tuner's forward pass of a layer with nothing changed."""
+    unchanged = torch.zeros(scaled_weight.delta_shape(scaled_weight.selectable), device=scaled_weight.device)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        # As in SGRQLinear: the layer's own forward, which accelerate would hook into, is not called.
+        hook = getattr(scaled_weight.module, "_hf_hook", None)
+        if hook is not None:
+            (x, *_), _ = hook.pre_forward(scaled_weight.module, x)
+        y = scaled_weight.cast_output(scaled_linear(scaled_weight.cast_input(x), unchanged, None, scaled_weight), x)
+        return y if hook is None else hook.post_forward(scaled_weight.module, y)
+
+    return forward

@@ -1,0 +1,1 @@
+"""How PEFT gets to know SGRQ."""

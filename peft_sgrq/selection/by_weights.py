@@ -1,0 +1,46 @@
+"""Selection without calibration: by the weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.selection.criteria import WEIGHTS, weight_scores
+from peft_sgrq.selection.layer_saliency import LayerSaliency
+from peft_sgrq.selection.saliency import Saliency
+
+if TYPE_CHECKING:
+    from peft_sgrq.config import SGRQConfig
+
+
+def select_without_data(scaled_weights: Mapping[str, ScaledWeight], config: SGRQConfig) -> dict[str, str]:
+    """The selection a config asks for where no calibration made one.
+
+    Args:
+        scaled_weights (`dict[str, ScaledWeight]`): The layers, by module name.
+        config (`SGRQConfig`): Its `criterion` must need no data; `None` means `"magnitude"`.
+
+    Returns:
+        `dict[str, str]`: Module name -> bit mask in hexadecimal.
+
+    Raises:
+        ValueError: If the criterion or the ratio needs calibration.
+    """
+    if not scaled_weights:
+        return {}
+    criterion = config.criterion or "magnitude"
+    asked = "criterion" if criterion not in WEIGHTS else "ratio" if config.ratio == "layerwise" else None
+    if asked:
+        raise ValueError(
+            f"`{asked}` is {getattr(config, asked)!r}, which needs calibration, and the config has no selection for "
+            f"{len(scaled_weights)} of the layers it targets (the first: {next(iter(scaled_weights))!r}), expected one for each; "
+            'call `peft_sgrq.calibrate(model, config, data)` first, or use criterion="magnitude" with a number, '
+            '"knee" or "global" as ratio, which need no data.'
+        )
+    layers = {
+        name: LayerSaliency.of(scaled_weight, weight_scores(name, scaled_weight, criterion), fingerprint="")
+        for name, scaled_weight in scaled_weights.items()
+    }
+    bytes_per_scale = 2 if config.adapter_dtype == "bfloat16" else 4
+    return Saliency(layers, criterion).select(config.ratio, config.ratio_pattern, config.budget, bytes_per_scale)

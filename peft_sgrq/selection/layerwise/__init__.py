@@ -1,0 +1,1 @@
+"""Ratios by layer, found by measuring the loss."""

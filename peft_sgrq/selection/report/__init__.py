@@ -1,0 +1,1 @@
+"""What a selection takes and holds, as tables and pictures."""

@@ -1,0 +1,74 @@
+"""The model card: beside every saved adapter, true, and never at the cost of somebody's text."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from support.bases import DENSE, NF4_NESTED, adapted
+
+from peft_sgrq import SGRQConfig
+
+
+@pytest.fixture
+def saved(llama_dir: Path, tmp_path: Path) -> Path:
+    adapted(NF4_NESTED, llama_dir).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_card_names_base_quantization_ratio_size_and_how_to_load_and_merge(saved: Path, llama_dir: Path):
+    text = (saved / "README.md").read_text()
+    assert f"`{llama_dir}`" in text
+    assert "bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True" in text
+    assert "import peft_sgrq" in text
+    assert "| ratio of trained scales | 0.5 |" in text
+    assert "merge_and_unload()" in text
+    assert "sgrq" in ModelCard.load(saved / "README.md").data.tags
+
+
+def test_card_counts_the_trained_parameters(llama_dir: Path, tmp_path: Path):
+    model = adapted(NF4_NESTED, llama_dir)
+    model.save_pretrained(tmp_path)
+    trained = model.get_nb_trainable_parameters()[0]
+    assert f"| trained parameters | {trained:,} (float32) |" in (tmp_path / "README.md").read_text()
+
+
+def test_code_on_the_card_is_python(saved: Path):
+    for block in re.findall(r"```python\n(.*?)```", (saved / "README.md").read_text(), flags=re.DOTALL):
+        ast.parse(block)
+
+
+def test_saving_again_leaves_one_section(saved: Path, llama_dir: Path):
+    adapted(NF4_NESTED, llama_dir, ratio=1.0).save_pretrained(saved)
+    text = (saved / "README.md").read_text()
+    assert text.count("An adapter of `peft_sgrq`") == 1
+    assert "| ratio of trained scales | 1 |" in text
+    assert "most salient" not in text
+    assert "| criterion | none, all are trained |" in text
+
+
+def test_text_of_others_is_kept(saved: Path, llama_dir: Path):
+    card = ModelCard.load(saved / "README.md")
+    card.text = "# My adapter\n\nIt speaks like a pirate.\n"
+    card.data["license"] = "mit"
+    card.save(saved / "README.md")
+    adapted(NF4_NESTED, llama_dir).save_pretrained(saved)
+    card = ModelCard.load(saved / "README.md")
+    assert "It speaks like a pirate." in card.text
+    assert "An adapter of `peft_sgrq`" in card.text
+    assert card.data.license == "mit"
+
+
+def test_a_config_saved_alone_gets_no_card(tmp_path: Path):
+    SGRQConfig().save_pretrained(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_card_of_a_dense_base_names_no_quantization(llama_dir: Path, tmp_path: Path):
+    adapted(DENSE, llama_dir).save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "BitsAndBytesConfig(" not in text
+    assert "| quantization of the base | none (dense) |" in text

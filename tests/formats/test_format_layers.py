@@ -1,0 +1,172 @@
+"""What must hold in every quantized format, on single layers.
+
+The formats are those of `formats.py`; one whose library is not installed is skipped by its name.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from support.formats import FORMATS, Format
+from support.layers import delta_of, relative_error, the_layer
+from torch import nn
+
+from peft_sgrq import SGRQConfig
+from peft_sgrq.formats.registry import is_quantized
+
+ROWS, COLUMNS = 128, 256
+LAYER_FORMATS = [format for format in FORMATS if format.layer is not None]
+by_name = functools.partial(pytest.mark.parametrize, "format", ids=lambda format: format.name)
+
+# Tensors that a merge may change: scales, and offsets that are zero point times scale.
+SCALES = {"scale", "_scale", "absmax", "scale_and_zero", "_scale_shift", "_shift"}
+
+
+def quantized(format: Format, bias: bool = False) -> nn.Module:
+    """A quantized layer with random weights, in float32 where the format allows it."""
+    format.require()
+    torch.manual_seed(0)
+    dense = nn.Linear(COLUMNS, ROWS, bias=bias, dtype=layer_dtype(format)).requires_grad_(False)
+    return format.layer(dense).requires_grad_(False)
+
+
+def layer_dtype(format: Format) -> torch.dtype:
+    return torch.bfloat16 if format.name in ("torchao-int4-cpu", "quanto-int4-tinygemm") else torch.float32
+
+
+def adapted(layer: nn.Module, **config: Any) -> PeftModel:
+    settings = {"target_modules": ["0"], "ratio": 0.5, "init_weights": False, **config}
+    return get_peft_model(nn.Sequential(layer), SGRQConfig(**settings)).eval()
+
+
+@by_name(LAYER_FORMATS)
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_layers_are_found_and_keep_their_bits_at_zero_change(format, bias):
+    layer, x = quantized(format, bias), torch.randn(5, COLUMNS, dtype=layer_dtype(format))
+    assert is_quantized(layer)
+    expected = layer(x)
+    model = adapted(layer, target_modules=None, init_weights=True)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(model(x[:1]), layer(x[:1]))
+
+
+@by_name(LAYER_FORMATS)
+def test_a_merged_layer_gives_the_bits_of_the_unmerged_one(format):
+    model, x = adapted(quantized(format, bias=True)), torch.randn(5, COLUMNS, dtype=layer_dtype(format))
+    base = the_layer(model).base_layer(x)
+    unmerged, trained = model(x), model.train()(x).detach()
+    assert torch.equal(unmerged, trained) and not torch.equal(unmerged, base)
+    model.merge_adapter()
+    assert torch.equal(model(x), unmerged)
+    model.unmerge_adapter()
+    assert torch.equal(the_layer(model).base_layer(x), base)
+
+
+@by_name(LAYER_FORMATS)
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_gradients_equal_those_of_the_librarys_own_weight(format, ratio, bias):
+    layer, dtype = quantized(format, bias), layer_dtype(format)
+    weight = format.weight(layer).double()
+    model = adapted(layer, ratio=ratio).train()
+    x = torch.randn(7, COLUMNS, dtype=dtype, requires_grad=True)
+    y = model(x)
+    dy = torch.randn_like(y)
+    (y * dy).sum().backward()
+
+    # W' is what the library makes of the merged layer; dL/ddelta is the sum of W * (dy^T x) over what shares a scale.
+    sgrq = the_layer(model)
+    sgrq.merge()
+    merged = format.weight(sgrq.base_layer).double()
+    computed = (x.detach() if format.rounded_input is None else format.rounded_input(layer, x.detach())).double()
+    expected = computed @ merged.T + (0 if layer.bias is None else layer.bias.double())
+    rows, groups = format.maps(ROWS, COLUMNS)
+    terms = weight * (dy.double().T @ computed)
+    sums = torch.zeros(int(rows.max()) + 1, COLUMNS, dtype=torch.float64).index_add(0, rows, terms)
+    sums = torch.zeros(len(sums), int(groups.max()) + 1, dtype=torch.float64).index_add(1, groups, sums)
+    delta, dim = sgrq.sgrq_delta["default"], sgrq.scaled_weight.selected_dim
+
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2  # of bfloat16: 2^-8, and sums of such terms
+    assert relative_error(y.detach(), expected) < tolerance
+    assert relative_error(x.grad, dy.double() @ merged) < tolerance
+    assert relative_error(delta.weight.grad, sums.index_select(dim, delta.groups)) < tolerance
+
+
+@by_name(LAYER_FORMATS)
+def test_a_merge_changes_the_selected_scales_alone_and_unmerging_puts_the_tensors_back(format):
+    layer = quantized(format)
+    weight = format.weight(layer)
+    model = adapted(layer)
+    sgrq = the_layer(model)
+    before = sgrq.scaled_weight.sources()
+    values = [tensor.clone() for tensor in before]
+    sgrq.merge()
+    assert not any(torch.equal(*pair) for pair in zip(sgrq.scaled_weight.sources()[:1], values[:1], strict=True))
+    rows, groups = format.maps(ROWS, COLUMNS)
+    selected = torch.zeros(sgrq.scaled_weight.selectable, dtype=torch.bool)
+    selected[sgrq.sgrq_delta["default"].groups] = True
+    untouched = ~(selected[rows].unsqueeze(1) if sgrq.scaled_weight.granularity == "row" else selected[groups])
+    untouched = untouched.expand(ROWS, COLUMNS)
+    assert torch.equal(format.weight(layer)[untouched], weight[untouched])
+    sgrq.unmerge()
+    after = sgrq.scaled_weight.sources()
+    assert all(old is new for old, new in zip(before, after, strict=True)) or format.name == "bnb-nf4"
+    assert all(torch.equal(old, new) for old, new in zip(values, after, strict=True))
+    assert torch.equal(format.weight(layer), weight)
+
+
+@by_name(LAYER_FORMATS)
+def test_rounding_is_in_the_forward_pass_and_not_in_the_gradient(format):
+    layer = quantized(format)
+    model = adapted(layer, init_weights=True, ratio=1.0).train()
+    scaled_weight, delta = the_layer(model).scaled_weight, delta_of(model)
+    if scaled_weight.storage_dtype == torch.float32:
+        scales = scaled_weight.scales() * 1.2345
+        assert torch.equal(scaled_weight.round_to_storage(scales), scales)
+        return
+    x = torch.randn(5, COLUMNS, dtype=layer_dtype(format))
+    base = layer(x)
+    with torch.no_grad():
+        delta.fill_(1e-4)  # far below half a step of bfloat16 or e4m3
+    y = model(x)
+    y.float().square().sum().backward()
+    assert torch.equal(y, base)
+    assert delta.grad.abs().max() > 0
+
+
+@by_name(LAYER_FORMATS)
+def test_a_merged_layer_can_be_moved_copied_and_unmerged(format):
+    layer, x = quantized(format, bias=True), torch.randn(5, COLUMNS, dtype=layer_dtype(format))
+    base = layer(x)
+    model = adapted(layer)
+    unmerged = model(x)
+    model.merge_adapter()
+    model.to("cpu")
+    # quanto's tensors cannot be copied, with or without an adapter
+    for one in (model,) if format.library == "optimum" else (model, copy.deepcopy(model)):
+        assert torch.equal(one(x), unmerged)
+        one.unmerge_adapter()
+        assert torch.equal(one(x), unmerged)
+        with one.disable_adapter():
+            assert torch.equal(one(x), base)
+
+
+# float8 weights cannot be converted, with or without an adapter.
+CONVERTIBLE = [format for format in LAYER_FORMATS if format.library == "torchao" and "float8" not in format.name]
+
+
+@by_name([format for format in CONVERTIBLE if format.name != "torchao-int4-cpu"])
+def test_a_merged_torchao_layer_can_be_converted_and_unmerged(format):
+    x = torch.randn(5, COLUMNS, dtype=torch.bfloat16)
+    plain, model = (adapted(quantized(format, bias=True)) for _ in range(2))
+    delta_of(model).data.copy_(delta_of(plain).data)
+    plain.to(torch.bfloat16)
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    assert torch.equal(model(x), plain(x))

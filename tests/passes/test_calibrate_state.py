@@ -1,0 +1,111 @@
+"""Calibration leaves the model as it was, bit for bit, also when it is interrupted."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.bases import DENSE, INT8, NF4, NF4_NESTED, Base, logits
+from support.calibration import check_same, padded_batches, run_on, snapshot
+from torch.utils.data import DataLoader
+
+from peft_sgrq import SGRQConfig
+
+CRITERIA = ["obs", "diag", "fisher", "gradient", "magnitude", "random"]
+
+
+def prepared(base: Base, directory: Path, training: bool) -> Any:
+    """A model whose state is anything but fresh: mixed modes, gradients, hooks, a forward of its own, a used cache."""
+    model = base.load(directory).train(training)
+    model.model.layers[0].mlp.eval()
+    model.model.layers[1].self_attn.train()
+    model.model.norm.weight.requires_grad_(True).grad = torch.ones_like(model.model.norm.weight)
+    model.model.layers[1].register_forward_hook(lambda *args: None)
+    model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda *args: None)
+    forward = model.model.layers[1].forward
+    model.model.layers[1].forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    model.config.use_cache = True
+    if base is INT8:  # bitsandbytes moves the scales of int8 layers at the first forward pass
+        logits(model, torch.tensor([[5, 6]]))
+    return model
+
+
+@pytest.mark.parametrize("base", [NF4_NESTED, INT8, DENSE], ids=lambda base: base.name)
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_the_model_is_as_it_was(base: Base, criterion, training, llama_dir: Path, ids):
+    model = prepared(base, llama_dir, training)
+    before = snapshot(model)
+    loader = DataLoader(padded_batches(), batch_size=None, shuffle=True)
+    run_on(model, loader, criterion)
+    check_same(before, snapshot(model))
+    fresh = base.load(llama_dir)
+    assert torch.equal(logits(model.eval(), ids), logits(fresh, ids))
+
+
+def interrupting(error: type[BaseException], after: int) -> Any:
+    calls = []
+
+    def criterion(layer: Any) -> torch.Tensor:
+        calls.append(layer.name)
+        if len(calls) > after:
+            raise error("stop")
+        return layer.weight.square()
+
+    return criterion
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("after", [0, 8])
+def test_the_model_is_as_it_was_when_interrupted_between_blocks(error, after, llama_dir: Path):
+    model = prepared(NF4, llama_dir, True)
+    before = snapshot(model)
+    config = SGRQConfig(task_type="CAUSAL_LM")
+    with pytest.raises(error):
+        run_on(model, padded_batches(), interrupting(error, after), config)
+    check_same(before, snapshot(model))
+    assert config == SGRQConfig(task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize("criterion", ["obs", "diag", "fisher"])
+@pytest.mark.parametrize("call", [1, 3])
+def test_the_model_is_as_it_was_when_interrupted_in_a_forward_pass(criterion, call, llama_dir: Path):
+    model = prepared(NF4, llama_dir, True)
+    calls = []
+
+    def interrupt(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+
+    model.model.layers[1].mlp.register_forward_pre_hook(interrupt)
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        run_on(model, padded_batches(), criterion)
+    check_same(before, snapshot(model))
+
+
+def test_the_model_is_as_it_was_when_interrupted_while_data_is_read(llama_dir: Path):
+    def batches() -> Any:
+        yield padded_batches()[0]
+        torch.rand(3), random.random(), np.random.rand()
+        raise KeyboardInterrupt
+
+    model = prepared(DENSE, llama_dir, True)
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        run_on(model, batches())
+    check_same(before, snapshot(model))
+
+
+def test_calibration_comes_to_the_same_in_train_and_eval_mode_and_twice(llama_dir: Path):
+    model = NF4.load(llama_dir)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    scores = [run_on(model.train(mode), padded_batches()).scores for mode in (True, False, True)]
+    for name in scores[0]:
+        assert torch.equal(scores[0][name], scores[1][name]) and torch.equal(scores[0][name], scores[2][name])
