@@ -44,16 +44,16 @@ __all__ = [
 _HOMES = {
     "Recovery": "recovery.recover",
     "SGRQConfig": "config",
-    "SGRQLinear": "layer",
+    "SGRQLinear": "layer.linear",
     "SGRQModel": "model",
     "Saliency": "selection.saliency",
-    "allocate_ratios": "selection.layerwise",
+    "allocate_ratios": "selection.layerwise.allocate_ratios",
     "calibrate": "selection.calibrate",
     "merge_checkpoint": "checkpoint.merge",
     "recover": "recovery.recover",
-    "register": "registration",
-    "restore_codes": "checkpoint.restore",
-    "split_groups": "splitting",
+    "register": "plugin.registration",
+    "restore_codes": "base.restore",
+    "split_groups": "base.split",
     "verify_checkpoint": "checkpoint.verify",
 }
 
@@ -76,4 +76,4 @@ def _is_being_imported(name: str) -> bool:
 # While bitsandbytes is being imported it is its entry point that imports this package: `_autoload` decides then.
 _explicitly_imported = not _is_being_imported("bitsandbytes")
 if _explicitly_imported:
-    importlib.import_module(f"{__name__}.registration").register()
+    importlib.import_module(f"{__name__}.plugin.registration").register()

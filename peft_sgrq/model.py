@@ -136,8 +136,8 @@ class SGRQModel(BaseTuner):
         if unknown and scaled_weights:
             raise ValueError(
                 f"`selection` names {len(unknown)} layers that the config does not target or the model does not have "
-                f"(the first: {unknown[0]!r}), expected some of {sorted(scaled_weights)[:3]} and so on; take them out, or "
-                "target them."
+                f"(the first: {unknown[0]!r}), expected some of {sorted(scaled_weights)[:3]} and so on; take them "
+                "out, or target them."
             )
         for name, scaled_weight in scaled_weights.items():
             if name not in selection:

@@ -28,7 +28,8 @@ def train_zero_points(layers: list[SGRQLinear]) -> None:
         scaled_weight = layer.scaled_weight
         if not isinstance(scaled_weight, HQQWeight) or scaled_weight.scales_shape[0] != scaled_weight.out_features:
             raise ValueError(
-                f"Zero points of {scaled_weight.name} cannot be trained here, expected HQQ with axis=1; leave out `zeros`."
+                f"Zero points of {scaled_weight.name} cannot be trained here, expected HQQ with axis=1; leave out "
+                "`zeros`."
             )
         change = nn.Parameter(torch.zeros(scaled_weight.scales_shape, device=scaled_weight.device))
         layer.sgrq_delta["default"].register_parameter(PARAMETER, change)

@@ -75,8 +75,8 @@ class StartingPoint:
             if not fits:
                 raise ValueError(
                     f"The adapter {self._source!r} of `init_weights` has {tuple(delta.values.shape)} deltas for "
-                    f"layer {name!r}, found {scaled_weight.selectable} groups to select from there and a group size of "
-                    f"{config.group_size}; give the config the adapter's group size ({self._config.group_size}), and "
+                    f"layer {name!r}, found {scaled_weight.selectable} groups to select from there and a group size "
+                    f"of {config.group_size}; give the config the adapter's group size ({self._config.group_size}), and "
                     "the model it was trained on."
                 )
             if name in selection:

@@ -118,8 +118,8 @@ def _scaled_weight(name: str, module: nn.Module, group_size: int) -> ScaledWeigh
 def _obstacle(scaled_weight: ScaledWeight, group_size: int) -> str | None:
     if not scaled_weight.splittable:
         return (
-            f"its format is {scaled_weight.name}, expected one of those that can be split ({SPLITTABLE}); quantize the "
-            "model in one of them, or in smaller groups"
+            f"its format is {scaled_weight.name}, expected one of those that can be split ({SPLITTABLE}); quantize "
+            "the model in one of them, or in smaller groups"
         )
     if scaled_weight.device.type == "meta":
         return "it has no weights yet (it is on the meta device), expected weights; load the model onto a device"

@@ -74,6 +74,3 @@ def resolve_weight(module: nn.Module, group_size: int) -> ScaledWeight:
         f"it is a {type(module).__module__}.{type(module).__qualname__}, expected one of {SUPPORTED_LAYERS}; name "
         "only such layers in `target_modules`, or list this one in `exclude_modules`"
     )
-
-
-__all__ = ["SUPPORTED_LAYERS", "ScaleBackend", "is_quantized", "is_supported", "resolve_backend"]

@@ -17,8 +17,8 @@ from peft_sgrq.formats.scale_matrix import ScaleMatrix
 class ScaledWeight(ScaleMatrix):
     """One linear layer seen as codes and scales: `W[o, c] = C[o, c] * S[r(o), k(c)]`.
 
-    The scaled weight owns the scales; nothing else keeps a copy of them. It holds the wrapped module and reads its tensors
-    anew each time, so the module may be moved, copied or loaded into underneath it. No method but `write_scales`,
+    It owns the scales; nothing else keeps a copy of them. It holds the wrapped module and reads its tensors anew each
+    time, so the module may be moved, copied or loaded into underneath it. No method but `write_scales`,
     `restore_scales` and `split` changes its weight.
 
     Attributes:

@@ -36,6 +36,3 @@ def find_layer(folder: CheckpointFolder, prefix: str, config: SGRQConfig) -> Sto
         if layer is not None:
             return layer
     return None
-
-
-__all__ = ["LAYOUTS", "StoredLayer", "find_layer"]

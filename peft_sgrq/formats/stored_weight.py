@@ -14,9 +14,9 @@ from peft_sgrq.formats.scale_matrix import ScaleMatrix
 
 
 class StoredWeight(ScaleMatrix):
-    """One linear layer in a checkpoint, seen as the scaled weight of its format sees it in memory.
+    """One linear layer in a checkpoint, seen as the `ScaledWeight` of its format sees it in memory.
 
-    `fingerprint` gives what the scaled weight's gives, from the bytes of the file; `scales` and `round_to_storage` are what
+    `fingerprint` gives what it gives in memory, from the bytes of the file; `scales` and `round_to_storage` are what
     `functional.effective_scales` needs.
 
     Args:

@@ -117,8 +117,8 @@ class GradientScores:
 
     Args:
         scaled_weights (`dict[str, ScaledWeight]`): The layers by name.
-        criterion (`Callable`): `(weight, gradient, scaled_weight)` -> scores of one sequence, of the float32 weight `[N, K]`
-            and the gradient in it; twice the gradient is to score four times as much.
+        criterion (`Callable`): `(weight, gradient, scaled_weight)` -> scores of one sequence, of the float32 weight
+            `[N, K]` and the gradient in it; twice the gradient is to score four times as much.
     """
 
     def __init__(self, scaled_weights: Mapping[str, ScaledWeight], criterion: GradientCriterion) -> None:

@@ -42,7 +42,7 @@ def hook() -> None:
 
 def _register() -> None:
     try:
-        importlib.import_module(f"{_PACKAGE}.registration").register()
+        importlib.import_module(f"{_PACKAGE}.plugin.registration").register()
     except Exception:
         logger.debug("peft_sgrq was not registered by itself; `import peft_sgrq` does it.", exc_info=True)
         _leave_no_trace()  # so that an explicit import tries again and shows the error

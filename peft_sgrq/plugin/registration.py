@@ -37,7 +37,7 @@ def _register() -> None:
 
     if NAME in PeftType.__members__:
         owner = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType(NAME))
-        if owner is not None and owner.__module__.partition(".")[0] == __package__:
+        if owner is not None and owner.__module__.partition(".")[0] == __name__.partition(".")[0]:
             return
         if owner is not None or not getattr(PeftType(NAME), "_from_peft_sgrq", False):
             raise ImportError(

@@ -34,8 +34,8 @@ def select_without_data(scaled_weights: Mapping[str, ScaledWeight], config: SGRQ
     if asked:
         raise ValueError(
             f"`{asked}` is {getattr(config, asked)!r}, which needs calibration, and the config has no selection for "
-            f"{len(scaled_weights)} of the layers it targets (the first: {next(iter(scaled_weights))!r}), expected one for each; "
-            'call `peft_sgrq.calibrate(model, config, data)` first, or use criterion="magnitude" with a number, '
+            f"{len(scaled_weights)} of the layers it targets (the first: {next(iter(scaled_weights))!r}), expected "
+            'one for each; call `peft_sgrq.calibrate(model, config, data)` first, or use criterion="magnitude" with a number, '
             '"knee" or "global" as ratio, which need no data.'
         )
     layers = {

@@ -34,7 +34,7 @@ class LayerSaliency:
 
     @classmethod
     def of(cls, scaled_weight: ScaledWeight, scores: torch.Tensor, fingerprint: str | None = None) -> LayerSaliency:
-        """The saliency of a scaled weight's layer from `scores` as the attribute of that name has them, on any device."""
+        """The saliency of a layer from `scores` as the attribute of that name has them, on any device."""
         return cls(
             scores=scores.detach().to("cpu", torch.float32).contiguous(),
             shape=(scaled_weight.out_features, scaled_weight.in_features),

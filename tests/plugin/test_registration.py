@@ -83,7 +83,7 @@ LIGHT = """
 import sys, bitsandbytes
 assert "peft" not in sys.modules
 loaded = {name for name in sys.modules if name == "peft_sgrq" or name.startswith("peft_sgrq.")}
-assert loaded <= {"peft_sgrq", "peft_sgrq.plugin.autoload"}, loaded
+assert loaded <= {"peft_sgrq", "peft_sgrq.plugin", "peft_sgrq.plugin.autoload"}, loaded
 """
 AUTO = """
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, pipeline
