@@ -15,8 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, get_cosine_schedule_with_warmup
 
 from peft_sgrq import SGRQConfig, calibrate
-from peft_sgrq.adapter.targets import named_base_layers, scaled_weight_of
 from peft_sgrq.base.workarounds.bnb_cpu_packing import disable_cpu_packing
+from peft_sgrq.layer.base_layers import named_base_layers, scaled_weight_of
 from peft_sgrq.layer.masks import decode_mask, encode_mask
 from peft_sgrq.selection.layerwise.allocate_ratios import allocate_ratios
 from peft_sgrq.selection.layerwise.probe import probing

@@ -11,11 +11,17 @@ from peft.utils.peft_types import PeftType
 
 from peft_sgrq.adapter.card import write_model_card
 from peft_sgrq.adapter.file import check_adapter_file
-from peft_sgrq.selection.criteria import check_criterion
-from peft_sgrq.selection.ratio import DEFAULT_BUDGET, check_budget, check_ratio, check_ratio_pattern
+from peft_sgrq.choices import (
+    ADAPTER_DTYPES,
+    DEFAULT_BUDGET,
+    DEFAULT_RATIO,
+    check_budget,
+    check_criterion,
+    check_ratio,
+    check_ratio_pattern,
+)
 
 FORMAT_VERSION = 1
-ADAPTER_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass
@@ -67,7 +73,8 @@ class SGRQConfig(PeftConfig):
         default=None, metadata={"help": "Layers to leave alone."}
     )
     ratio: float | str = field(
-        default=1.0, metadata={"help": "Share of the groups trained, in (0, 1], or knee, global or layerwise."}
+        default=DEFAULT_RATIO,
+        metadata={"help": "Share of the groups trained, in (0, 1], or knee, global or layerwise."},
     )
     ratio_pattern: dict[str, float | str] = field(
         default_factory=dict, metadata={"help": "Module name or pattern -> ratio, overruling `ratio`."}

@@ -18,12 +18,10 @@ from peft_sgrq.adapter.starting_point import StartingPoint
 from peft_sgrq.adapter.state import in_adapter_dtype, take_over
 from peft_sgrq.adapter.targets import (
     TASK_HEADS,
-    base_of,
     check_gradient_paths,
     check_group_sizes,
     check_modules_to_save,
     find_targets,
-    scaled_weight_of,
     supported_layers,
     warn_of_fused_experts,
 )
@@ -37,6 +35,7 @@ from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.bnb_4bit.weight import nested_layers, note_unnested
 from peft_sgrq.formats.compressed_tensors.weight import keep_compressed
 from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.layer.base_layers import base_layer_of, scaled_weight_of
 from peft_sgrq.layer.linear import SGRQLinear
 from peft_sgrq.layer.masks import decode_mask, encode_mask
 from peft_sgrq.layer.mixed_batch import adapter_names_for, check_adapter_names
@@ -160,7 +159,7 @@ class SGRQModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        scaled_weight = scaled_weight_of(current_key, base_of(target), peft_config.group_size)
+        scaled_weight = scaled_weight_of(current_key, base_layer_of(target), peft_config.group_size)
         selection = peft_config.selection = peft_config.selection or {}
         if current_key not in selection:  # only when the layers are those of a state dict, not of the config
             selection |= select_without_data({current_key: scaled_weight}, peft_config)

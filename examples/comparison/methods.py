@@ -29,8 +29,7 @@ from torch import nn
 from comparison.variants import FORMS, reparametrize, tie_rows
 from comparison.zero_points import train_zero_points
 from peft_sgrq import SGRQConfig, SGRQLinear
-from peft_sgrq.selection.criteria import CRITERIA
-from peft_sgrq.selection.ratio import check_ratio
+from peft_sgrq.choices import CRITERIA, check_ratio
 
 SCHEDULES = ("cosine", "linear", "constant")
 CENTRES = {"lora": 1e-2, "qalora": 1e-2, "ia3": 1e-1, "sgrq": 1e-1}

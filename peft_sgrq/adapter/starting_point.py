@@ -76,8 +76,8 @@ class StartingPoint:
                 raise ValueError(
                     f"The adapter {self._source!r} of `init_weights` has {tuple(delta.values.shape)} deltas for "
                     f"layer {name!r}, found {scaled_weight.selectable} groups to select from there and a group size "
-                    f"of {config.group_size}; give the config the adapter's group size ({self._config.group_size}), and "
-                    "the model it was trained on."
+                    f"of {config.group_size}; give the config the adapter's group size ({self._config.group_size}), "
+                    "and the model it was trained on."
                 )
             if name in selection:
                 self._check_selected(name, delta, selection[name], scaled_weight)
@@ -88,7 +88,7 @@ class StartingPoint:
             config.base_fingerprint = {**(config.base_fingerprint or {}), **self._config.base_fingerprint}
 
     def _check_selected(self, name: str, delta: StoredDelta, mask: str, scaled_weight: ScaledWeight) -> None:
-        changed = delta.groups[delta.values.ne(0).any(1 - scaled_weight.selected_dim)]
+        changed = delta.groups[delta.values.ne(0).any(1 - scaled_weight.unit.dim)]
         lost = ~torch.isin(changed, decode_mask(mask, scaled_weight.selectable))
         if lost.any():
             raise ValueError(
@@ -108,6 +108,6 @@ class StartingPoint:
             delta = layer._delta(adapter_name)
             rows = torch.isin(stored.groups, delta.groups.cpu())
             places = torch.searchsorted(delta.groups.cpu(), stored.groups[rows])
-            dim = layer.scaled_weight.selected_dim
+            dim = layer.scaled_weight.unit.dim
             kept = stored.values.index_select(dim, rows.nonzero().flatten()).to(delta.weight.device)
             delta.weight.index_copy_(dim, places.to(delta.weight.device), kept)

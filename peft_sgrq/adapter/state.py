@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from peft_sgrq.config import ADAPTER_DTYPES, SGRQConfig
+from peft_sgrq.choices import ADAPTER_DTYPES
+from peft_sgrq.config import SGRQConfig
 from peft_sgrq.layer.delta import Delta
 from peft_sgrq.layer.masks import encode_mask, unpack_mask
 

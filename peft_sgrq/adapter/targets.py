@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import TaskType
 from torch import nn
 
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.registry import is_quantized, is_supported, resolve_weight
 from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.layer.base_layers import named_base_layers, scaled_weight_of
 from peft_sgrq.layer.linear import SGRQLinear
 
 # The heads PEFT trains whole for a task.
@@ -24,22 +24,6 @@ TASK_HEADS: dict[str, list[str]] = {
     TaskType.TOKEN_CLS: ["classifier", "score"],
     TaskType.QUESTION_ANS: ["qa_outputs"],
 }
-
-
-def named_base_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules of a model as they are without adapters: an adapted layer stands for its base layer."""
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if inside and name.startswith(inside):
-            continue
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            inside += (name + ".",)
-        yield name, base_of(module)
-
-
-def base_of(module: nn.Module) -> nn.Module:
-    """The base layer of a layer adapted by SGRQ; any other module itself."""
-    return module.get_base_layer() if isinstance(module, SGRQLinear) else module
 
 
 def find_targets(
@@ -60,20 +44,6 @@ def find_targets(
         for name, layer in named_base_layers(model)
         if name and matches(config, name)
     }
-
-
-def scaled_weight_of(name: str, layer: nn.Module, group_size: int) -> ScaledWeight:
-    """The scaled weight of a layer; a ValueError that names the layer if there is none."""
-    try:
-        scaled_weight = resolve_weight(layer, group_size)
-        if scaled_weight.device.type == "meta" and getattr(layer, "_hf_hook", None) is not None:
-            raise ValueError(
-                "it is offloaded by accelerate, and its scales are needed outside of its forward pass, too; load the "
-                "model with a device_map that keeps the layers to adapt on a device"
-            )
-    except ValueError as error:
-        raise ValueError(f"Layer {name!r} cannot be adapted: {error}. The model was not changed.") from None
-    return scaled_weight
 
 
 def check_group_sizes(model: nn.Module, scaled_weights: Mapping[str, ScaledWeight]) -> None:

@@ -15,7 +15,7 @@ from peft_sgrq.base.workarounds.transformers_save import drop_irreversible_conve
 from peft_sgrq.formats.bnb_4bit.weight import nested_layers, note_unnested
 from peft_sgrq.formats.registry import is_quantized, resolve_weight
 from peft_sgrq.formats.scaled_weight import ScaledWeight
-from peft_sgrq.passes.untouched import refuse_adapters
+from peft_sgrq.layer.base_layers import refuse_adapters
 
 SPLITTABLE = "bitsandbytes nf4 and fp4, GPTQ, AWQ, AutoRound, and HQQ with axis=1"
 

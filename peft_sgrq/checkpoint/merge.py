@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from peft_sgrq.checkpoint.plan import MergePlan, plan_merge
 from peft_sgrq.files.folder import INDEX, write_json
-from peft_sgrq.files.sources import base_of, find_folder, other_files
+from peft_sgrq.files.sources import find_folder, name_of_base, other_files
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def merge_checkpoint(
         raise ValueError(f"{out} exists already, expected a folder to be made; choose another, or pass `overwrite`.")
     adapter_folder = find_folder(adapter, "adapter")
     if base is None:
-        base, named_revision = base_of(adapter_folder)
+        base, named_revision = name_of_base(adapter_folder)
         revision = revision or named_revision
     base_folder = find_folder(base, "base model", revision)
     for path, what in ((base_folder, "base"), (adapter_folder, "adapter")):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from peft_sgrq.checkpoint.plan import MergePlan, plan_merge
 from peft_sgrq.checkpoint.quantization_fields import reading_fields, without_empty
 from peft_sgrq.files.folder import INDEX, CheckpointFolder
-from peft_sgrq.files.sources import base_of, find_folder, other_files
+from peft_sgrq.files.sources import find_folder, name_of_base, other_files
 
 # What transformers writes anew whenever it saves.
 _VOLATILE = ("transformers_version", "_name_or_path")
@@ -64,7 +64,7 @@ def verify_checkpoint(
     """
     adapter_folder = find_folder(adapter, "adapter")
     if base is None:
-        base, named_revision = base_of(adapter_folder)
+        base, named_revision = name_of_base(adapter_folder)
         revision = revision or named_revision
     plan = plan_merge(find_folder(base, "base model", revision), adapter_folder, check=check_base)
     result = CheckpointFolder(find_folder(merged, "merged model"))

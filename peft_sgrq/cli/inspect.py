@@ -11,16 +11,18 @@ import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from peft_sgrq.choices import DEFAULT_BUDGET, NAMED_RATIOS
+
 if TYPE_CHECKING:
     from peft_sgrq.selection.report.report import LayerReport, Report, SizeReport
-
-NAMED_RATIOS = ("knee", "global", "layerwise")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="ADAPTER|SALIENCY", help="a saved adapter, or a saliency file of `calibrate`")
     parser.add_argument("--ratio", type=_ratio, help="of a saliency: the ratio to show by layer (default: knee)")
-    parser.add_argument("--budget", type=_budget, default=0.4, help='of ratio "global": a share, a number, or "20MB"')
+    parser.add_argument(
+        "--budget", type=_budget, default=DEFAULT_BUDGET, help='of ratio "global": a share, a number, or "20MB"'
+    )
     parser.add_argument("--saliency", metavar="FILE", help="of an adapter: that of its base, for the share held")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plot", metavar="FILE.png", help="draw it (needs the extra `plot`)")

@@ -39,7 +39,7 @@ def find_folder(name: str | os.PathLike[str], what: str, revision: str | None = 
         ) from error
 
 
-def base_of(adapter: Path) -> tuple[str, str | None]:
+def name_of_base(adapter: Path) -> tuple[str, str | None]:
     """The base an adapter names, and the revision of it.
 
     Raises:

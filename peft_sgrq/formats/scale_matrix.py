@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
+
+from peft_sgrq.formats.selectable_unit import SelectableUnit
 
 _SAMPLES = 4096
 
@@ -15,7 +17,7 @@ class Geometry(NamedTuple):
     """What the stored shapes of a layer say about its format; the fields are attributes of a `ScaleMatrix`."""
 
     name: str
-    granularity: Literal["group", "row"]
+    unit: SelectableUnit
     out_features: int
     in_features: int
     group_size: int
@@ -30,15 +32,15 @@ class ScaleMatrix(ABC):
 
     Attributes:
         name (`str`): The format, as it stands in fingerprints, e.g. `"bnb-nf4-64"`.
-        granularity (`"group"` or `"row"`): Whether a scale serves a group of columns of one row (or of a block of
-            rows), or one whole row. In a group format columns are selected by group, in a row format rows.
+        unit (`SelectableUnit`): What is selected as a whole: a group of columns where a scale serves a group of one
+            row (or of a block of rows), a row where it serves one whole row.
         in_features, out_features (`int`): Shape of the weight, `[out_features, in_features]` = `[N, K]`.
         group_size (`int`): Columns per scale, `g`. The last group may hold fewer.
         rows_per_scale (`int`): Rows per scale: 1, or the height of a block. The last block may hold fewer.
         storage_dtype (`torch.dtype`): The dtype the format stores its scales in (a dense layer: its weight).
     """
 
-    granularity: Literal["group", "row"] = "group"
+    unit: SelectableUnit = SelectableUnit.GROUP
 
     name: str
     in_features: int
@@ -51,24 +53,23 @@ class ScaleMatrix(ABC):
             setattr(self, field, value)
 
     @property
-    def selected_dim(self) -> int:
-        """The dimension of `S` along which scales are selected: 1 (groups of columns) or 0 (rows)."""
-        return 0 if self.granularity == "row" else 1
-
-    @property
     def scales_shape(self) -> tuple[int, int]:
         """Shape `(rows, groups)` of the scale matrix `S`."""
         return -(-self.out_features // self.rows_per_scale), -(-self.in_features // self.group_size)
 
     @property
     def selectable(self) -> int:
-        """How many groups (rows in a row format) there are to select from."""
-        return self.scales_shape[self.selected_dim]
+        """How many units there are to select from."""
+        return self.scales_shape[self.unit.dim]
 
     def delta_shape(self, selected: int) -> tuple[int, int]:
-        """Shape of the deltas when `selected` groups or rows are tuned."""
-        rows, groups = self.scales_shape
-        return (selected, groups) if self.granularity == "row" else (rows, selected)
+        """Shape of the deltas when `selected` units are tuned."""
+        return self.unit.delta_shape(selected, self.scales_shape)
+
+    @property
+    def lines(self) -> int:
+        """How many lines scores are kept by: columns where groups are selected, rows where rows are."""
+        return (self.out_features, self.in_features)[self.unit.dim]
 
     @property
     @abstractmethod

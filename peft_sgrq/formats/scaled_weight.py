@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from peft_sgrq.formats.kernels import group_reduce
 from peft_sgrq.formats.scale_matrix import ScaleMatrix
+from peft_sgrq.formats.selectable_unit import SelectableUnit
 
 
 class ScaledWeight(ScaleMatrix):
@@ -49,6 +50,38 @@ class ScaledWeight(ScaleMatrix):
         """Columns of the selected groups, `[..., K]` -> `[T, n * group_size]`; a partial group is padded by zeros."""
         x = x.reshape(-1, x.shape[-1])  # (T, K)
         return gather_groups(x, groups, self.scales_shape[1], self.group_size)
+
+    def select_codes(self, codes: torch.Tensor, units: torch.Tensor | None) -> torch.Tensor:
+        """The codes of the selected units: columns of groups, `[N, n * g]`, or rows, `[n, K]`."""
+        if self.unit is SelectableUnit.ROW:
+            return codes if units is None else codes.index_select(0, units)
+        return gather_groups(codes, units, self.scales_shape[1], self.group_size)
+
+    def sum_by_scale(self, elements: torch.Tensor) -> torch.Tensor:
+        """Values of each weight, `[N, K]`, summed over the weights that each scale multiplies, `[rows, groups]`."""
+        if self.unit is SelectableUnit.ROW:
+            return elements.sum(1, keepdim=True)
+        return self.reduce_rows(self.sum_groups(elements))
+
+    def sum_groups(self, elements: torch.Tensor) -> torch.Tensor:
+        """Values of each weight, `[M, K]`, summed over the columns of each group, `[M, groups]`."""
+        return self.select_columns(elements, None).view(elements.shape[0], -1, self.group_size).sum(2)
+
+    def spread_to_lines(self, values: torch.Tensor) -> torch.Tensor:
+        """Shares out a value of each unit, `[selectable]`, to its lines in equal parts."""
+        if self.unit is SelectableUnit.ROW:
+            return values
+        groups = self.group_of_columns().to(values.device)
+        return (values / groups.bincount(minlength=len(values)))[groups]
+
+    def group_of_columns(self) -> torch.Tensor:
+        """The group of each column, int64 `[K]`."""
+        columns = torch.arange(1, self.in_features + 1, dtype=torch.float64, device=self.device)
+        slots = self.select_columns(columns.unsqueeze(0), None).flatten().long()  # column + 1, or 0 for padding
+        filled = slots.nonzero().flatten()
+        groups = torch.empty(self.in_features, dtype=torch.int64, device=self.device)
+        groups[slots[filled] - 1] = filled // self.group_size
+        return groups
 
     def reduce_rows(self, sums: torch.Tensor) -> torch.Tensor:
         """Adds up the rows that share a scale, `[N, n]` -> `[rows, n]`; the sums themselves where none do.

@@ -123,7 +123,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         deltas = [self._delta(name) for name in adapter_names]
         if len(deltas) == 1:
             return deltas[0].values(), deltas[0].selected()
-        scaled_weight, dim = self.scaled_weight, self.scaled_weight.selected_dim
+        scaled_weight, dim = self.scaled_weight, self.scaled_weight.unit.dim
         total = torch.zeros(
             scaled_weight.delta_shape(scaled_weight.selectable), device=scaled_weight.device
         )  # all groups

@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from peft_sgrq.formats.scale_matrix import ScaleMatrix
 from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.formats.selectable_unit import SelectableUnit
 from peft_sgrq.layer.saved_inputs import SavedInput, columns_of
 
 # On CPUs the backward pass makes its large temporaries, the dequantized weight and the product `dy^T x`, a part of
@@ -54,7 +55,7 @@ def effective_scales(
     scales = scaled_weight.scales() if scales is None else scales  # (R, G)
     if groups is None:
         return scaled_weight.round_to_storage(scales * (1 + delta))
-    dim = scaled_weight.selected_dim
+    dim = scaled_weight.unit.dim
     changed = scales.index_select(dim, groups) * (1 + delta)
     return scales.index_copy(dim, groups, scaled_weight.round_to_storage(changed))
 
@@ -72,7 +73,7 @@ def _ranges(total: int, bytes_each: int, scaled_weight: ScaledWeight) -> list[sl
 
 def _input_gradient(dy: torch.Tensor, scales: torch.Tensor, scaled_weight: ScaledWeight) -> torch.Tensor:
     """`dy W'` for the scales in effect, `[T, N]` to `[T, K]`, some groups of columns at a time."""
-    size = scaled_weight.group_size if scaled_weight.granularity == "group" else 1
+    size = scaled_weight.unit.columns(scaled_weight.group_size)
     steps = _ranges(-(-scaled_weight.in_features // size), dy.shape[1] * size * dy.element_size(), scaled_weight)
     if len(steps) == 1:
         return dy @ scaled_weight.dequantize(scales, dy.dtype)
@@ -235,5 +236,5 @@ def scaled_linear(
     Returns:
         `torch.Tensor`: `[..., out_features]`, the bias included.
     """
-    function = _RowScaledLinear if scaled_weight.granularity == "row" else _GroupScaledLinear
+    function = _RowScaledLinear if scaled_weight.unit is SelectableUnit.ROW else _GroupScaledLinear
     return function.apply(x, delta, groups, scaled_weight, saved_input or SavedInput())

@@ -110,7 +110,7 @@ class SGRQLinear(AdaptedLayer):
             if name in self.sgrq_delta:
                 positions = torch.searchsorted(target.groups, self._delta(name).groups)
                 values = self._delta(name).values() * weight
-                target.weight.index_add_(self.scaled_weight.selected_dim, positions, values)
+                target.weight.index_add_(self.scaled_weight.unit.dim, positions, values)
         self._forget_prepared()
 
     def check_finite(self, adapter_names: list[str] | None = None) -> None:

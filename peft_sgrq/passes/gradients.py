@@ -1,8 +1,4 @@
-"""Criteria from a backward pass: gradients of each sequence's loss, layer by layer, while they flow.
-
-Of a layer's weight gradient, `dy^T x` of one sequence, no more is kept than the scores it adds to. The forward pass is
-that of the tuner, so a format whose own kernel drops gradients gives them too. Parameters get no gradients.
-"""
+"""Gradients of each sequence's loss in the weights of layers, one layer after another while a backward pass runs."""
 
 from __future__ import annotations
 
@@ -14,14 +10,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from peft_sgrq.formats.scaled_weight import ScaledWeight
-from peft_sgrq.layer.functional import scaled_linear
 from peft_sgrq.passes.chain import forward_replaced
 from peft_sgrq.passes.data import IGNORED, Batch
-from peft_sgrq.passes.processes import sum_over_processes
-from peft_sgrq.selection.criteria import reduce_scores
-
-GradientCriterion = Callable[[torch.Tensor, torch.Tensor, ScaledWeight], torch.Tensor]
 
 
 class _Observed(torch.autograd.Function):
@@ -110,61 +100,3 @@ def _observed(forward: Callable[..., torch.Tensor], anchor: torch.Tensor, take: 
         return _Observed.apply(y, x.detach(), anchor.to(y.device), take)
 
     return observed
-
-
-class GradientScores:
-    """Scores of layers by gradients of a loss, added up over sequences.
-
-    Args:
-        scaled_weights (`dict[str, ScaledWeight]`): The layers by name.
-        criterion (`Callable`): `(weight, gradient, scaled_weight)` -> scores of one sequence, of the float32 weight
-            `[N, K]` and the gradient in it; twice the gradient is to score four times as much.
-    """
-
-    def __init__(self, scaled_weights: Mapping[str, ScaledWeight], criterion: GradientCriterion) -> None:
-        self._scaled_weights = scaled_weights
-        self._criterion = criterion
-        self._scores: dict[str, torch.Tensor] = {}
-        for name, scaled_weight in scaled_weights.items():
-            count = scaled_weight.out_features if scaled_weight.granularity == "row" else scaled_weight.in_features
-            self._scores[name] = torch.zeros(count, dtype=torch.float64, device=scaled_weight.device)
-
-    def add(self, model: nn.Module, batch: Batch, run: Callable[[Batch], Any]) -> None:
-        """Adds the sequences of a batch; needs the memory of a training step on it.
-
-        Raises:
-            ValueError: If the model returns no loss.
-        """
-        layers = {
-            name: (scaled_weight.module, _tuned_forward(scaled_weight))
-            for name, scaled_weight in self._scaled_weights.items()
-        }
-        observe_gradients(model, layers, batch, run, self._take)
-
-    def _take(self, name: str, gradients: Iterator[torch.Tensor]) -> None:
-        scaled_weight = self._scaled_weights[name]
-        weight = scaled_weight.dequantize(scaled_weight.scales(), torch.float32)  # (N, K)
-        for gradient in gradients:
-            self._scores[name] += reduce_scores(
-                self._criterion(weight, gradient, scaled_weight), scaled_weight
-            ).double()
-
-    def finish(self, tokens: int) -> dict[str, torch.Tensor]:
-        """The scores by name, summed over all processes and divided by the number of tokens, float64."""
-        sum_over_processes(self._scores.values())
-        return {name: scores / tokens for name, scores in self._scores.items()}
-
-
-def _tuned_forward(scaled_weight: ScaledWeight) -> Any:
-    """The tuner's forward pass of a layer with nothing changed."""
-    unchanged = torch.zeros(scaled_weight.delta_shape(scaled_weight.selectable), device=scaled_weight.device)
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        # As in SGRQLinear: the layer's own forward, which accelerate would hook into, is not called.
-        hook = getattr(scaled_weight.module, "_hf_hook", None)
-        if hook is not None:
-            (x, *_), _ = hook.pre_forward(scaled_weight.module, x)
-        y = scaled_weight.cast_output(scaled_linear(scaled_weight.cast_input(x), unchanged, None, scaled_weight), x)
-        return y if hook is None else hook.post_forward(scaled_weight.module, y)
-
-    return forward

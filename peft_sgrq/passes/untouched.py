@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 
@@ -62,13 +61,3 @@ def _configs(modules: list[nn.Module]) -> list[Any]:
             if hasattr(one, "use_cache"):
                 found[id(one)] = one
     return list(found.values())
-
-
-def refuse_adapters(model: nn.Module, what: str) -> None:
-    """Raises a ValueError if a model has an adapter; `what` is asked for, as in "calibrate"."""
-    adapted = isinstance(getattr(model, "base_model", None), BaseTuner) or isinstance(model, BaseTuner)
-    if adapted or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError(
-            f"The model has an adapter, expected the base model alone; {what} before `get_peft_model`, or take the "
-            "adapter off with `model.unload()`."
-        )

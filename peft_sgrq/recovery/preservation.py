@@ -26,7 +26,6 @@ from peft_sgrq.passes.data import Batch
 from peft_sgrq.passes.gradients import observe_gradients
 from peft_sgrq.passes.statistics import InputStatistics
 from peft_sgrq.recovery.reference import Reference
-from peft_sgrq.selection.criteria import sum_by_scale
 
 FROM_INPUTS: dict[str, Callable[[InputStatistics], torch.Tensor]] = {
     "diag": lambda inputs: inputs.diagonal,  # (K,)
@@ -63,8 +62,8 @@ class Pull:
         error = weight - original
         weighted = importance * weight
         return cls(
-            sum_by_scale(weighted * weight, scaled_weight),
-            sum_by_scale(weighted * error, scaled_weight),
+            scaled_weight.sum_by_scale(weighted * weight),
+            scaled_weight.sum_by_scale(weighted * error),
             (importance * error.square()).sum(),
         )
 

@@ -17,12 +17,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from peft_sgrq.config import SGRQConfig
+from peft_sgrq.layer.base_layers import refuse_adapters
 from peft_sgrq.layer.linear import SGRQLinear
 from peft_sgrq.passes.chain import find_stack
 from peft_sgrq.passes.data import Batch, load_batches
 from peft_sgrq.passes.processes import process_count
 from peft_sgrq.passes.running import longest, runner
-from peft_sgrq.passes.untouched import refuse_adapters, untouched
+from peft_sgrq.passes.untouched import untouched
 from peft_sgrq.recovery.block import BlockError
 from peft_sgrq.recovery.distillation import Distillation, DistillationStage
 from peft_sgrq.recovery.progress_file import ProgressFile

@@ -134,7 +134,7 @@ class BlockStage:
                 self._counted,
                 list(deltas.values()),
                 [
-                    (pull, layers[name].scaled_weight.selected_dim)
+                    (pull, layers[name].scaled_weight.unit.dim)
                     for name, pull in self._pulls(layers, inputs, pulls).items()
                 ],
                 self._settings.preservation,

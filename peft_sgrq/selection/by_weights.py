@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from peft_sgrq.choices import WITHOUT_DATA
 from peft_sgrq.formats.scaled_weight import ScaledWeight
-from peft_sgrq.selection.criteria import WEIGHTS, weight_scores
+from peft_sgrq.selection.criteria import weight_scores
 from peft_sgrq.selection.layer_saliency import LayerSaliency
 from peft_sgrq.selection.saliency import Saliency
 
@@ -30,13 +31,13 @@ def select_without_data(scaled_weights: Mapping[str, ScaledWeight], config: SGRQ
     if not scaled_weights:
         return {}
     criterion = config.criterion or "magnitude"
-    asked = "criterion" if criterion not in WEIGHTS else "ratio" if config.ratio == "layerwise" else None
+    asked = "criterion" if criterion not in WITHOUT_DATA else "ratio" if config.ratio == "layerwise" else None
     if asked:
         raise ValueError(
             f"`{asked}` is {getattr(config, asked)!r}, which needs calibration, and the config has no selection for "
             f"{len(scaled_weights)} of the layers it targets (the first: {next(iter(scaled_weights))!r}), expected "
-            'one for each; call `peft_sgrq.calibrate(model, config, data)` first, or use criterion="magnitude" with a number, '
-            '"knee" or "global" as ratio, which need no data.'
+            'one for each; call `peft_sgrq.calibrate(model, config, data)` first, or use criterion="magnitude" with a '
+            'number, "knee" or "global" as ratio, which need no data.'
         )
     layers = {
         name: LayerSaliency.of(scaled_weight, weight_scores(name, scaled_weight, criterion), fingerprint="")

@@ -17,28 +17,25 @@ from tqdm.auto import tqdm
 
 from peft_sgrq.adapter.targets import find_targets, supported_layers
 from peft_sgrq.base.workarounds.bnb_cpu_packing import disable_cpu_packing
+from peft_sgrq.choices import CUSTOM, DEFAULT_CRITERION, WITHOUT_DATA, check_criterion
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.layer.base_layers import refuse_adapters
 from peft_sgrq.passes.data import Batch, load_batches
-from peft_sgrq.passes.gradients import GradientScores
 from peft_sgrq.passes.processes import gather, process_index
 from peft_sgrq.passes.running import longest, runner
 from peft_sgrq.passes.statistics import InputStatistics
-from peft_sgrq.passes.untouched import refuse_adapters, untouched
+from peft_sgrq.passes.untouched import untouched
 from peft_sgrq.selection.collect import collect_input_scores
 from peft_sgrq.selection.criteria import (
-    CUSTOM,
-    DEFAULT_CRITERION,
     DIAGONAL,
     GRADIENTS,
     HESSIAN,
-    WEIGHTS,
     Criterion,
     LayerStatistics,
-    check_criterion,
-    reduce_scores,
     weight_scores,
 )
+from peft_sgrq.selection.gradient_scores import GradientScores
 from peft_sgrq.selection.layer_saliency import LayerSaliency
 from peft_sgrq.selection.original import original_weights
 from peft_sgrq.selection.saliency import Saliency
@@ -130,11 +127,11 @@ def calibrate(
         saliency.configure(copy.copy(config))  # a ratio that cannot be had is found now, not after the work
     batches: list[Batch] = []
     with untouched(model), tqdm(desc="Calibrating", disable=not progress or process_index() > 0) as bar:
-        if name not in WEIGHTS or data is not None:
+        if name not in WITHOUT_DATA or data is not None:
             batches = load_batches(data, tokenizer, column, samples, longest(model, max_length), batch_size, seed)
             saliency.tokens = sum(gather(sum(int(batch.counted.sum()) for batch in batches)))
         loaded = time.perf_counter()
-        if name in WEIGHTS:
+        if name in WITHOUT_DATA:
             scores = {
                 layer: weight_scores(layer, scaled_weight, name, seed)
                 for layer, scaled_weight in scaled_weights.items()
@@ -166,8 +163,7 @@ def calibrate(
 
 
 def _unscored(scaled_weight: ScaledWeight) -> LayerSaliency:
-    count = scaled_weight.out_features if scaled_weight.granularity == "row" else scaled_weight.in_features
-    return LayerSaliency.of(scaled_weight, torch.zeros(count))
+    return LayerSaliency.of(scaled_weight, torch.zeros(scaled_weight.lines))
 
 
 def _known(name: str) -> str:
@@ -237,13 +233,13 @@ def _scorer(
             )
         scores = criterion(LayerStatistics(name, weight, inputs, before))
         whole = (scaled_weight.out_features, scaled_weight.in_features)
-        summed = whole[:1] if scaled_weight.granularity == "row" else whole[1:]
+        summed = (scaled_weight.lines,)
         if not isinstance(scores, torch.Tensor) or tuple(scores.shape) not in (whole, summed):
             raise ValueError(
                 f"The criterion returned {tuple(scores.shape) if isinstance(scores, torch.Tensor) else scores!r} for "
                 f"layer {name!r}, expected a tensor of shape {whole} or {summed}; correct the function."
             )
-        scores = reduce_scores(scores, scaled_weight)
+        scores = scaled_weight.unit.sum_to_lines(scores)
         _check_scores(name, scores)
         return scores
 

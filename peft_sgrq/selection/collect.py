@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_sgrq.choices import size_in_bytes
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.passes.chain import Chain, NotAChainError, find_stack
 from peft_sgrq.passes.data import Batch
@@ -16,7 +17,6 @@ from peft_sgrq.passes.inputs import InputCollector, SharingBrokenError
 from peft_sgrq.passes.padding import Padding
 from peft_sgrq.passes.processes import gather
 from peft_sgrq.passes.statistics import InputStatistics
-from peft_sgrq.selection.ratio import size_in_bytes
 
 logger = logging.getLogger(__name__)
 

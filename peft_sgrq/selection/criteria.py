@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.formats.selectable_unit import SelectableUnit
 from peft_sgrq.passes.statistics import InputStatistics
 
 
@@ -86,48 +87,15 @@ def gradient(weight: torch.Tensor, gradient: torch.Tensor, scaled_weight: Scaled
     they add up to it.
     """
     product = weight * gradient  # (N, K)
-    if scaled_weight.granularity == "row":
+    if scaled_weight.unit is SelectableUnit.ROW:
         return product.sum(1).square()  # (N,)
-    sums = _sum_groups(product, scaled_weight)  # (N, G)
-    return spread_over_columns(sums.square().sum(0), scaled_weight)
-
-
-def _sum_groups(elements: torch.Tensor, scaled_weight: ScaledWeight) -> torch.Tensor:
-    return scaled_weight.select_columns(elements, None).view(elements.shape[0], -1, scaled_weight.group_size).sum(2)
-
-
-def sum_by_scale(elements: torch.Tensor, scaled_weight: ScaledWeight) -> torch.Tensor:
-    """Sums of values of each weight, `[N, K]`, over the weights that each scale multiplies, `[rows, groups]`."""
-    if scaled_weight.granularity == "row":
-        return elements.sum(1, keepdim=True)
-    return scaled_weight.reduce_rows(_sum_groups(elements, scaled_weight))
-
-
-def spread_over_columns(values: torch.Tensor, scaled_weight: ScaledWeight) -> torch.Tensor:
-    """Shares out a value of each group, `[G]`, to its columns in equal parts, `[K]`."""
-    columns = torch.arange(1, scaled_weight.in_features + 1, dtype=torch.float64, device=values.device)
-    slots = (
-        scaled_weight.select_columns(columns.unsqueeze(0), None).view(-1, scaled_weight.group_size).long()
-    )  # 0 for padding
-    parts = values / (slots > 0).sum(1)  # (G,)
-    result = values.new_zeros(scaled_weight.in_features + 1)
-    result[slots] = parts.unsqueeze(1).expand_as(slots)
-    return result[1:]
+    return scaled_weight.spread_to_lines(scaled_weight.sum_groups(product).square().sum(0))  # (K,)
 
 
 HESSIAN: dict[str, Criterion] = {"obs": obs, "billm": billm}  # need all of H
 DIAGONAL: dict[str, Criterion] = {"diag": diag, "error": error}  # need its diagonal
 GRADIENTS = {"fisher": fisher, "gradient": gradient}  # need a backward pass
-WEIGHTS = ("magnitude", "random")  # need no data
-CRITERIA = (*HESSIAN, *DIAGONAL, *GRADIENTS, *WEIGHTS)
 COMPARABLE = tuple(GRADIENTS)  # scores in units of the model's loss, comparable between layers
-DEFAULT_CRITERION = "diag"  # no worse than obs when its scales are tuned, at half the cost: docs/selection-results.md
-CUSTOM = "custom:"  # what the names of users' functions begin with
-
-
-def reduce_scores(elements: torch.Tensor, scaled_weight: ScaledWeight) -> torch.Tensor:
-    """Scores of each weight `[N, K]` summed to what a saliency holds: `[K]`, or `[N]` in a row format."""
-    return elements.sum(1 if scaled_weight.granularity == "row" else 0) if elements.dim() == 2 else elements
 
 
 @torch.no_grad()
@@ -141,7 +109,7 @@ def weight_scores(name: str, scaled_weight: ScaledWeight, criterion: str, seed: 
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
     scores = torch.rand(scaled_weight.selectable, generator=generator).to(scaled_weight.device)
-    return scores if scaled_weight.granularity == "row" else spread_over_columns(scores, scaled_weight)
+    return scaled_weight.spread_to_lines(scores)
 
 
 _PART_BYTES = 2 << 20  # of the weight in float32; as much as stays in a cache, twice as fast as more
@@ -149,26 +117,13 @@ _PART_BYTES = 2 << 20  # of the weight in float32; as much as stays in a cache, 
 
 def squared_weights(scaled_weight: ScaledWeight) -> torch.Tensor:
     """The sum of squared weights of each column, float32 `[K]`, or of each row in a row format, `[N]`."""
-    scales = scaled_weight.scales()
+    scales, unit = scaled_weight.scales(), scaled_weight.unit
     if not scaled_weight.in_parts:
-        return reduce_scores(scaled_weight.dequantize(scales, torch.float32).square_(), scaled_weight)
-    size = 1 if scaled_weight.granularity == "row" else scaled_weight.group_size
+        return unit.sum_to_lines(scaled_weight.dequantize(scales, torch.float32).square_())
+    size = unit.columns(scaled_weight.group_size)
     step = max(1, _PART_BYTES // (4 * scaled_weight.out_features * size)) * size
     sums = []
     for start in range(0, scaled_weight.in_features, step):
         columns = slice(start, min(start + step, scaled_weight.in_features))
-        sums.append(
-            reduce_scores(scaled_weight.dequantize_columns(scales, torch.float32, columns).square_(), scaled_weight)
-        )
-    return torch.stack(sums).sum(0) if scaled_weight.granularity == "row" else torch.cat(sums)
-
-
-def check_criterion(criterion: object) -> None:
-    """Refuses what is not the name of a criterion; those of users' functions begin with `custom:`."""
-    known = ", ".join(f'"{name}"' for name in CRITERIA)
-    if not isinstance(criterion, str):
-        raise TypeError(f"`criterion` is {criterion!r}, expected one of {known}, or None for the default.")
-    if criterion not in CRITERIA and not criterion.startswith(CUSTOM):
-        raise ValueError(
-            f"`criterion` is {criterion!r}, expected one of {known}; give a function of your own to `calibrate`."
-        )
+        sums.append(unit.sum_to_lines(scaled_weight.dequantize_columns(scales, torch.float32, columns).square_()))
+    return torch.stack(sums).sum(0) if unit is SelectableUnit.ROW else torch.cat(sums)

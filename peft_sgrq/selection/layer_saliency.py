@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
 from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.formats.selectable_unit import SelectableUnit
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +18,7 @@ class LayerSaliency:
         scores (`torch.Tensor`): Saliency of each column, float32 `[in_features]`; in a row format of each row,
             `[out_features]`. On the CPU, not negative.
         shape (`tuple[int, int]`): `(out_features, in_features)`.
-        granularity (`"group"` or `"row"`): What is selected: groups of columns, or rows.
+        unit (`SelectableUnit`): What is selected: groups of columns, or rows.
         group_size (`int`): Columns per scale.
         fingerprint (`str`): Digest of the base layer, as in `ScaledWeight.fingerprint`.
         groups (`torch.Tensor` or `None`): The group of each column, int64 `[in_features]`; `None` if it is
@@ -27,7 +27,7 @@ class LayerSaliency:
 
     scores: torch.Tensor
     shape: tuple[int, int]
-    granularity: Literal["group", "row"]
+    unit: SelectableUnit
     group_size: int
     fingerprint: str
     groups: torch.Tensor | None = None
@@ -38,7 +38,7 @@ class LayerSaliency:
         return cls(
             scores=scores.detach().to("cpu", torch.float32).contiguous(),
             shape=(scaled_weight.out_features, scaled_weight.in_features),
-            granularity=scaled_weight.granularity,
+            unit=scaled_weight.unit,
             group_size=scaled_weight.group_size,
             fingerprint=scaled_weight.fingerprint() if fingerprint is None else fingerprint,
             groups=_groups_of_columns(scaled_weight),
@@ -50,17 +50,22 @@ class LayerSaliency:
 
     @property
     def selectable(self) -> int:
-        """How many groups (rows in a row format) there are to select from."""
-        return self.shape[0] if self.granularity == "row" else -(-self.shape[1] // self.group_size)
+        """How many units there are to select from."""
+        return self.scales_shape[self.unit.dim]
 
     @property
     def scales_per_group(self) -> int:
-        """How many scales are trained for each selected group."""
-        return -(-self.shape[1] // self.group_size) if self.granularity == "row" else self.shape[0]
+        """How many scales are trained for each selected unit."""
+        return self.scales_shape[1 - self.unit.dim]
+
+    @property
+    def scales_shape(self) -> tuple[int, int]:
+        """Shape `(rows, groups)` of the scales."""
+        return self.shape[0], -(-self.shape[1] // self.group_size)
 
     def group_scores(self) -> torch.Tensor:
         """Saliency of each group, the sum over its columns, or of each row in a row format, float32 `[selectable]`."""
-        if self.granularity == "row":
+        if self.unit is SelectableUnit.ROW:
             return self.scores
         groups = self.groups
         if groups is None:
@@ -69,14 +74,8 @@ class LayerSaliency:
 
 
 def _groups_of_columns(scaled_weight: ScaledWeight) -> torch.Tensor | None:
-    if scaled_weight.granularity == "row":
+    if scaled_weight.unit is SelectableUnit.ROW:
         return None
-    columns = torch.arange(1, scaled_weight.in_features + 1, dtype=torch.float32, device=scaled_weight.device)
-    slots = (
-        scaled_weight.select_columns(columns.unsqueeze(0), None).flatten().long().cpu()
-    )  # column + 1, or 0 for padding
-    slot = torch.arange(len(slots))[slots > 0]
-    groups = torch.empty(scaled_weight.in_features, dtype=torch.int64)
-    groups[slots[slot] - 1] = slot // scaled_weight.group_size
+    groups = scaled_weight.group_of_columns().cpu()
     in_order = torch.arange(scaled_weight.in_features) // scaled_weight.group_size
     return None if torch.equal(groups, in_order) else groups

@@ -27,7 +27,7 @@ def original_weights(
         ValueError: If the original lacks a layer, or has it in another shape.
         TypeError: If it is neither a model nor a path.
     """
-    from peft_sgrq.adapter.targets import named_base_layers, scaled_weight_of
+    from peft_sgrq.layer.base_layers import named_base_layers, scaled_weight_of
 
     if isinstance(original, (str, os.PathLike)):
         cls: Any = type(model)

@@ -7,12 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-NAMED_RATIOS = ("knee", "global", "layerwise")
-WINSORISED_AT = 0.99
-DEFAULT_BUDGET = 0.4  # the share of SGR-Q
+from peft_sgrq.choices import Budget, check_budget, size_in_bytes
 
-Ratio = float | str
-Budget = float | int | str
+WINSORISED_AT = 0.99
 
 
 def count_selected(ratio: float, selectable: int) -> int:
@@ -68,70 +65,6 @@ def budget_in_scales(budget: Budget, total: int, bytes_per_scale: int) -> int:
     if isinstance(budget, str):
         return size_in_bytes(budget, "budget") // bytes_per_scale
     return budget if isinstance(budget, int) else math.floor(budget * total + 1e-9)
-
-
-def check_budget(budget: object, name: str = "budget") -> None:
-    """Refuses what is no budget as [`budget_in_scales`] takes it."""
-    expected = (
-        'expected a share of all scales in (0, 1] such as 0.4, a number of scales as an int, or a size such as "20MB"'
-    )
-    if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
-        raise TypeError(f"`{name}` is {budget!r}, {expected}.")
-    valid = budget >= 1 if isinstance(budget, int) else True
-    if isinstance(budget, float):
-        valid = math.isfinite(budget) and 0 < budget <= 1
-    if isinstance(budget, str):
-        try:
-            size_in_bytes(budget, name)
-        except ValueError:
-            valid = False
-    if not valid:
-        raise ValueError(f"`{name}` is {budget!r}, {expected}.")
-
-
-def size_in_bytes(size: int | str, name: str) -> int:
-    """Bytes of a size such as `"20MB"`, `"4GiB"` or a number of bytes; a ValueError names what it is the size of."""
-    from accelerate.utils.modeling import convert_file_size_to_int  # type: ignore[import-untyped]
-
-    try:
-        found = int(convert_file_size_to_int(size))
-    except (ValueError, AttributeError):
-        found = 0
-    if found <= 0:
-        raise ValueError(f'`{name}` is {size!r}, expected a size such as "20MB" or a number of bytes; correct it.')
-    return found
-
-
-def check_ratio(ratio: object, name: str = "ratio") -> None:
-    """Refuses what is neither a share in (0, 1] nor one of `NAMED_RATIOS`."""
-    names = ", ".join(f'"{known}"' for known in NAMED_RATIOS)
-    if isinstance(ratio, str):
-        if ratio not in NAMED_RATIOS:
-            raise ValueError(f"`{name}` is {ratio!r}, expected a number in (0, 1] or one of {names}.")
-        return
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
-        raise TypeError(f"`{name}` is {ratio!r}, expected a number in (0, 1] or one of {names}; 1.0 is the default.")
-    if not (math.isfinite(ratio) and 0 < ratio <= 1):
-        raise ValueError(
-            f"`{name}` is {ratio}, expected a share of the scales in (0, 1]; 0.4 trains 40 % of them, 1.0 all."
-        )
-
-
-def check_ratio_pattern(pattern: object) -> None:
-    """Refuses what is not a dict from module names, or patterns of them, to numbers in (0, 1] or `"knee"`."""
-    if not isinstance(pattern, dict):
-        raise TypeError(f"`ratio_pattern` is {pattern!r}, expected a dict from module names or patterns to ratios.")
-    for key, value in pattern.items():
-        if not isinstance(key, str):
-            raise TypeError(
-                f"`ratio_pattern` has the key {key!r}, expected the name of a module or a pattern of names."
-            )
-        check_ratio(value, f"ratio_pattern[{key!r}]")
-        if value in ("global", "layerwise"):
-            raise ValueError(
-                f"`ratio_pattern[{key!r}]` is {value!r}, which is about all layers, expected a number in (0, 1] or "
-                '"knee"; set `ratio` instead.'
-            )
 
 
 def counts_above_threshold(

@@ -12,16 +12,12 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from peft_sgrq.choices import DEFAULT_BUDGET, DEFAULT_RATIO, Budget, Ratio, check_ratio, check_ratio_pattern
 from peft_sgrq.layer.masks import encode_mask
 from peft_sgrq.selection.criteria import COMPARABLE
 from peft_sgrq.selection.layer_saliency import LayerSaliency
 from peft_sgrq.selection.ratio import (
-    DEFAULT_BUDGET,
-    Budget,
-    Ratio,
     budget_in_scales,
-    check_ratio,
-    check_ratio_pattern,
     count_selected,
     counts_above_threshold,
     knee,
@@ -71,7 +67,7 @@ class Saliency:
 
     def counts(
         self,
-        ratio: Ratio | Mapping[str, float] = 0.4,
+        ratio: Ratio | Mapping[str, float] = DEFAULT_RATIO,
         ratio_pattern: Mapping[str, Ratio] | None = None,
         budget: Budget = DEFAULT_BUDGET,
         bytes_per_scale: int = 4,
@@ -133,7 +129,7 @@ class Saliency:
 
     def select(
         self,
-        ratio: Ratio | Mapping[str, float] = 0.4,
+        ratio: Ratio | Mapping[str, float] = DEFAULT_RATIO,
         ratio_pattern: Mapping[str, Ratio] | None = None,
         budget: Budget = DEFAULT_BUDGET,
         bytes_per_scale: int = 4,
@@ -208,7 +204,7 @@ class Saliency:
 
     def check(self, model: nn.Module) -> None:
         """Raises a ValueError if this is not the saliency of the layers of `model`, with its codes and scales."""
-        from peft_sgrq.adapter.targets import named_base_layers, scaled_weight_of
+        from peft_sgrq.layer.base_layers import named_base_layers, scaled_weight_of
 
         modules = dict(named_base_layers(model))
         for name, layer in self.layers.items():

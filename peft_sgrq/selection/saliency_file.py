@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from peft_sgrq.formats.selectable_unit import SelectableUnit
 from peft_sgrq.selection.layer_saliency import LayerSaliency
 
 FORMAT_VERSION = 1
@@ -26,7 +27,7 @@ def write_saliency_file(path: str, layers: Mapping[str, LayerSaliency], describe
             tensors[f"{name}.groups"] = layer.groups
         geometry[name] = {
             "shape": layer.shape,
-            "granularity": layer.granularity,
+            "granularity": layer.unit.value,
             "group_size": layer.group_size,
             "fingerprint": layer.fingerprint,
         }
@@ -73,5 +74,6 @@ def read_saliency_file(path: str) -> tuple[dict[str, LayerSaliency], dict[str, A
                 "again."
             )
         geometry["shape"] = tuple(geometry["shape"])
+        geometry["unit"] = SelectableUnit(geometry.pop("granularity"))
         layers[name] = LayerSaliency(scores, groups=tensors.get(f"{name}.groups"), **geometry)
     return layers, described

@@ -41,7 +41,7 @@ def test_gptqmodel_still_binds_copies_to_the_original():
     copied = copy.deepcopy(layer)
     copied.scales.data.mul_(2)
     with torch.no_grad():
-        assert torch.equal(copied(x), layer(x)), "see peft_sgrq/base/workarounds/gptq_bound_copies.py"
+        assert torch.equal(copied(x), layer(x)), "see peft_sgrq/formats/int32_packed/bound_copies.py"
 
 
 def test_a_merge_into_a_copy_of_a_gptq_layer_is_exact_and_leaves_the_original_alone():

@@ -210,7 +210,7 @@ def test_torchao_loads_the_rewritten_scales(kind, tmp_path):
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").get_submodule(name).weight
     original = quantized.get_submodule(name).weight
     expected = original.scale.float()
-    if layer.granularity == "row":
+    if layer.unit == "row":
         expected[groups] *= 1 + values
     else:
         expected[:, groups] *= 1 + values

@@ -39,7 +39,7 @@ def biased_dir(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return directory
 
 
-def base_of(directory: Path, base: str) -> Any:
+def base_layer_of(directory: Path, base: str) -> Any:
     return load_base(str(directory), base, torch.float32, [])
 
 
@@ -54,7 +54,7 @@ def changed(base: Any, size: float) -> Any:
 
 @hqq
 def test_peft_still_loses_the_bias_of_hqq_layers(biased_dir):
-    model = base_of(biased_dir, "hqq-4-16")
+    model = base_layer_of(biased_dir, "hqq-4-16")
     name = targets_of(model)[0]
     assert model.get_submodule(name).bias is not None
     merged = get_peft_model(model, LoraConfig(target_modules=[name])).merge_and_unload()
@@ -64,7 +64,7 @@ def test_peft_still_loses_the_bias_of_hqq_layers(biased_dir):
 @bases
 @torch.no_grad()
 def test_merging_lora_keeps_the_biases(base, biased_dir, ids):
-    model = base_of(biased_dir, base)
+    model = base_layer_of(biased_dir, base)
     expected = {name: model.get_submodule(name).bias.clone() for name in targets_of(model)}
     before = model(input_ids=ids).logits
     merged = merge(changed(model, 0.0), parse_method("lora-4"))
@@ -77,7 +77,7 @@ def test_merging_lora_keeps_the_biases(base, biased_dir, ids):
 @bases
 @torch.no_grad()
 def test_merging_into_the_original_is_quantizing_the_changed_weights(base, biased_dir, ids):
-    quantized, original = base_of(biased_dir, base), base_of(biased_dir, "as-is")
+    quantized, original = base_layer_of(biased_dir, base), base_layer_of(biased_dir, "as-is")
     tokenizer = AutoTokenizer.from_pretrained(biased_dir)
     same = merge_into_original(changed(quantized, 0.0), str(biased_dir), tokenizer, base, [])
     assert torch.equal(same(input_ids=ids).logits, quantized(input_ids=ids).logits)

@@ -44,7 +44,7 @@ def reference(model: PeftModel, x: torch.Tensor, deltas: dict[str, torch.Tensor]
     scales = scaled_weight.scales().double()
     factors = torch.ones_like(scales)
     for name, delta in deltas.items():
-        factors = factors.index_add(scaled_weight.selected_dim, layer.sgrq_delta[name].groups, delta)
+        factors = factors.index_add(scaled_weight.unit.dim, layer.sgrq_delta[name].groups, delta)
     spread = (scales * factors).repeat_interleave(scaled_weight.rows_per_scale, 0)[: scaled_weight.out_features]
     spread = spread.repeat_interleave(scaled_weight.group_size, 1)[:, : scaled_weight.in_features]
     codes = scaled_weight.codes(None, torch.float32).double()[:, : scaled_weight.in_features]
@@ -80,7 +80,7 @@ def test_the_codes_of_some_groups_are_those_of_all(layer):
     scaled_weight = resolve_weight(layer, 64)
     groups = torch.arange(0, scaled_weight.selectable, 2)
     every = scaled_weight.codes(None, torch.float32)
-    if scaled_weight.granularity == "row":
+    if scaled_weight.unit == "row":
         expected = every[groups]
     else:
         expected = every.view(-1, scaled_weight.selectable, scaled_weight.group_size)[:, groups].flatten(1)

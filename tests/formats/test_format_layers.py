@@ -89,7 +89,7 @@ def test_gradients_equal_those_of_the_librarys_own_weight(format, ratio, bias):
     terms = weight * (dy.double().T @ computed)
     sums = torch.zeros(int(rows.max()) + 1, COLUMNS, dtype=torch.float64).index_add(0, rows, terms)
     sums = torch.zeros(len(sums), int(groups.max()) + 1, dtype=torch.float64).index_add(1, groups, sums)
-    delta, dim = sgrq.sgrq_delta["default"], sgrq.scaled_weight.selected_dim
+    delta, dim = sgrq.sgrq_delta["default"], sgrq.scaled_weight.unit.dim
 
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2  # of bfloat16: 2^-8, and sums of such terms
     assert relative_error(y.detach(), expected) < tolerance
@@ -110,7 +110,7 @@ def test_a_merge_changes_the_selected_scales_alone_and_unmerging_puts_the_tensor
     rows, groups = format.maps(ROWS, COLUMNS)
     selected = torch.zeros(sgrq.scaled_weight.selectable, dtype=torch.bool)
     selected[sgrq.sgrq_delta["default"].groups] = True
-    untouched = ~(selected[rows].unsqueeze(1) if sgrq.scaled_weight.granularity == "row" else selected[groups])
+    untouched = ~(selected[rows].unsqueeze(1) if sgrq.scaled_weight.unit == "row" else selected[groups])
     untouched = untouched.expand(ROWS, COLUMNS)
     assert torch.equal(format.weight(layer)[untouched], weight[untouched])
     sgrq.unmerge()

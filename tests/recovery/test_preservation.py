@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from peft_sgrq import SGRQConfig
-from peft_sgrq.adapter.targets import scaled_weight_of
 from peft_sgrq.formats.registry import resolve_weight
+from peft_sgrq.layer.base_layers import scaled_weight_of
 from peft_sgrq.layer.functional import effective_scales
 from peft_sgrq.passes.data import load_batches
 from peft_sgrq.passes.statistics import InputStatistics
@@ -43,7 +43,7 @@ def test_the_term_equals_its_formula(kind, seed, by_row, selected):
     groups = torch.arange(0, scaled_weight.selectable, 2) if selected else None
     count = scaled_weight.selectable if groups is None else len(groups)
     delta = (torch.rand(scaled_weight.delta_shape(count)) - 0.5).requires_grad_(True)
-    term = Pull.of(scaled_weight, original, importance).at(delta, groups, scaled_weight.selected_dim)
+    term = Pull.of(scaled_weight, original, importance).at(delta, groups, scaled_weight.unit.dim)
     (found,) = torch.autograd.grad(term, delta)
     reference = delta.detach().double().requires_grad_(True)
     scales = effective_scales(scaled_weight, delta.detach(), groups)
@@ -59,7 +59,7 @@ def test_the_term_equals_its_formula(kind, seed, by_row, selected):
     step.view(-1)[0] = 1e-3
     pull = Pull.of(scaled_weight, original, importance)
     ahead, behind = (
-        pull.at(delta.detach() + sign * step.float(), groups, scaled_weight.selected_dim).double() for sign in (1, -1)
+        pull.at(delta.detach() + sign * step.float(), groups, scaled_weight.unit.dim).double() for sign in (1, -1)
     )
     torch.testing.assert_close(found.view(-1)[0].double(), (ahead - behind) / 2e-3, rtol=5e-2, atol=5e-2)
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, LlamaForCausalLM
 
 from peft_sgrq import SGRQConfig
-from peft_sgrq.adapter.targets import scaled_weight_of
+from peft_sgrq.layer.base_layers import scaled_weight_of
 from peft_sgrq.passes.data import load_batches
 from peft_sgrq.recovery.reference import Reference
 

@@ -26,7 +26,7 @@ def options_for(scaled_weights: dict[str, Any], counts: tuple[int, ...]) -> dict
     return {
         name: Options(
             ranks=torch.arange(scaled_weight.selectable),
-            dim=scaled_weight.selected_dim,
+            dim=scaled_weight.unit.dim,
             counts=counts,
             costs=tuple(count * scaled_weight.out_features for count in counts),
         )

@@ -79,7 +79,7 @@ def weight_of(scaled_weight: ScaledWeight) -> torch.Tensor:
 
 
 def summed(scores: torch.Tensor, scaled_weight: ScaledWeight) -> torch.Tensor:
-    return scores.sum(1 if scaled_weight.granularity == "row" else 0)
+    return scores.sum(1 if scaled_weight.unit == "row" else 0)
 
 
 def run(

@@ -99,7 +99,7 @@ def reference(layer: SGRQLinear, x: torch.Tensor, deltas: dict[str, torch.Tensor
     codes = scaled_weight.codes(None, torch.float32).double()[:, : layer.in_features]  # (N, K)
     factors = torch.ones_like(scales)
     for name, delta in deltas.items():
-        factors = factors.index_add(scaled_weight.selected_dim, layer.sgrq_delta[name].groups, delta)
+        factors = factors.index_add(scaled_weight.unit.dim, layer.sgrq_delta[name].groups, delta)
     columns = (scales * factors).repeat_interleave(scaled_weight.group_size, 1)[:, : layer.in_features]
     y = x.double() @ (codes * columns).T
     return y if scaled_weight.bias is None else y + scaled_weight.bias.double()

@@ -27,7 +27,7 @@ def saliency_of(model: Any, config: SGRQConfig) -> Saliency:
     layers = {}
     for name, scaled_weight in scaled_weights_of(model, config).items():
         squares = scaled_weight.dequantize(scaled_weight.scales(), torch.float32).square()
-        layers[name] = LayerSaliency.of(scaled_weight, squares.sum(1 if scaled_weight.granularity == "row" else 0))
+        layers[name] = LayerSaliency.of(scaled_weight, squares.sum(1 if scaled_weight.unit == "row" else 0))
     return Saliency(layers, "magnitude")
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.files.folder import CheckpointFolder
+from peft_sgrq.formats.selectable_unit import SelectableUnit
 from peft_sgrq.formats.stored_weight import PlainScales, StoredWeight
 
 
 class StoredBnbInt8(PlainScales):
     """One scale a row."""
 
-    granularity = "row"
+    unit = SelectableUnit.ROW
     name = "bnb-int8-row"
     scale_name = "SCB"
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.formats.selectable_unit import SelectableUnit
 
 _CODE_RANGE = 1.0 / 127.0  # W = CB * SCB / 127
 
@@ -18,7 +19,7 @@ class BnbInt8Weight(ScaledWeight):
     """`bitsandbytes.nn.Linear8bitLt`. Rows are selected; outlier decomposition works as in the base."""
 
     in_parts = True
-    granularity = "row"
+    unit = SelectableUnit.ROW
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from peft_sgrq.formats.parameter_scales import ParameterScales
 from peft_sgrq.formats.scale_matrix import Geometry
 from peft_sgrq.formats.scaled_weight import gather_groups
+from peft_sgrq.formats.selectable_unit import SelectableUnit
 
 _RELOAD = "load the model anew and add the adapter before its first forward pass"
 
@@ -53,15 +54,15 @@ def geometry(
     kind = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}.get(codes.dtype)
     name = f"ct-{kind or f'int{codes.shape[1] * 32 // columns}'}"
     if scales.numel() == 1:
-        return Geometry(f"{name}-tensor", "group", rows, columns, columns, rows)
+        return Geometry(f"{name}-tensor", SelectableUnit.GROUP, rows, columns, columns, rows)
     count, groups = scales.shape
     if count == rows and groups == 1:
-        return Geometry(f"{name}-row", "row", rows, columns, columns, 1)
+        return Geometry(f"{name}-row", SelectableUnit.ROW, rows, columns, columns, 1)
     if count == rows:
-        return Geometry(f"{name}-{columns // groups}", "group", rows, columns, columns // groups, 1)
+        return Geometry(f"{name}-{columns // groups}", SelectableUnit.GROUP, rows, columns, columns // groups, 1)
     for height, width in blocks:
         if (-(-rows // height), -(-columns // width)) == (count, groups):
-            return Geometry(f"{name}-{height}x{width}", "group", rows, columns, width, height)
+            return Geometry(f"{name}-{height}x{width}", SelectableUnit.GROUP, rows, columns, width, height)
     raise ValueError(
         f"its {count} x {groups} scales fit neither groups nor blocks {list(blocks)} of its {rows} x {columns} "
         "weight; check that the quantization config belongs to the weights"
@@ -110,7 +111,7 @@ class CompressedTensorsWeight(ParameterScales):
         stored, packed, count = self._stored.detach(), self._codes, self.scales_shape[1]
         words = packed.shape[1] // count
         # Only what is selected is unpacked, where that is whole words.
-        if groups is not None and self.granularity == "row":
+        if groups is not None and self.unit is SelectableUnit.ROW:
             part, shape = packed.index_select(0, groups), (len(groups), self.in_features)
             ones = torch.ones_like(stored[: len(groups)])
         elif groups is not None and self.rows_per_scale == 1 and words * count == packed.shape[1]:

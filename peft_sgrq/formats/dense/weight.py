@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from peft_sgrq.formats.scaled_weight import ScaledWeight, gather_groups
+from peft_sgrq.formats.scaled_weight import ScaledWeight
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -71,7 +71,7 @@ class DenseWeight(ScaledWeight):
         return self.codes_of_rows(groups, dtype, slice(None))
 
     def codes_of_rows(self, groups: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
-        return gather_groups(self._weight()[rows], groups, self.scales_shape[1], self.group_size).to(dtype)
+        return self.select_codes(self._weight()[rows], groups).to(dtype)
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return apply_scales(self._weight(), scales, self.group_size).to(dtype)

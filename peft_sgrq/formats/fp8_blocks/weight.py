@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from peft_sgrq.formats.parameter_scales import ParameterScales
 from peft_sgrq.formats.scale_matrix import Geometry
-from peft_sgrq.formats.scaled_weight import gather_groups
+from peft_sgrq.formats.selectable_unit import SelectableUnit
 
 
 def geometry(codes: torch.Tensor, scales: torch.Tensor, block: Sequence[int] | None) -> Geometry:
@@ -47,7 +47,7 @@ def geometry(codes: torch.Tensor, scales: torch.Tensor, block: Sequence[int] | N
             "check `weight_block_size` in the quantization config"
         )
     name = "fp8-tensor" if block is None else f"fp8-{height}x{width}"
-    return Geometry(name, "group", rows, columns, width, height)
+    return Geometry(name, SelectableUnit.GROUP, rows, columns, width, height)
 
 
 class Fp8BlockLinear(nn.Module):
@@ -124,7 +124,7 @@ class Fp8BlocksWeight(ParameterScales):
         return self.module.weight.data  # type: ignore[return-value]
 
     def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return gather_groups(self._codes.to(dtype), groups, self.scales_shape[1], self.group_size)
+        return self.select_codes(self._codes.to(dtype), groups)
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if isinstance(self.module, Fp8BlockLinear):

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_sgrq.formats.scaled_weight import ScaledWeight, gather_groups
+from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.formats.selectable_unit import SelectableUnit
 
 
 class HQQWeight(ScaledWeight):
@@ -51,7 +52,7 @@ class HQQWeight(ScaledWeight):
         self._shared = size if self._axis == 0 else 1  # rows that share a scale
         self.group_size = size if self._axis == 1 else 1
         if self._axis == 1 and size == self.in_features:
-            self.granularity = "row"
+            self.unit = SelectableUnit.ROW
         self.splittable = self._axis == 1
         self.name = f"hqq-{meta['nbits']}bit-axis{self._axis}-{size}"
 
@@ -97,10 +98,7 @@ class HQQWeight(ScaledWeight):
         return Quantizer.dequantize(self.module.W_q, {**self._meta, "scale": scale, "compute_dtype": dtype})
 
     def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        codes = self._dequantize(1.0, dtype).to(dtype)  # (N, K)
-        if self.granularity == "row":
-            return codes if groups is None else codes.index_select(0, groups)
-        return gather_groups(codes, groups, self.scales_shape[1], self.group_size)
+        return self.select_codes(self._dequantize(1.0, dtype).to(dtype), groups)
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self._dequantize(self.prepare(scales), dtype).to(dtype)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_sgrq.base.workarounds.gptq_bound_copies import release_copy
+from peft_sgrq.formats.int32_packed.bound_copies import release_copy
 from peft_sgrq.formats.int32_packed.gptqmodel_layer import check_kernel, is_gptqmodel_layer
 from peft_sgrq.formats.int32_packed.packing import WORD, unpack, unpack_rows
 from peft_sgrq.formats.int32_packed.weight import Int32PackedWeight

@@ -13,6 +13,7 @@ from peft_sgrq.config import SGRQConfig
 from peft_sgrq.files.folder import CheckpointFolder
 from peft_sgrq.formats.int32_packed.weight import digest_tensors, format_name
 from peft_sgrq.formats.scale_matrix import Geometry
+from peft_sgrq.formats.selectable_unit import SelectableUnit
 from peft_sgrq.formats.stored_weight import PlainScales, StoredWeight
 
 
@@ -30,7 +31,7 @@ class _PackedLayer(PlainScales):
         if size < 1 or -(-columns // size) != groups:
             size = -(-columns // groups)
         size = min(size, columns)
-        self._set_geometry(Geometry(format_name(family, bits, size), "group", rows, columns, size, 1))
+        self._set_geometry(Geometry(format_name(family, bits, size), SelectableUnit.GROUP, rows, columns, size, 1))
 
 
 class StoredGPTQ(_PackedLayer):

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from peft_sgrq.formats.scaled_weight import ScaledWeight, gather_groups, rescaled_offset
+from peft_sgrq.formats.scaled_weight import ScaledWeight, rescaled_offset
+from peft_sgrq.formats.selectable_unit import SelectableUnit
 
 _PACKED = "TinyGemmWeightQBitsTensor"  # bfloat16, groups of 128: `(q - 8) * scale + offset` by another kernel
 
@@ -47,8 +48,8 @@ class QuantoWeight(ScaledWeight):
             )
         self.group_size = int((weight._group_size if self._grouped else None) or self.in_features)
         if self.group_size == self.in_features:
-            self.granularity = "row"
-        block = "row" if self.granularity == "row" else str(self.group_size)
+            self.unit = SelectableUnit.ROW
+        block = "row" if self.unit is SelectableUnit.ROW else str(self.group_size)
         self.name = f"quanto-{weight.qtype.name}-{block}"
 
     @staticmethod
@@ -140,10 +141,7 @@ class QuantoWeight(ScaledWeight):
         return groups.repeat_interleave(self.group_size, 1)
 
     def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        codes = self._unit_values()
-        if self.granularity == "row":
-            return (codes if groups is None else codes.index_select(0, groups)).to(dtype)
-        return gather_groups(codes, groups, self.scales_shape[1], self.group_size).to(dtype)
+        return self.select_codes(self._unit_values(), groups).to(dtype)
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return (self._unit_values() * self._spread(scales)).to(dtype)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from peft_sgrq.formats.scaled_weight import gather_groups, rescaled_offset
+from peft_sgrq.formats.scaled_weight import rescaled_offset
 from peft_sgrq.formats.torchao.weight import TorchaoWeight, weight_type
 
 
@@ -73,7 +73,7 @@ class TorchaoInt4Weight(TorchaoWeight):
         scales, offsets = self._used(self.stored_scales).unbind(-1)
         zeros = torch.where(scales == 0, 0.0, offsets / scales)  # (N, G)
         codes = codes + zeros.repeat_interleave(self.group_size, 1)
-        return gather_groups(codes, groups, self.scales_shape[1], self.group_size).to(dtype)
+        return self.select_codes(codes, groups).to(dtype)
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self._kernel_weight(self.prepare(scales)).to(dtype)

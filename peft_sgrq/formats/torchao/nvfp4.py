@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_sgrq.formats.scaled_weight import gather_groups
 from peft_sgrq.formats.torchao.weight import TorchaoWeight, weight_type
 
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
@@ -63,7 +62,7 @@ class TorchaoNVFP4Weight(TorchaoWeight):
         return f4_unpacked_to_f32(unpack_uint4(self.weight.qdata.view(torch.uint8)))  # (N, K)
 
     def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return gather_groups(self._unit_values(), groups, self.scales_shape[1], self.group_size).to(dtype)
+        return self.select_codes(self._unit_values(), groups).to(dtype)
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         weight: Any = self.with_scales(self.prepare(scales))

@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from peft_sgrq.formats.scale_matrix import Geometry
-from peft_sgrq.formats.scaled_weight import ScaledWeight, gather_groups
+from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.formats.selectable_unit import SelectableUnit
 
 PLAIN = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
 
@@ -152,11 +153,8 @@ class TorchaoPlainWeight(TorchaoWeight):
         # Selected as bytes: not every operation knows float8.
         codes, zeros = weight.qdata.view(torch.int8), getattr(weight, "zero_point", None)
         if groups is not None:
-            zeros = None if zeros is None else zeros.index_select(self.selected_dim, groups)
-            if self.granularity == "row":
-                codes = codes.index_select(0, groups)
-            else:
-                codes = gather_groups(codes, groups, self.scales_shape[1], self.group_size)
+            zeros = None if zeros is None else zeros.index_select(self.unit.dim, groups)
+            codes = self.select_codes(codes, groups)
         codes = codes.view(weight.qdata.dtype).to(dtype)  # (N, n * g), or (n, K)
         return codes if zeros is None else codes - self._spread(zeros.to(dtype), codes.shape)
 
@@ -190,7 +188,8 @@ def geometry(
     is_row = (rows, columns) == (1, in_features)
     block = "row" if is_row else str(columns) if rows == 1 else f"{rows}x{columns}"
     name = f"torchao-{values}-{block}{'-dynamic' if dynamic else ''}"
-    return Geometry(name, "row" if is_row else "group", out_features, in_features, columns, rows)
+    unit = SelectableUnit.ROW if is_row else SelectableUnit.GROUP
+    return Geometry(name, unit, out_features, in_features, columns, rows)
 
 
 def loading_code(load: Callable[..., str], quantization: Mapping[str, Any]) -> str:

@@ -14,13 +14,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from peft_sgrq.base.workarounds.bnb_cpu_packing import disable_cpu_packing
+from peft_sgrq.choices import Budget, check_ratio
+from peft_sgrq.layer.base_layers import refuse_adapters
 from peft_sgrq.passes.data import load_batches
 from peft_sgrq.passes.processes import process_index
-from peft_sgrq.passes.untouched import refuse_adapters
 from peft_sgrq.selection.layerwise.gains import Options, count_terms, directions, estimate, halves, measure
 from peft_sgrq.selection.layerwise.knapsack import MAX_COMBINATIONS, allocate
 from peft_sgrq.selection.layerwise.probe import probing, split_rows, stack_rows
-from peft_sgrq.selection.ratio import Budget, budget_in_scales, check_ratio, count_selected
+from peft_sgrq.selection.ratio import budget_in_scales, count_selected
 
 if TYPE_CHECKING:
     from peft_sgrq.config import SGRQConfig
@@ -107,7 +108,7 @@ def allocate_ratios(
         >>> saliency.configure(config, ratio=found.ratios)
         ```
     """
-    from peft_sgrq.adapter.targets import named_base_layers, scaled_weight_of
+    from peft_sgrq.layer.base_layers import named_base_layers, scaled_weight_of
 
     start = time.perf_counter()
     if method not in METHODS:
@@ -128,7 +129,7 @@ def allocate_ratios(
         groups[name], ranks = order.sort()  # the groups ascending, and for each its place in the order of saliency
         options[name] = Options(
             ranks=ranks,
-            dim=0 if layer.granularity == "row" else 1,
+            dim=layer.unit.dim,
             counts=tuple(choices[name]),
             costs=tuple(count * layer.scales_per_group for count in choices[name]),
         )

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from peft_sgrq.adapter.size import AdaptedShape, adapter_bytes
+from peft_sgrq.choices import DEFAULT_BUDGET, Budget, Ratio
 from peft_sgrq.layer.masks import unpack_mask
 from peft_sgrq.selection.layer_saliency import LayerSaliency
-from peft_sgrq.selection.ratio import Budget, Ratio, knee
+from peft_sgrq.selection.ratio import knee
 from peft_sgrq.selection.saliency import Saliency
 
 RATIOS: tuple[Ratio, ...] = (0.05, 0.1, 0.2, 0.4, 1.0, "knee", "global")
@@ -110,7 +111,7 @@ class Report:
 
 
 def report_saliency(
-    saliency: Saliency, ratio: Ratio = "knee", budget: Budget = 0.4, ratios: Sequence[Ratio] = RATIOS
+    saliency: Saliency, ratio: Ratio = "knee", budget: Budget = DEFAULT_BUDGET, ratios: Sequence[Ratio] = RATIOS
 ) -> Report:
     """What selections by a saliency take and hold.
 
@@ -162,8 +163,7 @@ def _size(saliency: Saliency, ratio: Ratio, budget: Budget) -> SizeReport:
 
 
 def _shape(layer: LayerSaliency, count: int) -> AdaptedShape:
-    other = layer.scales_per_group
-    return AdaptedShape((count, other) if layer.granularity == "row" else (other, count), layer.selectable)
+    return AdaptedShape(layer.unit.delta_shape(count, layer.scales_shape), layer.selectable)
 
 
 def share_held(layer: LayerSaliency, count: int, groups: torch.Tensor | None = None) -> float:

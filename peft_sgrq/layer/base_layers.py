@@ -1,0 +1,53 @@
+"""The layers of a model as they are without adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from peft_sgrq.formats.registry import resolve_weight
+from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.layer.linear import SGRQLinear
+
+
+def named_base_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of a model as they are without adapters: an adapted layer stands for its base layer."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            inside += (name + ".",)
+        yield name, base_layer_of(module)
+
+
+def base_layer_of(module: nn.Module) -> nn.Module:
+    """The base layer of a layer adapted by SGRQ; any other module itself."""
+    return module.get_base_layer() if isinstance(module, SGRQLinear) else module
+
+
+def scaled_weight_of(name: str, layer: nn.Module, group_size: int) -> ScaledWeight:
+    """The scaled weight of a layer; a ValueError that names the layer if there is none."""
+    try:
+        scaled_weight = resolve_weight(layer, group_size)
+        if scaled_weight.device.type == "meta" and getattr(layer, "_hf_hook", None) is not None:
+            raise ValueError(
+                "it is offloaded by accelerate, and its scales are needed outside of its forward pass, too; load the "
+                "model with a device_map that keeps the layers to adapt on a device"
+            )
+    except ValueError as error:
+        raise ValueError(f"Layer {name!r} cannot be adapted: {error}. The model was not changed.") from None
+    return scaled_weight
+
+
+def refuse_adapters(model: nn.Module, what: str) -> None:
+    """Raises a ValueError if a model has an adapter; `what` is asked for, as in "calibrate"."""
+    adapted = isinstance(getattr(model, "base_model", None), BaseTuner) or isinstance(model, BaseTuner)
+    if adapted or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            f"The model has an adapter, expected the base model alone; {what} before `get_peft_model`, or take the "
+            "adapter off with `model.unload()`."
+        )
