@@ -5,49 +5,42 @@ Importing this package registers the tuner type SGRQ with PEFT.
 
 from __future__ import annotations
 
-import importlib
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peft_sgrq.base.restore import restore_codes
-    from peft_sgrq.base.split import split_groups
-    from peft_sgrq.checkpoint.merge import merge_checkpoint
-    from peft_sgrq.checkpoint.verify import verify_checkpoint
-    from peft_sgrq.config import SGRQConfig
-    from peft_sgrq.layer.linear import SGRQLinear
-    from peft_sgrq.model import SGRQModel
-    from peft_sgrq.plugin.registration import register
-    from peft_sgrq.recovery.recover import Recovery, recover
-    from peft_sgrq.selection.calibrate import calibrate
-    from peft_sgrq.selection.layerwise.allocate_ratios import allocate_ratios
-    from peft_sgrq.selection.saliency import Saliency
+    from peft_sgrq.base.restore import restore_codes as restore_codes
+    from peft_sgrq.base.split import split_groups as split_groups
+    from peft_sgrq.base.workarounds.trainer_refusal import allow_quantized_training as allow_quantized_training
+    from peft_sgrq.checkpoint.merge import MergeReport as MergeReport
+    from peft_sgrq.checkpoint.merge import merge_checkpoint as merge_checkpoint
+    from peft_sgrq.checkpoint.verify import VerifyReport as VerifyReport
+    from peft_sgrq.checkpoint.verify import verify_checkpoint as verify_checkpoint
+    from peft_sgrq.config import SGRQConfig as SGRQConfig
+    from peft_sgrq.layer.linear import SGRQLinear as SGRQLinear
+    from peft_sgrq.model import SGRQModel as SGRQModel
+    from peft_sgrq.plugin.registration import register as register
+    from peft_sgrq.recovery.recover import Recovery as Recovery
+    from peft_sgrq.recovery.recover import recover as recover
+    from peft_sgrq.selection.calibrate import calibrate as calibrate
+    from peft_sgrq.selection.criteria import LayerStatistics as LayerStatistics
+    from peft_sgrq.selection.layerwise.allocate_ratios import allocate_ratios as allocate_ratios
+    from peft_sgrq.selection.saliency import Saliency as Saliency
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Recovery",
-    "SGRQConfig",
-    "SGRQLinear",
-    "SGRQModel",
-    "Saliency",
-    "allocate_ratios",
-    "calibrate",
-    "merge_checkpoint",
-    "recover",
-    "register",
-    "restore_codes",
-    "split_groups",
-    "verify_checkpoint",
-]
-
-_HOMES = {
+_HOMES = {  # public name -> the module it is imported from when it is asked for
+    "LayerStatistics": "selection.criteria",
+    "MergeReport": "checkpoint.merge",
     "Recovery": "recovery.recover",
     "SGRQConfig": "config",
     "SGRQLinear": "layer.linear",
     "SGRQModel": "model",
     "Saliency": "selection.saliency",
+    "VerifyReport": "checkpoint.verify",
     "allocate_ratios": "selection.layerwise.allocate_ratios",
+    "allow_quantized_training": "base.workarounds.trainer_refusal",
     "calibrate": "selection.calibrate",
     "merge_checkpoint": "checkpoint.merge",
     "recover": "recovery.recover",
@@ -56,24 +49,19 @@ _HOMES = {
     "split_groups": "base.split",
     "verify_checkpoint": "checkpoint.verify",
 }
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _is_being_imported(name: str) -> bool:
-    spec = getattr(sys.modules.get(name), "__spec__", None)
-    return bool(getattr(spec, "_initializing", False))
-
-
-# While bitsandbytes is being imported it is its entry point that imports this package: `_autoload` decides then.
-_explicitly_imported = not _is_being_imported("bitsandbytes")
-if _explicitly_imported:
-    importlib.import_module(f"{__name__}.plugin.registration").register()
+# While bitsandbytes is being imported it is its entry point that imports this package; `plugin.autoload` decides then.
+if not getattr(getattr(sys.modules.get("bitsandbytes"), "__spec__", None), "_initializing", False):
+    import_module(f"{__name__}.plugin.registration").register()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
-from peft_sgrq.adapter.card import write_model_card
-from peft_sgrq.adapter.file import check_adapter_file
 from peft_sgrq.choices import (
     ADAPTER_DTYPES,
     DEFAULT_BUDGET,
@@ -67,6 +66,11 @@ class SGRQConfig(PeftConfig):
     Raises:
         ValueError, TypeError: If a field has a value that cannot be used; the sentence says which, and what can.
     """
+
+    # What else is written where a config is saved: the model card, once the plugin is registered.
+    written_beside: ClassVar[list[Callable[[str, SGRQConfig], None]]] = []
+    # The folder of the adapter this config was loaded from.
+    loaded_from: ClassVar[str | None] = None
 
     target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Layers to adapt."})
     exclude_modules: list[str] | set[str] | str | None = field(
@@ -184,18 +188,20 @@ class SGRQConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> SGRQConfig:
-        """Loads the config of a saved adapter; a local one's weights file is checked to be whole.
+        """Loads the config of a saved adapter, and remembers where it was.
 
         Raises:
-            ValueError: If there is no config, a field is wrong, or the weights file is truncated or not one.
+            ValueError: If there is no config, or a field is wrong.
         """
-        check_adapter_file(os.path.join(pretrained_model_name_or_path, subfolder or ""))
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config.loaded_from = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes `adapter_config.json`, and, beside saved adapter weights, the model card `README.md`."""
         super().save_pretrained(save_directory, **kwargs)
-        write_model_card(save_directory, self)
+        for write in self.written_beside:
+            write(save_directory, self)
 
 
 def _as_set(names: Any) -> Any:

@@ -14,6 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import TaskType
 from torch import nn
 
+from peft_sgrq.adapter.file import check_adapter_file
 from peft_sgrq.adapter.starting_point import StartingPoint
 from peft_sgrq.adapter.state import in_adapter_dtype, take_over
 from peft_sgrq.adapter.targets import (
@@ -27,12 +28,9 @@ from peft_sgrq.adapter.targets import (
 )
 from peft_sgrq.adapter.weighted_sum import check_sum, config_of_sum
 from peft_sgrq.base.check import check_base, describe_quantization
-from peft_sgrq.base.workarounds.awq_scale_dtype import keep_awq_scales
-from peft_sgrq.base.workarounds.bnb_cpu_packing import disable_cpu_packing
-from peft_sgrq.base.workarounds.gptq_zero_points import save_zero_points_as_loaded
-from peft_sgrq.base.workarounds.transformers_save import drop_irreversible_conversions
+from peft_sgrq.base.prepare import prepare_base, writing_scales
 from peft_sgrq.config import SGRQConfig
-from peft_sgrq.formats.bnb_4bit.weight import nested_layers, note_unnested
+from peft_sgrq.formats.bnb_4bit.nesting import nested_layers
 from peft_sgrq.formats.compressed_tensors.weight import keep_compressed
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.base_layers import base_layer_of, scaled_weight_of
@@ -95,14 +93,15 @@ class SGRQModel(BaseTuner):
 
     def _prepare_model(self, peft_config: SGRQConfig, model: nn.Module) -> None:
         # Everything that can be wrong is found here, before the first layer is replaced.
+        if peft_config.loaded_from is not None:
+            check_adapter_file(peft_config.loaded_from)
         check_modules_to_save(model, peft_config)
         scaled_weights = find_targets(model, peft_config, self._check_target_module_exists)
         check_group_sizes(model, scaled_weights)
         check_gradient_paths(model, scaled_weights, peft_config)
         if isinstance(peft_config.init_weights, str):
             StartingPoint(peft_config.init_weights).configure(peft_config, scaled_weights)
-        disable_cpu_packing(model)
-        keep_awq_scales(model)
+        prepare_base(model)
         with _original_scales(model):  # whatever is merged into the base
             self._complete_config(peft_config, model, scaled_weights)
         keep_compressed(model)
@@ -196,14 +195,12 @@ class SGRQModel(BaseTuner):
         with _original_scales(self.model):
             nested = nested_layers(self.model)
         saved_by = {layer.scaled_weight.saved_by for layer in self._layers()} - {None}
-        model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
-            merge=merge, progressbar=progressbar, adapter_names=adapter_names
-        )
-        note_unnested(model, nested)
+        with writing_scales(self.model, "Merging", nested):
+            model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
+                merge=merge, progressbar=progressbar, adapter_names=adapter_names
+            )
         for how in saved_by if merge else ():
             logger.warning("`save_pretrained` cannot save this merged model so that it loads again; use %s.", how)
-        drop_irreversible_conversions(model)
-        save_zero_points_as_loaded(model)
         return model
 
     def _check_finite(self, adapter_names: list[str] | None) -> None:

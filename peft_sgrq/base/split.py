@@ -8,11 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from peft_sgrq.base.workarounds.awq_scale_dtype import keep_awq_scales
-from peft_sgrq.base.workarounds.bnb_cpu_packing import disable_cpu_packing
-from peft_sgrq.base.workarounds.gptq_zero_points import save_zero_points_as_loaded
-from peft_sgrq.base.workarounds.transformers_save import drop_irreversible_conversions
-from peft_sgrq.formats.bnb_4bit.weight import nested_layers, note_unnested
+from peft_sgrq.base.prepare import prepare_base, writing_scales
 from peft_sgrq.formats.registry import is_quantized, resolve_weight
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.base_layers import refuse_adapters
@@ -73,17 +69,13 @@ def split_groups(model: Model, group_size: int) -> Model:
     for config in configs:
         _refuse_overrides(config)
 
-    disable_cpu_packing(model)
-    keep_awq_scales(model)
-    nested = nested_layers(model)
-    for scaled_weight in scaled_weights.values():
-        if scaled_weight.group_size != group_size:
-            scaled_weight.split(group_size)
-    note_unnested(model, nested, "Splitting groups")
-    for config in configs:
-        _set_group_size(config, group_size)
-    drop_irreversible_conversions(model)
-    save_zero_points_as_loaded(model)
+    prepare_base(model)
+    with writing_scales(model, "Splitting groups"):
+        for scaled_weight in scaled_weights.values():
+            if scaled_weight.group_size != group_size:
+                scaled_weight.split(group_size)
+        for config in configs:
+            _set_group_size(config, group_size)
     return model
 
 

@@ -13,7 +13,7 @@ from peft_sgrq.adapter.stored import StoredAdapter, StoredDelta, read_adapter
 from peft_sgrq.base.check import check_base
 from peft_sgrq.files.folder import Change, Changes, CheckpointFolder
 from peft_sgrq.files.names import Names
-from peft_sgrq.formats.stored_registry import STORED_FORMATS, find_layer
+from peft_sgrq.formats.registry import find_layer, stored_formats
 from peft_sgrq.formats.stored_weight import StoredWeight
 from peft_sgrq.layer.functional import effective_scales
 
@@ -183,6 +183,6 @@ def _existing(names: Names, name: str, taken: Changes) -> str:
 def _changed_config(folder: CheckpointFolder, changes: Changes) -> dict[str, Any] | None:
     names = {name for name in folder if changes.get(name, True)}
     config = copy.deepcopy(folder.config)
-    for layout in STORED_FORMATS:
+    for layout in stored_formats():
         layout.adjust_config(config, names)
     return None if config == folder.config else config

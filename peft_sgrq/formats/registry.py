@@ -1,57 +1,64 @@
-"""Weight formats whose scales can be tuned; a layer of an unknown format has no scaled weight."""
+"""The weight formats whose scales can be tuned. A new one is a folder here and a line in `FORMATS`."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
 from torch import nn
 
-from peft_sgrq.formats.bnb_4bit.weight import Bnb4bitWeight
-from peft_sgrq.formats.bnb_int8.weight import BnbInt8Weight
-from peft_sgrq.formats.compressed_tensors.weight import CompressedTensorsWeight
-from peft_sgrq.formats.dense.weight import DenseWeight
-from peft_sgrq.formats.fp8_blocks.weight import Fp8BlocksWeight
-from peft_sgrq.formats.hqq.weight import HQQWeight
-from peft_sgrq.formats.int32_packed.autoround import AutoRoundWeight
-from peft_sgrq.formats.int32_packed.awq import AWQWeight
-from peft_sgrq.formats.int32_packed.gptq import GPTQWeight
-from peft_sgrq.formats.quanto.weight import QuantoWeight
+from peft_sgrq.config import SGRQConfig
+from peft_sgrq.files.folder import CheckpointFolder
 from peft_sgrq.formats.scaled_weight import ScaledWeight
-from peft_sgrq.formats.torchao.int4 import TorchaoInt4PlainWeight, TorchaoInt4Weight
-from peft_sgrq.formats.torchao.nvfp4 import TorchaoNVFP4Weight
-from peft_sgrq.formats.torchao.refused import TorchaoRefusedWeight
-from peft_sgrq.formats.torchao.weight import TorchaoPlainWeight
+from peft_sgrq.formats.stored_weight import StoredWeight
 
+# Folder -> the libraries one of which makes its layers. The first format that knows a layer is taken. A folder's
+# `WEIGHTS` are its formats in memory, its `STORED` those in checkpoints.
+FORMATS: dict[str, tuple[str, ...]] = {
+    "bnb_4bit": ("bitsandbytes",),
+    "bnb_int8": ("bitsandbytes",),
+    "compressed_tensors": ("compressed_tensors",),
+    "fp8_blocks": ("transformers",),
+    "int32_packed": ("gptqmodel", "auto_round", "auto_round_extension"),
+    "torchao": ("torchao",),
+    "hqq": ("hqq",),
+    "quanto": ("optimum",),
+    "dense": ("torch",),
+}
 SUPPORTED_LAYERS = (
     "torch.nn.Linear (dense, or with a torchao weight), transformers' Conv1D, bitsandbytes' Linear4bit and "
     "Linear8bitLt, the GPTQ and AWQ layers of GPTQModel, AutoRound's QuantLinear, HQQLinear, quanto's QLinear, "
     "compressed-tensors' layers and fine-grained fp8"
 )
 
-_QUANTIZED: tuple[type[ScaledWeight], ...] = (  # the first that matches is taken
-    Bnb4bitWeight,
-    BnbInt8Weight,
-    CompressedTensorsWeight,
-    Fp8BlocksWeight,
-    AutoRoundWeight,  # before GPTQ: some of its kernels are GPTQModel's
-    GPTQWeight,
-    AWQWeight,
-    TorchaoPlainWeight,
-    TorchaoInt4Weight,
-    TorchaoInt4PlainWeight,
-    TorchaoNVFP4Weight,
-    TorchaoRefusedWeight,
-    HQQWeight,
-    QuantoWeight,
-)
+
+@cache
+def _format(folder: str) -> ModuleType:
+    return import_module(f"{__package__}.{folder}")
+
+
+def _weights() -> Iterator[type[ScaledWeight]]:
+    for folder, libraries in FORMATS.items():
+        if any(library in sys.modules for library in libraries):  # one that is not imported has made no layers
+            yield from _format(folder).WEIGHTS
+
+
+def _class_of(module: nn.Module) -> type[ScaledWeight] | None:
+    return next((weight for weight in _weights() if weight.matches(module)), None)
 
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether a module is a layer of a supported quantized format."""
-    return any(scaled_weight.matches(module) for scaled_weight in _QUANTIZED)
+    found = _class_of(module)
+    return found is not None and found.quantized
 
 
 def is_supported(module: nn.Module) -> bool:
     """Whether a module is a layer of any supported format, quantized or dense."""
-    return is_quantized(module) or DenseWeight.matches(module)
+    return _class_of(module) is not None
 
 
 def resolve_weight(module: nn.Module, group_size: int) -> ScaledWeight:
@@ -65,12 +72,26 @@ def resolve_weight(module: nn.Module, group_size: int) -> ScaledWeight:
         ValueError: If the layer is of no supported format, or of one but cannot be tuned. The sentence is a clause
             about the layer ("its weight is ..."), for the caller to put the layer's name in front of.
     """
-    for scaled_weight in _QUANTIZED:
-        if scaled_weight.matches(module):
-            return scaled_weight(module)
-    if DenseWeight.matches(module):
-        return DenseWeight(module, group_size)
-    raise ValueError(
-        f"it is a {type(module).__module__}.{type(module).__qualname__}, expected one of {SUPPORTED_LAYERS}; name "
-        "only such layers in `target_modules`, or list this one in `exclude_modules`"
-    )
+    found = _class_of(module)
+    if found is None:
+        raise ValueError(
+            f"it is a {type(module).__module__}.{type(module).__qualname__}, expected one of {SUPPORTED_LAYERS}; name "
+            "only such layers in `target_modules`, or list this one in `exclude_modules`"
+        )
+    return found.of(module, group_size)
+
+
+def stored_formats() -> Iterator[type[StoredWeight]]:
+    """The formats of layers in checkpoints; the first that knows one is taken."""
+    for folder in FORMATS:
+        yield from _format(folder).STORED
+
+
+def find_layer(folder: CheckpointFolder, prefix: str, config: SGRQConfig) -> StoredWeight | None:
+    """The layer whose tensors have names with this prefix; `None` if no format knows it.
+
+    Raises:
+        ValueError: If its format is known but its scales cannot be tuned; a clause about the layer.
+    """
+    found = (stored.find(folder, prefix, config) for stored in stored_formats())
+    return next((layer for layer in found if layer is not None), None)

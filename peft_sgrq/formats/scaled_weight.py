@@ -24,17 +24,24 @@ class ScaledWeight(ScaleMatrix):
 
     Attributes:
         module (`nn.Module`): The wrapped layer.
+        quantized (`bool`): Whether the format is one of quantized weights.
         in_parts (`bool`): Whether rows of the codes and columns of the weight can be made without making all of them.
         saved_by (`str` or `None`): What saves a model of this format, where `save_pretrained` does not.
         splittable (`bool`): Whether `split` can give the layer smaller groups.
     """
 
+    quantized: ClassVar[bool] = True
     in_parts: ClassVar[bool] = False
     saved_by: str | None = None
     splittable: bool = False
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+
+    @classmethod
+    def of(cls, module: nn.Module, group_size: int) -> ScaledWeight:
+        """The scaled weight of a layer that `matches`; `group_size` is that of layers which have none of their own."""
+        return cls(module)
 
     @staticmethod
     @abstractmethod

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from peft_sgrq.adapter.targets import find_targets, supported_layers
-from peft_sgrq.base.workarounds.bnb_cpu_packing import disable_cpu_packing
+from peft_sgrq.base.prepare import prepare_base
 from peft_sgrq.choices import CUSTOM, DEFAULT_CRITERION, WITHOUT_DATA, check_criterion
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.scaled_weight import ScaledWeight
@@ -120,7 +120,7 @@ def calibrate(
             "The config's `ratio` is 1.0, at which every scale is trained whatever its saliency; set another such as "
             "0.4, now or later by `saliency.configure(config, ratio=0.4)`."
         )
-    disable_cpu_packing(model)
+    prepare_base(model)
     name = f"{CUSTOM}{getattr(chosen, '__name__', type(chosen).__name__)}" if callable(chosen) else chosen
     saliency = Saliency({layer: _unscored(scaled_weight) for layer, scaled_weight in scaled_weights.items()}, name)
     if config.ratio != "layerwise":

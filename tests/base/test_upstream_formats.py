@@ -126,7 +126,7 @@ torch._weight_int8pack_mm(x, torch.ones(64, 256, dtype=torch.int8), torch.ones(6
 """
 
 
-@pytest.mark.skipif("AVX512" not in torch.scaled_weights.cpu.get_cpu_capability(), reason="the kernel of AVX512 CPUs")
+@pytest.mark.skipif("AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="the kernel of AVX512 CPUs")
 def test_pytorchs_int8_kernel_still_crashes_on_unaligned_tensors():
     """Why quanto's tensors are cloned after they were mapped from a file (`formats.py`, `docs/formats.md`)."""
     done = subprocess.run([sys.executable, "-c", _CRASH], capture_output=True)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, TorchAoConfig
 from peft_sgrq import merge_checkpoint, verify_checkpoint
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.files.folder import CheckpointFolder
-from peft_sgrq.formats.stored_registry import find_layer
+from peft_sgrq.formats.registry import find_layer
 
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 

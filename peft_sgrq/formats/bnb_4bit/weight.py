@@ -7,7 +7,6 @@ rows, so `in_features` has to be a multiple of the block size.
 from __future__ import annotations
 
 import copy
-import logging
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,9 +16,6 @@ from torch import nn
 
 from peft_sgrq.formats.kernels import decodes_4bit, group_reduce_4bit
 from peft_sgrq.formats.scaled_weight import ScaledWeight
-
-logger = logging.getLogger(__name__)
-
 
 # What from_pretrained needs to quantize a base again; the rest of the recorded config are defaults.
 _LOADING_FIELDS = (
@@ -81,7 +77,7 @@ class Bnb4bitWeight(ScaledWeight):
 
     @property
     def _state(self) -> Any:
-        return _quant_state(self.module)
+        return quant_state_of(self.module)
 
     @property
     def _packed(self) -> torch.Tensor:
@@ -252,7 +248,7 @@ def digest_tensors(packed: torch.Tensor, state: Any) -> tuple[torch.Tensor, torc
     return packed, torch.cat([level.reshape(-1).contiguous().view(torch.uint8) for level in levels])
 
 
-def _quant_state(module: nn.Module) -> Any:
+def quant_state_of(module: nn.Module) -> Any:
     # A weight rebuilt by others (FSDP does so) may have lost its state; the layer has it too.
     state = getattr(module.weight, "quant_state", None)
     return getattr(module, "quant_state", None) if state is None else state
@@ -267,41 +263,3 @@ def loading_code(load: Callable[..., str], quantization: Mapping[str, Any]) -> s
         wanted = [(key, value) for key, value in wanted if not key.startswith("bnb_4bit")]
     arguments = ", ".join(f"{key}={value!r}" for key, value in wanted if value not in (None, False, "uint8"))
     return load(f"quantization_config=BitsAndBytesConfig({arguments})")
-
-
-def nested_layers(model: nn.Module) -> dict[str, int]:
-    """Names of the 4-bit layers with nested scales, as they are without adapters, and how many scales each has."""
-    states = {name: _quant_state(module) for name, module in model.named_modules() if Bnb4bitWeight.matches(module)}
-    return {
-        name.removesuffix(".base_layer"): state.absmax.numel()
-        for name, state in states.items()
-        if state is not None and state.nested
-    }
-
-
-def note_unnested(model: nn.Module, before: dict[str, int], what: str = "Merging") -> None:
-    """Reports what un-nesting scales cost, and keeps the quantization config of the model true.
-
-    Args:
-        model (`nn.Module`): The model after merging.
-        before (`dict[str, int]`): What `nested_layers` returned before.
-        what (`str`): What wrote the scales, to begin the sentence with.
-    """
-    after = nested_layers(model)
-    count = sum(size for name, size in before.items() if name not in after)
-    if not count:
-        return
-    logger.warning(
-        "%s wrote the double-quantized scales of %d layers as plain float32, which is exact and takes %.1f MB "
-        "more. The model is still 4-bit and loads as before.",
-        what,
-        len(before) - len(after),
-        count * 3 / 1e6,  # a float32 in place of a byte
-    )
-    config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
-    if after or config is None:
-        return
-    if isinstance(config, dict):
-        config["bnb_4bit_use_double_quant"] = False
-    else:
-        config.bnb_4bit_use_double_quant = False

@@ -23,6 +23,8 @@ class DenseWeight(ScaledWeight):
     unmerged layer does the same, so both give the same bits.
     """
 
+    quantized = False
+
     in_parts = True
 
     def __init__(self, module: nn.Module, group_size: int) -> None:
@@ -30,6 +32,10 @@ class DenseWeight(ScaledWeight):
         self.out_features, self.in_features = self._weight().shape
         self.group_size = min(group_size, self.in_features)
         self.name = f"dense-{self.group_size}"
+
+    @classmethod
+    def of(cls, module: nn.Module, group_size: int) -> DenseWeight:
+        return cls(module, group_size)
 
     @staticmethod
     def matches(module: nn.Module) -> bool:

@@ -1,1 +1,6 @@
 """HQQ."""
+
+from peft_sgrq.formats.hqq.weight import HQQWeight
+
+WEIGHTS = (HQQWeight,)
+STORED = ()

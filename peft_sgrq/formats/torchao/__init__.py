@@ -1,1 +1,16 @@
 """torchao."""
+
+from peft_sgrq.formats.torchao.int4 import TorchaoInt4PlainWeight, TorchaoInt4Weight
+from peft_sgrq.formats.torchao.nvfp4 import TorchaoNVFP4Weight
+from peft_sgrq.formats.torchao.refused import TorchaoRefusedWeight
+from peft_sgrq.formats.torchao.stored import StoredTorchao
+from peft_sgrq.formats.torchao.weight import TorchaoPlainWeight
+
+WEIGHTS = (
+    TorchaoPlainWeight,
+    TorchaoInt4Weight,
+    TorchaoInt4PlainWeight,
+    TorchaoNVFP4Weight,
+    TorchaoRefusedWeight,  # any other torchao tensor
+)
+STORED = (StoredTorchao,)

@@ -13,7 +13,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from tqdm.auto import tqdm
 
-from peft_sgrq.base.workarounds.bnb_cpu_packing import disable_cpu_packing
+from peft_sgrq.base.prepare import prepare_base
 from peft_sgrq.choices import Budget, check_ratio
 from peft_sgrq.layer.base_layers import refuse_adapters
 from peft_sgrq.passes.data import load_batches
@@ -115,7 +115,7 @@ def allocate_ratios(
         raise ValueError(f"`method` is {method!r}, expected one of {METHODS}; fisher is the cheaper one.")
     offered = _check_ratios(ratios)
     refuse_adapters(model, "allocate ratios")
-    disable_cpu_packing(model)
+    prepare_base(model)
     saliency.check(model)
     rows = split_rows(load_batches(data, tokenizer, column, samples, max_length, batch_size, seed))
     fixed = _fixed_counts(config, saliency)
