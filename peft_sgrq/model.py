@@ -280,8 +280,7 @@ class SGRQModel(BaseTuner):
             ValueError: If a tensor does not fit the layer it is for, before any of them is loaded.
         """
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        take_over(model, config, renamed, f".{cls.prefix}delta.{adapter_name}")
-        return renamed
+        return take_over(model, config, renamed, f".{cls.prefix}delta.{adapter_name}")
 
 
 @contextmanager

@@ -8,29 +8,35 @@ from torch import nn
 from peft_sgrq.choices import ADAPTER_DTYPES
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.layer.delta import Delta
-from peft_sgrq.layer.masks import encode_mask, unpack_mask
+from peft_sgrq.layer.masks import encode_mask, mask_of, pack_mask, read_mask
 
 
 def in_adapter_dtype(
     tensors: dict[str, torch.Tensor], config: SGRQConfig, adapter_name: str, prefix: str
 ) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter, its deltas in the dtype its file holds.
+    """The tensors of an adapter as its file holds them: deltas in the adapter's dtype, selections packed to bits.
 
     Args:
-        tensors (`dict[str, torch.Tensor]`): By parameter name, deltas in float32.
+        tensors (`dict[str, torch.Tensor]`): By parameter name, as in the state dict of the model.
         config (`SGRQConfig`): The config of the adapter.
         adapter_name (`str`): Its name.
         prefix (`str`): What the names of a tuner's own modules start with.
     """
     dtype = getattr(torch, config.adapter_dtype)
-    suffix = f".{adapter_name}.weight"
-    return {
-        key: value.to(dtype) if key.endswith(suffix) and f".{prefix}" in f".{key}" else value
-        for key, value in tensors.items()
-    }
+    stored = {}
+    for key, value in tensors.items():
+        own = f".{prefix}" in f".{key}"
+        if own and key.endswith(f".{adapter_name}.weight"):
+            value = value.to(dtype)
+        elif own and key.endswith(f".{adapter_name}.selection") and value.is_floating_point():
+            value = pack_mask(read_mask(value, len(value)), len(value))
+        stored[key] = value
+    return stored
 
 
-def take_over(model: nn.Module, config: SGRQConfig, tensors: dict[str, torch.Tensor], suffix: str) -> None:
+def take_over(
+    model: nn.Module, config: SGRQConfig, tensors: dict[str, torch.Tensor], suffix: str
+) -> dict[str, torch.Tensor]:
     """Checks the tensors of an adapter file, and makes the config say what they hold.
 
     Args:
@@ -38,6 +44,9 @@ def take_over(model: nn.Module, config: SGRQConfig, tensors: dict[str, torch.Ten
         config (`SGRQConfig`): The config of the adapter; its selection and its dtype become those of the file.
         tensors (`dict[str, torch.Tensor]`): By parameter name in the model.
         suffix (`str`): What the names of the adapter's modules end with, `.sgrq_delta.<name>`.
+
+    Returns:
+        The tensors, selections in the form of the model's state dict.
 
     Raises:
         ValueError: If a tensor does not fit the layer it is for.
@@ -48,12 +57,17 @@ def take_over(model: nn.Module, config: SGRQConfig, tensors: dict[str, torch.Ten
     errors = [error for name, delta in deltas.items() for error in delta.find_errors(tensors, name + ".")]
     if errors:
         raise ValueError(f"The adapter file does not fit ({len(errors)} tensors, the first:) {errors[0]}")
+    converted = dict(tensors)
     # PEFT does not read the config of an adapter that replaces another in place.
     for name, delta in deltas.items():
         mask, weight = tensors.get(name + ".selection"), tensors.get(name + ".weight")
         layer_name = name.removesuffix(suffix).removeprefix("base_model.model.")
-        if mask is not None and config.selection and layer_name in config.selection:
-            config.selection[layer_name] = encode_mask(unpack_mask(mask), delta.selectable)
+        if mask is not None:
+            groups = read_mask(mask, delta.selectable)
+            converted[name + ".selection"] = mask_of(groups, delta.selectable)
+            if config.selection and layer_name in config.selection:
+                config.selection[layer_name] = encode_mask(groups, delta.selectable)
         if weight is not None and str(weight.dtype).removeprefix("torch.") in ADAPTER_DTYPES:
             delta.dtype = weight.dtype
             config.adapter_dtype = str(weight.dtype).removeprefix("torch.")
+    return converted

@@ -152,7 +152,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def train(self, mode: bool = True) -> AdaptedLayer:
         self._forget_prepared()
         for name in self.sgrq_delta:
-            self._delta(name).restore_precision()
+            self._delta(name).accept()
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -7,11 +7,47 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from peft_sgrq.layer.functional import round_straight_through
-from peft_sgrq.layer.masks import pack_mask, unpack_mask
+from peft_sgrq.layer.masks import mask_of, pack_mask, read_mask
 
 _RANDOM_STD = 0.1  # of init_weights=False: large enough for a test to see, small enough to keep every scale's sign
+
+
+class DeltaParameter(nn.Parameter):
+    """A parameter that stays float32, whatever it is cast to.
+
+    TRL casts the trainable parameters of an adapter on a 4-bit or 8-bit base to bfloat16 when a trainer is made
+    (https://github.com/huggingface/trl/issues/7268 has why that freezes small updates), by `param.data = ...`. To undo
+    that later would be too late: a storage of another dtype takes the gradient accumulator of a parameter away, and
+    with it what an engine has hooked there. DistributedDataParallel then averages nothing, without a word. So the cast
+    does not happen. tests/test_trl.py::test_trl_still_casts_adapters_to_bfloat16 fails once TRL leaves it out.
+
+    Args:
+        data (`torch.Tensor`): The values, of any floating dtype.
+        requires_grad (`bool`): Whether they are trained.
+    """
+
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = True) -> DeltaParameter:
+        return super().__new__(cls, data.detach().float(), requires_grad)  # type: ignore[no-any-return, call-arg]
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined, no-any-return]
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        if value.dtype != torch.float32:
+            kept = self.detach()
+            same = value.shape == kept.shape and not value.is_meta and not kept.is_meta
+            if same and torch.equal(kept.to(value.device, value.dtype), value):  # these values cast, so their bits
+                if value.device == kept.device:
+                    return
+                value = kept.to(value.device)
+            else:
+                value = value.float()
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
 
 
 class Delta(nn.Module):
@@ -20,16 +56,17 @@ class Delta(nn.Module):
     A module of its own so that parameter names read `sgrq_delta.<adapter>.weight`: TRL finds the parameters of an
     adapter by the dots around its name.
 
+    The groups are no buffer: averages of models (EMA, SWA) take in buffers, and a mean of indices means nothing. In a
+    state dict they are a mask of zeros and ones, float32 `[selectable]`, which is itself when it is averaged; it is
+    there because deltas must not end up on the groups of another selection. An adapter file has it packed to bits.
+
     Attributes:
         weight (`nn.Parameter`): The deltas, float32, `[rows, n]` in a group format, `[n, 1]` in a row format.
-        selection (`torch.Tensor`): Bit mask of the selected groups, uint8 `[ceil(selectable / 8)]`. It is saved beside
-            the deltas: PEFT replaces an adapter in place without reading the new config, and deltas must not end up
-            on the groups of the old one.
-        groups (`torch.Tensor`): Indices of the selected groups, int64 `[n]`; not saved.
+        groups (`torch.Tensor`): Indices of the selected groups, int64 `[n]`, beside the deltas; on the CPU while these
+            are on the meta device.
     """
 
     weight: nn.Parameter
-    selection: torch.Tensor
     groups: torch.Tensor
 
     def __init__(
@@ -42,18 +79,22 @@ class Delta(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
+        self.shape = tuple(shape)  # an engine that shards the weight shows another
+        self.selectable = selectable
+        self.dtype = dtype
+        self._sharded = False
+        self._is_checked = True
         weight = torch.zeros(shape, dtype=torch.float32, device=device)
         if not zero:
             weight.normal_(std=_RANDOM_STD)
-        self.weight = nn.Parameter(weight)
-        # On a meta base there is nothing to place the indices beside; the CPU keeps their values.
-        place = torch.device("cpu") if device.type == "meta" else device
-        self.register_buffer("selection", pack_mask(groups, selectable).to(place))
-        self.register_buffer("groups", groups.to(place), persistent=False)
-        self.selectable = selectable
-        self.dtype = dtype
-        self._exact: torch.Tensor | None = None
-        self._remember()
+        self.weight = DeltaParameter(weight)
+        self.groups = groups
+        self.accept()
+
+    @property
+    def selection(self) -> torch.Tensor:
+        """Bit mask of the selected groups, uint8 `[ceil(selectable / 8)]`, as an adapter file holds it."""
+        return pack_mask(self.groups, self.selectable).to(self.groups.device)
 
     def selected(self) -> torch.Tensor | None:
         """Indices of the selected groups, or `None` if all are: then there is nothing to gather."""
@@ -63,49 +104,67 @@ class Delta(nn.Module):
         """The deltas as the forward pass uses them: float32, on the grid of the adapter dtype."""
         return round_straight_through(self.weight.float(), self.dtype)
 
-    # TRL casts the trainable parameters of an adapter on a 4-bit or 8-bit base to bfloat16 when a trainer is made
-    # (https://github.com/huggingface/trl/issues/7268 has why that freezes small updates), by `param.data = ...`. The
-    # float32 values are still in the storage the parameter had before; no memory is spent on remembering it.
-    # tests/test_trl.py::test_trl_still_casts_adapters_to_bfloat16 fails once this is not needed any more.
+    # What others do to the module.
 
-    def _remember(self) -> None:
-        self._exact = self.weight.detach() if self.weight.dtype == torch.float32 else None
-
-    def restore_precision(self) -> None:
-        """Makes the deltas float32 again after a cast, with the bits they had before it if nothing changed since."""
-        if self.weight.dtype == torch.float32:
-            if self._exact is None or self._exact.data_ptr() != self.weight.data_ptr():
-                self._accept()
+    def __setattr__(self, name: str, value: Any) -> None:
+        # transformers and PEFT (with `low_cpu_mem_usage`) load adapters by putting new tensors into the module. FSDP2
+        # puts in its shards first, and then at every forward pass a parameter of its own, which must stay that one.
+        if name == "selection":
+            self._raise_on({"selection": value.detach()})
+            self.groups = read_mask(value.detach(), self.selectable).to(self.groups.device)
             return
-        exact, cast = self._exact, self.weight.detach()
-        unchanged = (
-            exact is not None
-            and exact.shape == cast.shape
-            and exact.device == cast.device
-            and not cast.is_meta
-            and torch.equal(exact.to(cast.dtype), cast)
-        )
-        self.weight.data = exact if unchanged and exact is not None else cast.float()
-        self._accept()
+        if name == "weight":
+            if isinstance(value, DTensor):
+                self._sharded = True
+            elif not self._sharded:
+                if type(value) is nn.Parameter:
+                    wrapped = DeltaParameter(value, value.requires_grad)
+                    wrapped.__dict__.update(value.__dict__)
+                    value = wrapped
+                self._is_checked = False
+        super().__setattr__(name, value)
 
-    def _accept(self) -> None:
-        # transformers loads adapters by putting new tensors into the module, past load_state_dict.
-        if not self.weight.is_meta:
-            errors = self.find_errors({"weight": self.weight, "selection": self.selection}, "")
-            if errors:
-                raise ValueError(f"The adapter cannot be used: {' '.join(errors)}")
-            self.groups = unpack_mask(self.selection).to(self.groups.device)
-        self._remember()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._keep_class()  # pickles know no other than torch's
+
+    def _keep_class(self) -> None:
+        if type(self.weight) is nn.Parameter and not self._sharded:
+            self.weight = self.weight
+
+    def accept(self) -> None:
+        """Checks what others have put into the module, once, and has the indices beside the deltas.
+
+        Raises:
+            ValueError: If the deltas cannot be used.
+        """
+        if self.weight.is_meta:
+            return
+        if self.groups.device != self.weight.device:
+            self.groups = self.groups.to(self.weight.device)
+        if not self._is_checked:
+            self._raise_on({"weight": self.weight})
+            self._is_checked = True
+
+    def _raise_on(self, tensors: dict[str, torch.Tensor]) -> None:
+        errors = self.find_errors(tensors, "")
+        if errors:
+            raise ValueError(f"The adapter cannot be used: {' '.join(errors)}")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Delta:
-        result = super()._apply(fn, recurse)
-        if self.weight.dtype == torch.float32:
-            self._remember()
-        return result
+        # Moved, but never cast: neither by `half()` nor by `type(dtype)`, which casts integers, too.
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        result = super()._apply(move, recurse)
+        self._keep_class()  # torch puts a new parameter in where it cannot change the old one
+        self.accept()
+        return result  # type: ignore[return-value]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.restore_precision()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "selection"] = mask_of(self.groups, self.selectable)
 
     def _load_from_state_dict(
         self,
@@ -117,18 +176,19 @@ class Delta(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        if not self.weight.is_meta:
-            self.restore_precision()
         errors = self.find_errors(state_dict, prefix)
         if errors:
             error_msgs.extend(errors)
             return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        self._exact = None
-        if not self.weight.is_meta:
-            self.restore_precision()
+        key = prefix + "selection"
+        own = {name: value for name, value in state_dict.items() if name.startswith(prefix) and name != key}
+        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if key in state_dict:
+            self.selection = state_dict[key]
+        elif strict:
+            missing_keys.append(key)
+        self._is_checked = True
+        self.accept()
 
     def find_errors(self, state_dict: Mapping[str, torch.Tensor], prefix: str) -> list[str]:
         """Why the tensors `prefix + "weight"` and `prefix + "selection"` cannot be loaded; empty if they can.
@@ -137,25 +197,32 @@ class Delta(nn.Module):
             state_dict (`Mapping[str, torch.Tensor]`): What is to be loaded; either tensor may be missing.
             prefix (`str`): What their names begin with.
         """
-        weight, selection = state_dict.get(prefix + "weight"), state_dict.get(prefix + "selection")
+        weight, mask = state_dict.get(prefix + "weight"), state_dict.get(prefix + "selection")
         errors = []
-        if weight is not None and tuple(weight.shape) != tuple(self.weight.shape):
+        if weight is not None and tuple(weight.shape) != self.shape:
             errors.append(
-                f"{prefix}weight has shape {tuple(weight.shape)}, expected {tuple(self.weight.shape)}: the file was "
+                f"{prefix}weight has shape {tuple(weight.shape)}, expected {self.shape}: the file was "
                 "saved with another selection than the adapter it is loaded into; load it under a new adapter name."
             )
-        elif weight is not None and not weight.is_meta and not bool(torch.isfinite(weight).all()):
+        elif weight is not None and not weight.is_meta and not _is_finite(weight):
             errors.append(
                 f"{prefix}weight holds NaN or infinite deltas, expected finite numbers: the training that wrote the "
                 "file diverged; load an earlier checkpoint."
             )
-        if selection is not None and (
-            selection.shape != (-(-self.selectable // 8),)
-            or selection.dtype != torch.uint8
-            or len(unpack_mask(selection)) != len(self.groups)
-        ):
+        if mask is not None and not self._fits(mask):
             errors.append(
                 f"{prefix}selection selects other than {len(self.groups)} of {self.selectable} groups, which the "
                 "adapter it is loaded into does; load the file under a new adapter name."
             )
         return errors
+
+    def _fits(self, mask: torch.Tensor) -> bool:
+        try:
+            return len(read_mask(mask, self.selectable)) == len(self.groups)
+        except ValueError:
+            return False
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    values = weight.detach()
+    return bool(torch.isfinite(values.to_local() if isinstance(values, DTensor) else values).all())

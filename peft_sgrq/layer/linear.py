@@ -57,7 +57,7 @@ class SGRQLinear(AdaptedLayer):
             (x, *_), _ = hook.pre_forward(self.base_layer, x)
         if not torch.compiler.is_compiling():
             for name in names:
-                self._delta(name).restore_precision()
+                self._delta(name).accept()
         scaled_weight = self.scaled_weight
         x_cast = scaled_weight.cast_input(x)
         if self._needs_grad(x_cast, names):
@@ -146,7 +146,7 @@ class SGRQLinear(AdaptedLayer):
         if not names:
             return
         for name in names:
-            self._delta(name).restore_precision()
+            self._delta(name).accept()
         if safe_merge:
             self.check_finite(names)
         merged = [*self.merged_adapters, *names]

@@ -27,6 +27,38 @@ def unpack_mask(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cpu().unsqueeze(1) & _BITS).flatten().nonzero().flatten()
 
 
+def mask_of(groups: torch.Tensor, selectable: int) -> torch.Tensor:
+    """Zeros, and ones at the groups: float32 `[selectable]`, on the device of the indices."""
+    mask = torch.zeros(selectable, device=groups.device)
+    mask[groups] = 1
+    return mask
+
+
+def read_mask(mask: torch.Tensor, selectable: int) -> torch.Tensor:
+    """Indices of the groups a mask selects, packed to bits or not, ascending, int64 on the CPU.
+
+    Args:
+        mask (`torch.Tensor`): As `pack_mask` or `mask_of` returns it, of any dtype: state dicts are cast and averaged.
+        selectable (`int`): How many groups there are.
+
+    Raises:
+        ValueError: If it is not a mask over `selectable` groups.
+    """
+    values = mask.to("cpu", torch.float32)
+    rounded = values.round()
+    # One group, packed, is the byte 128.
+    packed = values.shape == (-(-selectable // 8),) and (selectable > 1 or bool((rounded > 1).any()))
+    highest = 255 if packed else 1
+    if not packed and values.shape != (selectable,):
+        raise ValueError(f"it has shape {tuple(mask.shape)}, expected a mask over {selectable} groups")
+    if bool(((values - rounded).abs() > 0.25).any() or (rounded < 0).any() or (rounded > highest).any()):
+        raise ValueError("it holds values that are no mask, expected zeros and ones, or bytes of them")
+    groups = unpack_mask(rounded.to(torch.uint8)) if packed else rounded.nonzero().flatten()
+    if len(groups) and int(groups[-1]) >= selectable:
+        raise ValueError(f"it selects group {int(groups[-1])}, expected less than {selectable}")
+    return groups
+
+
 def encode_mask(groups: torch.Tensor, selectable: int) -> str:
     """The packed mask as a hexadecimal string."""
     return bytes(pack_mask(groups, selectable).tolist()).hex()

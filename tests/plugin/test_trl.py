@@ -112,7 +112,7 @@ def test_sft_trains_float32_deltas_with_float32_states(
 
 
 def test_trl_still_casts_adapters_to_bfloat16(texts, llama_dir: Path, tmp_path: Path):
-    """Once this fails, `Delta.restore_precision` has nothing to do for TRL any more."""
+    """Once this fails, `DeltaParameter` has nothing to do for TRL any more."""
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     trainer = sft(NF4.load(llama_dir), texts, tmp_path, config=lora)
     assert {value.dtype for value in trainer.model.parameters() if value.requires_grad} == {torch.bfloat16}
