@@ -51,7 +51,7 @@ def read_mask(mask: torch.Tensor, selectable: int) -> torch.Tensor:
     highest = 255 if packed else 1
     if not packed and values.shape != (selectable,):
         raise ValueError(f"it has shape {tuple(mask.shape)}, expected a mask over {selectable} groups")
-    if bool(((values - rounded).abs() > 0.25).any() or (rounded < 0).any() or (rounded > highest).any()):
+    if not bool(((values - rounded).abs() <= 0.25).all() and ((rounded >= 0) & (rounded <= highest)).all()):
         raise ValueError("it holds values that are no mask, expected zeros and ones, or bytes of them")
     groups = unpack_mask(rounded.to(torch.uint8)) if packed else rounded.nonzero().flatten()
     if len(groups) and int(groups[-1]) >= selectable:
