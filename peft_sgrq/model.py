@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from peft_sgrq.formats.bnb_4bit.nesting import nested_layers
 from peft_sgrq.formats.compressed_tensors.weight import keep_compressed
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.base_layers import base_layer_of, scaled_weight_of
+from peft_sgrq.layer.first_gradients import FirstGradients
 from peft_sgrq.layer.linear import SGRQLinear
 from peft_sgrq.layer.masks import decode_mask, encode_mask
 from peft_sgrq.layer.mixed_batch import adapter_names_for, check_adapter_names
@@ -70,6 +71,11 @@ class SGRQModel(BaseTuner):
     prefix = "sgrq_"
     tuner_layer_cls = SGRQLinear
     target_module_mapping: dict[str, list[str]] = {}
+
+    @property
+    def _first_gradients(self) -> FirstGradients:
+        # PEFT injects the first adapter while it makes the tuner.
+        return self.__dict__.setdefault("first_gradients", FirstGradients())
 
     # injection
 
@@ -167,6 +173,7 @@ class SGRQModel(BaseTuner):
             target.update_layer(adapter_name, config=peft_config, groups=groups)
             return
         layer = SGRQLinear(target, adapter_name, peft_config, groups)
+        layer.watch_gradients(current_key, self._first_gradients)
         layer.train(target.training)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is made active
@@ -249,7 +256,9 @@ class SGRQModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.get("adapter_names")
         if names is None:
-            yield
+            trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            with self._first_gradients.forward_pass() if trains else nullcontext():
+                yield
             return
         check_adapter_names(names, list(self.peft_config), self.training)
         layers = [module for module in self.modules() if isinstance(module, (SGRQLinear, AuxiliaryTrainingWrapper))]

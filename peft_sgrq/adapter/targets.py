@@ -12,8 +12,10 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.peft_types import TaskType
 from torch import nn
 
+from peft_sgrq.adapter.gradient_paths import check_gradient_paths as check_paths
 from peft_sgrq.config import SGRQConfig
-from peft_sgrq.formats.registry import is_quantized, is_supported, resolve_weight
+from peft_sgrq.formats.dense.weight import DenseWeight
+from peft_sgrq.formats.registry import is_quantized, is_supported
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.base_layers import named_base_layers, scaled_weight_of
 from peft_sgrq.layer.linear import SGRQLinear
@@ -64,21 +66,8 @@ def check_gradient_paths(model: nn.Module, scaled_weights: Mapping[str, ScaledWe
     Raises:
         ValueError: If a layer that quantizes its activations has no adapter; the sentence names it.
     """
-    if config.inference_mode:
-        return
-    for name, layer in named_base_layers(model):
-        if name in scaled_weights or not is_quantized(layer):
-            continue
-        try:
-            lost = resolve_weight(layer, config.group_size).drops_input_gradient
-        except ValueError:
-            continue
-        if lost:
-            raise ValueError(
-                f"Layer {name!r} quantizes its activations and is not targeted, so training would lose the gradient "
-                "there without a word, expected every such layer to have an adapter, which passes it on; use "
-                "target_modules=None, or a `ratio` that makes the adapter small. The model was not changed."
-            )
+    if not config.inference_mode:
+        check_paths(dict(named_base_layers(model)), scaled_weights, config.group_size)
 
 
 def supported_layers(model: nn.Module, config: SGRQConfig) -> set[str]:
@@ -93,6 +82,7 @@ def supported_layers(model: nn.Module, config: SGRQConfig) -> set[str]:
         get_head = getattr(model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
         names = {name for name, layer in layers.items() if name and is_supported(layer) and layer is not head}
+        _warn_of_own_forwards(layers)
         whole = (*TASK_HEADS.get(config.task_type or "", ()), *(config.modules_to_save or ()))
         names = {name for name in names if not any(_is_within(name, module) for module in whole)}
     if names and config.layers_to_transform is not None:
@@ -107,6 +97,15 @@ def supported_layers(model: nn.Module, config: SGRQConfig) -> set[str]:
             "quantize it, e.g. with a BitsAndBytesConfig, or name its layers in `target_modules`."
         )
     return names
+
+
+def _warn_of_own_forwards(layers: Mapping[str, nn.Module]) -> None:
+    """Says which linear layers of a dense model are left alone because they do not compute as linear layers do."""
+    obstacles = {name: DenseWeight.obstacle(layer) for name, layer in layers.items() if DenseWeight.matches(layer)}
+    found = {name: obstacle for name, obstacle in obstacles.items() if obstacle is not None}
+    if found:
+        name, obstacle = next(iter(found.items()))
+        warnings.warn(f"{len(found)} linear layers are left as they are (the first: {name!r}): {obstacle}.")
 
 
 def warn_of_fused_experts(model: nn.Module) -> None:

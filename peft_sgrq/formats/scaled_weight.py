@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from peft_sgrq.formats.kernels import group_reduce
+from peft_sgrq.formats.own_forward import forward_obstacle
 from peft_sgrq.formats.scale_matrix import ScaleMatrix
 from peft_sgrq.formats.selectable_unit import SelectableUnit
 
@@ -48,10 +49,10 @@ class ScaledWeight(ScaleMatrix):
     def matches(module: nn.Module) -> bool:
         """Whether a module is a layer of this format. Imports nothing: a library not imported has no layers."""
 
-    @property
-    def consecutive(self) -> bool:
-        """Whether group `k` is the columns from `k * group_size` on; GPTQ's activation order assigns them freely."""
-        return True
+    @staticmethod
+    @abstractmethod
+    def known_class(module: nn.Module) -> type[nn.Module]:
+        """The class whose forward pass `linear` stands for, of a module that matches."""
 
     def select_columns(self, x: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
         """Columns of the selected groups, `[..., K]` -> `[T, n * group_size]`; a partial group is padded by zeros."""
@@ -107,6 +108,11 @@ class ScaledWeight(ScaleMatrix):
 
     # numbers
 
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str | None:
+        """Why a layer of this format does not compute as its class does, as a clause; `None` if it does."""
+        return forward_obstacle(module, cls.known_class(module))
+
     @property
     def device(self) -> torch.device:
         """Where the weight is."""
@@ -154,6 +160,11 @@ class ScaledWeight(ScaleMatrix):
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
         """Makes of float32 scales `[rows, groups]` what the kernel of `linear` takes; inference does it once."""
         return scales
+
+    @property
+    def rounds_input(self) -> bool:
+        """Whether `cast_input` does more than change the dtype, so that layers with one input compute with several."""
+        return False
 
     @property
     def drops_input_gradient(self) -> bool:

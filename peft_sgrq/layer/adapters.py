@@ -16,6 +16,7 @@ from peft_sgrq.formats.registry import resolve_weight
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.decoding import Decoder
 from peft_sgrq.layer.delta import Delta
+from peft_sgrq.layer.first_gradients import FirstGradients
 from peft_sgrq.layer.prepared import PreparedScales
 
 
@@ -52,6 +53,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self._prepared = PreparedScales()
         self._decoder: Decoder | None = None
         self._unions: dict[tuple[str, ...], torch.Tensor | None] = {}
+        self._name = ""
+        self._first_gradients: FirstGradients | None = None
         self.update_layer(adapter_name, config=config, groups=groups)
 
     @property
@@ -61,6 +64,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             self._scaled_weight = resolve_weight(self.base_layer, self._scaled_weight.group_size)
             self._forget()
         return self._scaled_weight
+
+    def watch_gradients(self, name: str, first_gradients: FirstGradients) -> None:
+        """Has the first gradients of the deltas checked, under the layer's name in its model."""
+        self._name, self._first_gradients = name, first_gradients
 
     # adapters
 

@@ -10,7 +10,7 @@ scales, and `r`, `k` the maps from rows and columns to rows and groups of `S`::
     dL/ddelta[r, k] = S[r, k] * sum_{o in r, c in k} C[o, c] (dy^T x)[o, c]
 
 The rounding is straight-through: its derivative is taken as one. The sum needs `x` only at the selected columns, so
-only those are kept for the backward pass, once for all layers with the same `x` (`saved_inputs.py`). Where there is
+only those are kept for the backward pass, and `x` itself where all are selected (`saved_inputs.py`). Where there is
 one scale per output row, the sum over all columns is the product the forward pass has made already and, without a
 bias, no second product is needed::
 
@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from peft_sgrq.formats.scale_matrix import ScaleMatrix
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.formats.selectable_unit import SelectableUnit
-from peft_sgrq.layer.saved_inputs import SavedInput, columns_of
+from peft_sgrq.layer.saved_inputs import SavedInput
 
 # On CPUs the backward pass makes its large temporaries, the dequantized weight and the product `dy^T x`, a part of
 # this size at a time. Fresh memory costs page faults, which take as long as dequantizing does; small memory is reused.
@@ -131,11 +131,8 @@ class _GroupScaledLinear(torch.autograd.Function):
         saved_input: SavedInput,
     ) -> torch.Tensor:
         y = scaled_weight.linear(x, scaled_weight.prepare(effective_scales(scaled_weight, delta, groups)))  # (..., N)
-        pieces: list[torch.Tensor] = []
-        ctx.parts = ()
-        if ctx.needs_input_grad[1]:
-            pieces, ctx.parts = saved_input.save(x, groups, scaled_weight, y.dtype)
-        ctx.save_for_backward(delta, groups, *pieces)
+        saved = saved_input.save(x, groups, scaled_weight, y.dtype) if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(saved, delta, groups)
         ctx.scaled_weight = scaled_weight
         ctx.x_shape = x.shape
         return y
@@ -143,7 +140,7 @@ class _GroupScaledLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
-        delta, groups, *pieces = ctx.saved_tensors
+        saved, delta, groups = ctx.saved_tensors
         scaled_weight: ScaledWeight = ctx.scaled_weight
         scales = scaled_weight.scales()  # (R, G)
         dy = grads[0].reshape(-1, grads[0].shape[-1])  # (T, N)
@@ -151,16 +148,10 @@ class _GroupScaledLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             changed = effective_scales(scaled_weight, delta, groups, scales)
             dx = _input_gradient(dy, changed, scaled_weight).reshape(ctx.x_shape)
-        for part in ctx.parts:
-            sums = _unit_gradient(dy, columns_of(part, pieces[part.piece], scaled_weight), part.groups, scaled_weight)
-            sums = scaled_weight.reduce_rows(sums)  # (R, n)
-            if part.targets is None:
-                ddelta = sums
-            else:
-                ddelta = delta.new_empty(delta.shape) if ddelta is None else ddelta
-                ddelta.index_copy_(1, part.targets, sums)
-        if ddelta is not None:
-            ddelta = ddelta * _select(scales, groups, 1)
+        if ctx.needs_input_grad[1] and delta.numel():
+            columns = scaled_weight.select_columns(saved, None) if groups is None else saved  # (T, n * g)
+            sums = scaled_weight.reduce_rows(_unit_gradient(dy, columns, groups, scaled_weight))  # (R, n)
+            ddelta = sums * _select(scales, groups, 1)
         elif ctx.needs_input_grad[1]:  # nothing is selected
             ddelta = torch.zeros_like(delta)
         return dx, ddelta, None, None, None
@@ -231,7 +222,7 @@ def scaled_linear(
         delta (`torch.Tensor`): Relative scale changes, float32, shaped as in `effective_scales`.
         groups (`torch.Tensor` or `None`): Selected groups or rows, int64 `[n]`; `None` for all.
         scaled_weight (`ScaledWeight`): The quantized (or dense) layer.
-        saved_input (`SavedInput` or `None`): What other layers with the same input have saved of it.
+        saved_input (`SavedInput` or `None`): The input before its cast, which other layers may have saved already.
 
     Returns:
         `torch.Tensor`: `[..., out_features]`, the bias included.

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
 
+from peft_sgrq.formats.own_forward import call_as, forward_obstacle, has_hooks
+from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.adapters import AdaptedLayer
 from peft_sgrq.layer.decoding import Decoder, is_one_token
 from peft_sgrq.layer.functional import effective_scales, scaled_linear
@@ -32,7 +35,7 @@ class SGRQLinear(AdaptedLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         decoder = self._decoder
         if decoder is not None:
-            if not kwargs and is_one_token(self, x) and decoder.is_current(*self._decoding_state()):
+            if not (args or kwargs) and is_one_token(self, x) and decoder.is_current(*self._decoding_state()):
                 return decoder.run(x)
             self._decoder = None
         adapter_names = kwargs.pop("adapter_names", None)
@@ -42,44 +45,67 @@ class SGRQLinear(AdaptedLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        _refuse_extra(self.base_layer, args, kwargs)
         if adapter_names is not None:
             return forward_mixed(adapter_names, x, self._present, self._adapted)
         if self.merged:
-            return self.base_layer(x, *args, **kwargs)
+            return self.base_layer(x)
         return self._adapted(x, self._present(self.active_adapters), plain=True)
 
     def _adapted(self, x: torch.Tensor, names: tuple[str, ...], plain: bool = False) -> torch.Tensor:
         if not names:
             return self.base_layer(x)
-        # The base layer's own forward is not called, so its accelerate hook (offloading, device maps) is.
-        hook = getattr(self.base_layer, "_hf_hook", None)
-        if hook is not None:
-            (x, *_), _ = hook.pre_forward(self.base_layer, x)
+        base, scaled_weight = self.base_layer, self.scaled_weight
+        if "forward" in base.__dict__:
+            obstacle = forward_obstacle(base, scaled_weight.known_class(base))
+            if obstacle is not None:
+                raise RuntimeError(f"A layer with an adapter cannot compute as its base does: {obstacle}.")
+        decodes = plain and not has_hooks(base) and "_hf_hook" not in base.__dict__
+
+        def compute(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            _refuse_extra(base, args, kwargs)
+            return self._compute(x, names, scaled_weight, decodes)
+
+        return call_as(base, compute, x)
+
+    def _compute(
+        self, x: torch.Tensor, names: tuple[str, ...], scaled_weight: ScaledWeight, decodes: bool
+    ) -> torch.Tensor:
+        """The forward pass with some adapters, at least one, in place of the base layer's own."""
         if not torch.compiler.is_compiling():
             for name in names:
                 self._delta(name).accept()
-        scaled_weight = self.scaled_weight
         x_cast = scaled_weight.cast_input(x)
-        if self._needs_grad(x_cast, names):
+        recorded = self._needs_grad(x_cast, names)
+        if self.training and not torch.compiler.is_compiling():
+            self._expect_gradients(names, recorded)
+        if recorded:
             self._forget_prepared()
-            y = scaled_linear(x_cast, *self.combined_delta(names), scaled_weight, SavedInput.of(x))
+            y = scaled_linear(x_cast, *self.combined_delta(names), scaled_weight, SavedInput(x))
         else:
             with torch.no_grad():
                 prepared = self._prepared_scales(names, x_cast)
                 y = scaled_weight.linear(x_cast, prepared)
-            if plain and hook is None and is_one_token(self, x):  # not for some rows of a mixed batch
+            if decodes and is_one_token(self, x):  # not for some rows of a mixed batch
                 self._decoder = Decoder.of(scaled_weight.bind(prepared), *self._decoding_state())
         y = scaled_weight.cast_output(y, x)
         bias = scaled_weight.bias
         if bias is not None and bias.requires_grad and torch.is_grad_enabled():
             y = y + (bias - bias.detach()).to(y.dtype)  # zero: the kernel has added the bias, this is its gradient
-        return y if hook is None else hook.post_forward(self.base_layer, y)
+        return y
+
+    def _expect_gradients(self, names: tuple[str, ...], recorded: bool) -> None:
+        for name in names:
+            delta = self._delta(name)
+            if not delta.has_had_gradient and delta.weight.requires_grad and self._first_gradients is not None:
+                self._first_gradients.expect(self._name, name, delta, recorded)
 
     def _decoding_state(self) -> tuple[tuple[object, ...], list[torch.Tensor]]:
         """All that decides what a forward pass computes, as `Decoder` compares it."""
         module = self.base_layer
         active = self._active_adapter if isinstance(self._active_adapter, str) else tuple(self._active_adapter)
-        state = (module, active, self._disable_adapters, len(self.merged_adapters), hasattr(module, "_hf_hook"))
+        replaced = (module.__dict__.get("forward"), module.__dict__.get("_hf_hook"), has_hooks(module))
+        state = (module, active, self._disable_adapters, len(self.merged_adapters), replaced)
         weights = [self._delta(name).weight for name in self.sgrq_delta]
         return state, [*weights, *self._scaled_weight.sources()]
 
@@ -190,3 +216,13 @@ class SGRQLinear(AdaptedLayer):
             scales = effective_scales(scaled_weight, *self.combined_delta((adapter,)))
             changed = scaled_weight.dequantize(scales, torch.float32)
             return changed - scaled_weight.dequantize(scaled_weight.scales(), torch.float32)
+
+
+def _refuse_extra(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises a TypeError if there is more than the input, as the base layer itself would: none takes more."""
+    if args or kwargs:
+        found = [f"{len(args)} positional"] * bool(args) + [f"{name!r}" for name in kwargs]
+        raise TypeError(
+            f"{type(module).__name__} was given more arguments than its input ({', '.join(found)}), expected none: "
+            "linear layers take no others; pass them to the module that uses them."
+        )

@@ -8,18 +8,17 @@ other through their hidden states alone. Whether this is one is found out by run
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
+from peft_sgrq.formats.own_forward import forward_replaced
 from peft_sgrq.passes.data import Batch
 
 logger = logging.getLogger(__name__)
-
-_MISSING = object()
 
 
 class NotAChainError(RuntimeError):
@@ -178,16 +177,3 @@ def _first(output: Any) -> torch.Tensor:
     if not isinstance(hidden, torch.Tensor):
         raise NotAChainError(f"a block returns a {type(output).__name__}")
     return hidden
-
-
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
-    own = module.__dict__.get("forward", _MISSING)  # accelerate puts one there
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is _MISSING:
-            del module.forward
-        else:
-            module.forward = own

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_sgrq.formats.own_forward import within_accelerate
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.functional import scaled_linear
 from peft_sgrq.passes.data import Batch
@@ -67,11 +68,6 @@ def _tuned_forward(scaled_weight: ScaledWeight) -> Any:
     unchanged = torch.zeros(scaled_weight.delta_shape(scaled_weight.selectable), device=scaled_weight.device)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        # As in SGRQLinear: the layer's own forward, which accelerate would hook into, is not called.
-        hook = getattr(scaled_weight.module, "_hf_hook", None)
-        if hook is not None:
-            (x, *_), _ = hook.pre_forward(scaled_weight.module, x)
-        y = scaled_weight.cast_output(scaled_linear(scaled_weight.cast_input(x), unchanged, None, scaled_weight), x)
-        return y if hook is None else hook.post_forward(scaled_weight.module, y)
+        return scaled_weight.cast_output(scaled_linear(scaled_weight.cast_input(x), unchanged, None, scaled_weight), x)
 
-    return forward
+    return within_accelerate(scaled_weight.module, forward)

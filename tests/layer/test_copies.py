@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from support.bases import DENSE, INT8, NF4, NF4_NESTED, adapted, logits, train_steps
-from support.layers import adapt, add_adapter, delta_of, linear_4bit, linear_8bit, linear_dense
+from support.layers import adapt, add_adapter, delta_of, linear_4bit, linear_8bit, linear_dense, reference, the_layer
 
 kinds = pytest.mark.parametrize("base", [NF4, NF4_NESTED, INT8, DENSE], ids=lambda base: base.name)
 makers = pytest.mark.parametrize("make", [linear_4bit, linear_8bit, linear_dense])
@@ -112,13 +112,38 @@ def test_compiled_inference_has_no_graph_breaks_and_sees_changed_deltas(make):
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler")
 def test_inductor_compiles_training():
+    """The compiler adds up in an order of its own: each sum is as near to float64 as its number of terms allows."""
     model = adapt(linear_4bit(16, 256, nested=True))
     add_adapter(model, "b", ratio=0.9)
-    x = torch.randn(5, 256)
-    expected = gradients(model, model, x)
-    found = gradients(model, compiled(model, "inductor"), x)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
+    layer, x = the_layer(model), torch.randn(5, 256)
+    deltas = {name: delta_of(model, name).detach().double() for name in layer.active_adapters}
+    scales = layer.backend.scales().double()  # (N, G)
+    codes = layer.backend.codes(None, torch.float32).double()  # (N, K)
+    weight = reference(layer, torch.eye(256), deltas).T - layer.backend.bias.double().unsqueeze(1)  # (N, K)
+    for call in (model, compiled(model, "inductor")):
+        y, dx, *ddeltas = gradients(model, call, x)
+        dy = 2 * y.double()  # what the loss has handed back
+        check_sum(y, x.double(), weight.T, bias=layer.backend.bias.double())
+        check_sum(dx, dy, weight)
+        for ddelta, name in zip(ddeltas, deltas, strict=True):
+            groups = layer.sgrq_delta[name].groups
+            for group, column in zip(groups.tolist(), ddelta.T, strict=True):
+                part = slice(group * 64, group * 64 + 64)
+                terms = dy.T.unsqueeze(2) * x.double()[:, part] * codes[:, part].unsqueeze(1)  # (N, T, g)
+                factor = scales[:, group, None]
+                check_sum(column, terms.flatten(1) * factor, torch.ones(5 * 64, dtype=torch.float64))
+
+
+def check_sum(found: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | float = 0.0) -> None:
+    """Asserts that float32 holds `a @ b + bias` to within the rounding of its terms, in whatever order they are added.
+
+    A sum of n products is wrong by at most n + 6 times half an ulp of the sum of their magnitudes: one for each
+    addition, and six for the product and the factors that were rounded before.
+    """
+    magnitude = a.abs() @ b.abs() + abs(bias)
+    bound = (a.shape[-1] + 6) * torch.finfo(torch.float32).eps / 2 * magnitude
+    error = (found.double() - (a @ b + bias)).abs()
+    assert bool((error <= bound).all()), f"off by up to {float((error / bound).max())} times the rounding"
 
 
 def test_a_whole_model_compiles_without_graph_breaks(llama_dir, ids):

@@ -163,9 +163,11 @@ def train_steps(model: Any, ids: torch.Tensor, steps: int = 3, lr: float = 1e-2)
     optimizer = torch.optim.AdamW(parameters, lr=lr)
     model.train()
     losses = []
-    for _ in range(steps):
+    for step in range(steps):
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
+        if step == 0:
+            assert all(parameter.grad is not None for parameter in parameters), "a delta without a gradient"
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

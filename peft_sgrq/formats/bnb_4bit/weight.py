@@ -75,6 +75,10 @@ class Bnb4bitWeight(ScaledWeight):
         bnb = sys.modules.get("bitsandbytes.nn")
         return bnb is not None and isinstance(module, bnb.Linear4bit)
 
+    @staticmethod
+    def known_class(module: nn.Module) -> type[nn.Module]:
+        return sys.modules["bitsandbytes.nn"].Linear4bit
+
     @property
     def _state(self) -> Any:
         return quant_state_of(self.module)

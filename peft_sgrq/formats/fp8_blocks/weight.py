@@ -119,6 +119,10 @@ class Fp8BlocksWeight(ParameterScales):
         weight: Any = module.weight if fp8 is not None and type(module) is fp8.FP8Linear else None
         return weight is not None and weight.element_size() == 1
 
+    @staticmethod
+    def known_class(module: nn.Module) -> type[nn.Module]:
+        return Fp8BlockLinear if isinstance(module, Fp8BlockLinear) else type(module)  # matched by its very class
+
     @property
     def _codes(self) -> torch.Tensor:
         return self.module.weight.data  # type: ignore[return-value]

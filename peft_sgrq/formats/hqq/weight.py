@@ -61,6 +61,10 @@ class HQQWeight(ScaledWeight):
         hqq = sys.modules.get("hqq.core.quantize")
         return hqq is not None and isinstance(module, hqq.HQQLinear)
 
+    @staticmethod
+    def known_class(module: nn.Module) -> type[nn.Module]:
+        return sys.modules["hqq.core.quantize"].HQQLinear
+
     @property
     def _meta(self) -> Any:
         return self.module.meta

@@ -6,6 +6,7 @@ packing `auto_round:auto_awq` is loaded into GPTQModel's AWQ layer, see `awq.py`
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,6 +47,10 @@ class AutoRoundWeight(GPTQLayout):
     @staticmethod
     def matches(module: nn.Module) -> bool:
         return type(module).__module__.startswith(_PACKAGES) and hasattr(module, "qweight")
+
+    @staticmethod
+    def known_class(module: nn.Module) -> type[nn.Module]:
+        return sys.modules[type(module).__module__].QuantLinear
 
     @property
     def _index(self) -> torch.Tensor | None:

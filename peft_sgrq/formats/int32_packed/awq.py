@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_sgrq.formats.int32_packed.gptqmodel_layer import check_kernel, is_gptqmodel_layer
+from peft_sgrq.formats.int32_packed.gptqmodel_layer import check_kernel, class_named, is_gptqmodel_layer
 from peft_sgrq.formats.int32_packed.packing import unpack
 from peft_sgrq.formats.int32_packed.weight import Int32PackedWeight
 
@@ -38,6 +38,10 @@ class AWQWeight(Int32PackedWeight):
     @staticmethod
     def matches(module: nn.Module) -> bool:
         return is_gptqmodel_layer(module, "awq")
+
+    @staticmethod
+    def known_class(module: nn.Module) -> type[nn.Module]:
+        return class_named("AwqTorchLinear", module)
 
     def _unpack(self, packed: torch.Tensor) -> torch.Tensor:
         order = _INTERLEAVED if self.bits == 4 else None

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from peft_sgrq.formats.int32_packed.bound_copies import release_copy
-from peft_sgrq.formats.int32_packed.gptqmodel_layer import check_kernel, is_gptqmodel_layer
+from peft_sgrq.formats.int32_packed.gptqmodel_layer import check_kernel, class_named, is_gptqmodel_layer
 from peft_sgrq.formats.int32_packed.packing import WORD, unpack, unpack_rows
 from peft_sgrq.formats.int32_packed.weight import Int32PackedWeight
 
@@ -72,6 +72,10 @@ class GPTQWeight(GPTQLayout):
     @staticmethod
     def matches(module: nn.Module) -> bool:
         return is_gptqmodel_layer(module, "gptq")
+
+    @staticmethod
+    def known_class(module: nn.Module) -> type[nn.Module]:
+        return class_named("TorchLinear", module)
 
     @property
     def _index(self) -> torch.Tensor | None:

@@ -57,6 +57,10 @@ class QuantoWeight(ScaledWeight):
         quanto = sys.modules.get("optimum.quanto.nn")
         return quanto is not None and isinstance(module, quanto.QLinear)
 
+    @staticmethod
+    def known_class(module: nn.Module) -> type[nn.Module]:
+        return sys.modules["optimum.quanto.nn"].QLinear
+
     @property
     def _weight(self) -> Any:
         return self.module.weight

@@ -45,6 +45,10 @@ class TorchaoWeight(ScaledWeight):
             )
         self.out_features, self.in_features = weight.shape
 
+    @staticmethod
+    def known_class(module: nn.Module) -> type[nn.Module]:
+        return nn.Linear
+
     @property
     def weight(self) -> Any:
         """The torchao tensor."""

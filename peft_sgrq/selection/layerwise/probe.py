@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_sgrq.formats.compressed_tensors.weight import pass_gradients
+from peft_sgrq.formats.own_forward import forward_replaced, within_accelerate
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.functional import scaled_linear
-from peft_sgrq.passes.chain import forward_replaced
 from peft_sgrq.passes.data import IGNORED, Batch
 from peft_sgrq.passes.processes import gather
 from peft_sgrq.passes.untouched import untouched
@@ -81,6 +82,7 @@ def probing(
         for name, scaled_weight in scaled_weights.items()
     }
     with untouched(model), ExitStack() as stack:
+        pass_gradients(model)
         for name, scaled_weight in scaled_weights.items():
             forward = _forward(scaled_weight, deltas[name], groups[name].to(scaled_weight.device))
             stack.enter_context(forward_replaced(scaled_weight.module, forward))
@@ -91,14 +93,9 @@ def _forward(scaled_weight: ScaledWeight, delta: torch.Tensor, groups: torch.Ten
     selected = None if len(groups) == scaled_weight.selectable else groups
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        # As in SGRQLinear: the layer's own forward, which accelerate would hook into, is not called.
-        hook = getattr(scaled_weight.module, "_hf_hook", None)
-        if hook is not None:
-            (x, *_), _ = hook.pre_forward(scaled_weight.module, x)
-        y = scaled_weight.cast_output(scaled_linear(scaled_weight.cast_input(x), delta, selected, scaled_weight), x)
-        return y if hook is None else hook.post_forward(scaled_weight.module, y)
+        return scaled_weight.cast_output(scaled_linear(scaled_weight.cast_input(x), delta, selected, scaled_weight), x)
 
-    return forward
+    return within_accelerate(scaled_weight.module, forward)
 
 
 def count_labels(batch: Mapping[str, torch.Tensor]) -> int:
