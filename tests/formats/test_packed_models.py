@@ -64,7 +64,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def run(checkpoint: Checkpoint, directory: Path, scratch: Path) -> Run:
     found: dict[str, torch.Tensor] = {}
     found["base"] = logits(checkpoint.load(directory), IDS)
-    # Not the model that has run: GPTQModel rounds AWQ's scales when it does (see upstream/awq_scale_dtype.py).
+    # Not the model that has run: GPTQModel rounds AWQ's scales when it does (see base/workarounds/awq_scale_dtype.py).
     model = checkpoint.load(directory)
     states = {"base": copied_state(model)}
     model = get_peft_model(model, SGRQConfig(ratio=0.5, task_type="CAUSAL_LM")).eval()
@@ -205,7 +205,7 @@ def test_verify_finds_the_merge_in_memory_right(checkpoint, found):
 @by_name()
 def test_undoing_gives_the_base_back(checkpoint, found):
     check_equal(found, "base", "disabled", "unloaded")
-    # But for the zero points of an unloaded model, which are those of the file (see upstream/gptq_zero_points.py).
+    # But for the zero points of an unloaded model, which are those of the file (see base/workarounds/gptq_zero_points.py).
     names = [name for name in found.states["base"] if not name.endswith("qzeros")]
     base, unloaded = (
         {name: state[name] for name in names} for state in (found.states["base"], found.states["unloaded"])
