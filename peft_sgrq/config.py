@@ -18,6 +18,7 @@ from peft_sgrq.choices import (
     check_criterion,
     check_ratio,
     check_ratio_pattern,
+    without_wrapper_names,
 )
 
 FORMAT_VERSION = 1
@@ -110,6 +111,15 @@ class SGRQConfig(PeftConfig):
         # PEFT's matching expects sets; its save_pretrained turns them into lists.
         self.target_modules = _as_set(self.target_modules)
         self.exclude_modules = _as_set(self.exclude_modules)
+        for field_name in ("selection", "base_fingerprint"):
+            value = getattr(self, field_name)
+            if isinstance(value, dict):
+                plain = {
+                    without_wrapper_names(key) if isinstance(key, str) else key: item for key, item in value.items()
+                }
+                setattr(self, field_name, plain)
+        # Names of layers in the file of the adapter -> in the model it was loaded on, where they differ; not a field.
+        self.renamed_layers: dict[str, str] = {}
         self._check_version()
         self._check_targets()
         self._check_numbers()
@@ -205,7 +215,9 @@ class SGRQConfig(PeftConfig):
 
 
 def _as_set(names: Any) -> Any:
-    return set(names) if isinstance(names, (list, tuple)) else names
+    if not isinstance(names, (list, tuple)):
+        return names
+    return {without_wrapper_names(name) if isinstance(name, str) else name for name in names}
 
 
 def _check_string_dict(name: str, value: Any, what: str) -> None:

@@ -15,6 +15,7 @@ from peft.utils.peft_types import TaskType
 from torch import nn
 
 from peft_sgrq.adapter.file import check_adapter_file
+from peft_sgrq.adapter.renamed_layers import rename_layers, rename_tensors
 from peft_sgrq.adapter.starting_point import StartingPoint
 from peft_sgrq.adapter.state import in_adapter_dtype, take_over
 from peft_sgrq.adapter.targets import (
@@ -29,6 +30,9 @@ from peft_sgrq.adapter.targets import (
 from peft_sgrq.adapter.weighted_sum import check_sum, config_of_sum
 from peft_sgrq.base.check import check_base, describe_quantization
 from peft_sgrq.base.prepare import prepare_base, writing_scales
+from peft_sgrq.base.workarounds.compiled_modules import compiled_in_place
+from peft_sgrq.base.workarounds.tied_merges import separate_rows, separate_untied, ties
+from peft_sgrq.choices import without_wrapper_names
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.bnb_4bit.nesting import nested_layers
 from peft_sgrq.formats.compressed_tensors.weight import keep_compressed
@@ -71,6 +75,10 @@ class SGRQModel(BaseTuner):
     prefix = "sgrq_"
     tuner_layer_cls = SGRQLinear
     target_module_mapping: dict[str, list[str]] = {}
+    _starting_point: StartingPoint | None = None  # of the adapter that is being injected
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(compiled_in_place(model), *args, **kwargs)
 
     @property
     def _first_gradients(self) -> FirstGradients:
@@ -82,13 +90,21 @@ class SGRQModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # The selection and the fingerprint are written into a copy, so that one config can serve several models.
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        if config.base_model_name_or_path is None:  # PEFT does not find it in a compiled model
+            config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
         # For these tasks PEFT names the heads in the config of the caller, and only after the injection.
         if config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
             heads = TASK_HEADS[config.task_type]
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if isinstance(config.init_weights, str):
-            StartingPoint(config.init_weights).write(model, adapter_name)
+        # Read once, so that what is checked is what is written.
+        start = StartingPoint(config.init_weights) if isinstance(config.init_weights, str) else None
+        self._starting_point = start
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self._starting_point = None
+        if start is not None:
+            start.write(model, adapter_name)
             config.init_weights = True  # where it is saved, its own deltas say where it is
 
     def _prepare_adapter_config(self, peft_config: SGRQConfig, model_config: dict[str, Any]) -> SGRQConfig:
@@ -98,6 +114,7 @@ class SGRQModel(BaseTuner):
         return _maybe_include_all_linear_layers(peft_config, self.model)
 
     def _prepare_model(self, peft_config: SGRQConfig, model: nn.Module) -> None:
+        peft_config.renamed_layers = rename_layers(peft_config, model)
         # Everything that can be wrong is found here, before the first layer is replaced.
         if peft_config.loaded_from is not None:
             check_adapter_file(peft_config.loaded_from)
@@ -105,8 +122,8 @@ class SGRQModel(BaseTuner):
         scaled_weights = find_targets(model, peft_config, self._check_target_module_exists)
         check_group_sizes(model, scaled_weights)
         check_gradient_paths(model, scaled_weights, peft_config)
-        if isinstance(peft_config.init_weights, str):
-            StartingPoint(peft_config.init_weights).configure(peft_config, scaled_weights)
+        if self._starting_point is not None:
+            self._starting_point.configure(peft_config, scaled_weights)
         prepare_base(model)
         with _original_scales(model):  # whatever is merged into the base
             self._complete_config(peft_config, model, scaled_weights)
@@ -188,6 +205,7 @@ class SGRQModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         if safe_merge:
             self._check_finite(adapter_names)
+        separate_rows(self.model)
         super().merge_adapter(adapter_names=adapter_names)
 
     def _unload_and_optionally_merge(  # type: ignore[override]
@@ -201,11 +219,19 @@ class SGRQModel(BaseTuner):
             self._check_finite(adapter_names)
         with _original_scales(self.model):
             nested = nested_layers(self.model)
+        groups, tied = (
+            ties(self.model),
+            bool(getattr(getattr(self.model, "config", None), "tie_word_embeddings", False)),
+        )
+        if merge:
+            separate_rows(self.model)
         saved_by = {layer.scaled_weight.saved_by for layer in self._layers()} - {None}
         with writing_scales(self.model, "Merging", nested):
             model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
                 merge=merge, progressbar=progressbar, adapter_names=adapter_names
             )
+        if merge:
+            separate_untied(model, groups.values(), tied)
         for how in saved_by if merge else ():
             logger.warning("`save_pretrained` cannot save this merged model so that it loads again; use %s.", how)
         return model
@@ -288,7 +314,9 @@ class SGRQModel(BaseTuner):
         Raises:
             ValueError: If a tensor does not fit the layer it is for, before any of them is loaded.
         """
-        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        plain = {without_wrapper_names(key): tensor for key, tensor in state_dict.items()}
+        tensors = rename_tensors(plain, config.renamed_layers)
+        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
         return take_over(model, config, renamed, f".{cls.prefix}delta.{adapter_name}")
 
 

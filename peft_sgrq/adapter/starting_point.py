@@ -30,8 +30,9 @@ class StartingPoint:
 
     def __init__(self, source: str) -> None:
         self._source = source
-        self._config, self._deltas, whole, rows = read_adapter(find_folder(source, "adapter of `init_weights`"))
-        if whole or rows:
+        adapter = read_adapter(find_folder(source, "adapter of `init_weights`"))
+        self._config, self._deltas = adapter.config, adapter.deltas
+        if adapter.whole or adapter.rows:
             raise ValueError(
                 f"The adapter {source!r} of `init_weights` has modules or embedding rows trained whole, expected "
                 "scales alone; load it with `PeftModel.from_pretrained(..., is_trainable=True)` to go on training it."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from peft_sgrq.base.split import split_size
 from peft_sgrq.formats.loading import kernel_is_chosen, loading_expression, spoken
+from peft_sgrq.formats.scale_matrix import ScaleMatrix
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 
 if TYPE_CHECKING:
@@ -78,14 +79,14 @@ def quantization_code(quantization: Mapping[str, Any]) -> str:
     return code.removeprefix("quantization_config=") or str(quantization.get("quant_method"))
 
 
-def check_base(config: SGRQConfig, fingerprints: Mapping[str, str], known: Collection[str]) -> None:
+def check_base(config: SGRQConfig, fingerprints: Mapping[str, str], known: Mapping[str, ScaleMatrix]) -> None:
     """Compares the layers of a model with the fingerprints an adapter carries.
 
     Args:
         config (`SGRQConfig`): The adapter's config, with its `base_fingerprint`.
         fingerprints (`dict[str, str]`): Layer name -> fingerprint of the model, for the targeted layers that have
             their weights.
-        known (`Collection[str]`): Names of all targeted layers of the model.
+        known (`Mapping[str, ScaleMatrix]`): All targeted layers of the model, by name.
 
     Raises:
         ValueError: If a layer is missing, of another format, or has other codes or scales.
@@ -115,14 +116,30 @@ def check_base(config: SGRQConfig, fingerprints: Mapping[str, str], known: Colle
     elif old_codes != new_codes:
         reason = f"layer {name!r} has other weights than the one the adapter was trained on (or another dtype of them)"
     else:
-        reason = (
-            f"layer {name!r} has the codes but not the scales the adapter was trained on: the base has an adapter "
-            "merged into it already, or was quantized on another device or from another dtype"
+        why = _other_nesting(config, known[name]) or (
+            "the base has an adapter merged into it already, or was quantized on another device or from another dtype"
         )
+        reason = f"layer {name!r} has the codes but not the scales the adapter was trained on: {why}"
     raise ValueError(
         f"The adapter does not fit this base: {reason} ({len(differing)} of {len(expected)} layers differ). Scale "
         f"changes mean nothing on other codes; load the base with {loading_code(config)}{mend}. To use the adapter "
         "here all the same, set `config.base_fingerprint = None` on its SGRQConfig and pass that as `config=`."
+    )
+
+
+def _other_nesting(config: SGRQConfig, layer: ScaleMatrix) -> str | None:
+    """How the scales of a layer are stored, if the adapter was trained on scales stored otherwise."""
+    trained_on = (config.base_quantization or {}).get("bnb_4bit_use_double_quant")
+    if layer.is_nested is None or trained_on is None or layer.is_nested == bool(trained_on):
+        return None
+    if layer.is_nested:
+        return (
+            "they are double-quantized here (bnb_4bit_use_double_quant=True), which rounds them, expected plain "
+            "float32 ones"
+        )
+    return (
+        "they are plain float32 here, expected double-quantized ones (bnb_4bit_use_double_quant=True); the base was "
+        "quantized without that, or has an adapter merged into it already, which writes plain ones"
     )
 
 

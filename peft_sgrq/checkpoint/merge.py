@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 from pathlib import Path
@@ -80,7 +81,8 @@ def merge_checkpoint(
         if path.resolve().is_relative_to(out.resolve()):
             raise ValueError(f"{out} holds the {what}, expected another folder: the {what} would be lost.")
     plan = plan_merge(base_folder, adapter_folder, check=check_base)
-    return _write(plan, out)
+    with plan.base:
+        return _write(plan, out)
 
 
 def _write(plan: MergePlan, out: Path) -> MergeReport:
@@ -89,7 +91,8 @@ def _write(plan: MergePlan, out: Path) -> MergeReport:
     carried = [path for path in carried if not (base.path / path).resolve().is_relative_to(out.resolve())]
     out.parent.mkdir(parents=True, exist_ok=True)
     _check_space(plan, out.parent)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{out.name}.tmp-", dir=out.parent))
+    scratch = out.parent / f"{out.name}.tmp-{secrets.token_hex(4)}"
+    scratch.mkdir()  # with the permissions of a folder made by hand, unlike a folder of tempfile
     try:
         for path in carried:
             (scratch / path).parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +100,6 @@ def _write(plan: MergePlan, out: Path) -> MergeReport:
         if plan.config is not None:
             write_json(scratch / "config.json", plan.config)
         changed = base.write(scratch, plan.changes)
-        scratch.chmod(0o777 & ~_umask())
         _rename(scratch, out)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -130,9 +132,3 @@ def _check_space(plan: MergePlan, place: Path) -> None:
             f"{place} has {free / 1e9:.1f} GB free, expected at least {needed / 1e9:.1f} GB for the merged "
             "checkpoint; choose another disk. Nothing was written."
         )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -38,6 +38,7 @@ class ScaleMatrix(ABC):
         group_size (`int`): Columns per scale, `g`. The last group may hold fewer.
         rows_per_scale (`int`): Rows per scale: 1, or the height of a block. The last block may hold fewer.
         storage_dtype (`torch.dtype`): The dtype the format stores its scales in (a dense layer: its weight).
+        is_nested (`bool` or `None`): Whether the scales are quantized themselves; `None` in formats without such.
     """
 
     unit: SelectableUnit = SelectableUnit.GROUP
@@ -75,6 +76,11 @@ class ScaleMatrix(ABC):
     @abstractmethod
     def storage_dtype(self) -> torch.dtype:
         """The dtype the format stores its scales in; for a dense layer, the dtype of its weight."""
+
+    @property
+    def is_nested(self) -> bool | None:
+        """Whether the scales are quantized themselves (double quantization); `None` in formats without such."""
+        return None
 
     @abstractmethod
     def scales(self) -> torch.Tensor:

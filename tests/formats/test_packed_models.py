@@ -205,7 +205,7 @@ def test_verify_finds_the_merge_in_memory_right(checkpoint, found):
 @by_name()
 def test_undoing_gives_the_base_back(checkpoint, found):
     check_equal(found, "base", "disabled", "unloaded")
-    # But for the zero points of an unloaded model, which are those of the file (see base/workarounds/gptq_zero_points.py).
+    # But for the zero points of an unloaded model, which are those of the file (base/workarounds/gptq_zero_points.py).
     names = [name for name in found.states["base"] if not name.endswith("qzeros")]
     base, unloaded = (
         {name: state[name] for name in names} for state in (found.states["base"], found.states["unloaded"])
