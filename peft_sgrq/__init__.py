@@ -5,6 +5,7 @@ Importing this package registers the tuner type SGRQ with PEFT.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,11 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+def _is_command() -> bool:
+    return os.path.splitext(os.path.basename((getattr(sys, "argv", None) or [""])[0]))[0] == "peft-sgrq"
+
+
 # While bitsandbytes is being imported it is its entry point that imports this package; `plugin.autoload` decides then.
-if not getattr(getattr(sys.modules.get("bitsandbytes"), "__spec__", None), "_initializing", False):
+# The command registers when it knows what to do: `--help` is at once.
+if not (getattr(getattr(sys.modules.get("bitsandbytes"), "__spec__", None), "_initializing", False) or _is_command()):
     import_module(f"{__name__}.plugin.registration").register()

@@ -209,6 +209,8 @@ class SGRQConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes `adapter_config.json`, and, beside saved adapter weights, the model card `README.md`."""
+        if self.auto_mapping is not None:
+            kwargs["auto_mapping_dict"] = None  # PEFT's own names the class, and not what else loading takes
         super().save_pretrained(save_directory, **kwargs)
         for write in self.written_beside:
             write(save_directory, self)

@@ -25,12 +25,15 @@ from peft_sgrq.adapter.targets import (
     check_modules_to_save,
     find_targets,
     supported_layers,
+    warn_of_dense_base,
     warn_of_fused_experts,
 )
 from peft_sgrq.adapter.weighted_sum import check_sum, config_of_sum
 from peft_sgrq.base.check import check_base, describe_quantization
+from peft_sgrq.base.loading import describe_class
 from peft_sgrq.base.prepare import prepare_base, writing_scales
 from peft_sgrq.base.workarounds.compiled_modules import compiled_in_place
+from peft_sgrq.base.workarounds.loading_attributes import forget_loading_attributes
 from peft_sgrq.base.workarounds.tied_merges import separate_rows, separate_untied, ties
 from peft_sgrq.choices import without_wrapper_names
 from peft_sgrq.config import SGRQConfig
@@ -120,6 +123,8 @@ class SGRQModel(BaseTuner):
             check_adapter_file(peft_config.loaded_from)
         check_modules_to_save(model, peft_config)
         scaled_weights = find_targets(model, peft_config, self._check_target_module_exists)
+        if peft_config.auto_mapping is None:
+            peft_config.auto_mapping = describe_class(model)
         check_group_sizes(model, scaled_weights)
         check_gradient_paths(model, scaled_weights, peft_config)
         if self._starting_point is not None:
@@ -128,6 +133,9 @@ class SGRQModel(BaseTuner):
         with _original_scales(model):  # whatever is merged into the base
             self._complete_config(peft_config, model, scaled_weights)
         keep_compressed(model)
+        forget_loading_attributes(model)
+        if not peft_config.inference_mode:
+            warn_of_dense_base(model)
 
     def _complete_config(
         self, peft_config: SGRQConfig, model: nn.Module, scaled_weights: dict[str, ScaledWeight]

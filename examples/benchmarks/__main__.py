@@ -26,6 +26,7 @@ import torch
 
 from examples.benchmarks import layers, report, startup, training
 from examples.benchmarks.methods import RATIOS, sgrq_name
+from peft_sgrq.files.output import written
 
 PACKAGES = ("torch", "bitsandbytes", "peft", "transformers", "trl", "peft_sgrq")
 
@@ -121,9 +122,8 @@ def main() -> None:
     known = json.loads(out.read_text()) if out.exists() else {}
     known[args.name or args.what] = {"what": args.what, "machine": machine(device), "results": results}
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_suffix(".tmp")
-    beside.write_text(json.dumps(known, indent=1) + "\n")
-    beside.replace(out)
+    with written(out) as file:
+        Path(file).write_text(json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from transformers.utils import logging
 
 from peft_sgrq import recover
 from peft_sgrq.base.workarounds.bnb_cpu_packing import disable_cpu_packing
+from peft_sgrq.files.output import written
 
 VOCABULARY = 1024
 TIME = "block over forward pass"
@@ -142,9 +143,8 @@ def main() -> None:
             "rows": rows,
             TIME: times,
         }
-        beside = arguments.results.with_suffix(".partial")
-        beside.write_text(json.dumps(found, indent=1) + "\n")
-        os.replace(beside, arguments.results)
+        with written(arguments.results) as file:
+            Path(file).write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

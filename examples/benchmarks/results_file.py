@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from peft_sgrq.files.output import written
+
 
 class ResultsFile:
     """A JSON file: a list of settings (what all runs in it share), each with its runs.
@@ -60,7 +62,6 @@ def named(value: Any) -> Any:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file beside first, and then in its place."""
-    beside = path.with_suffix(".partial")
-    beside.write_text(text)
-    os.replace(beside, path)
+    """Writes a file, the whole of it or nothing."""
+    with written(path) as file:
+        Path(file).write_text(text)

@@ -108,6 +108,25 @@ def _warn_of_own_forwards(layers: Mapping[str, nn.Module]) -> None:
         warnings.warn(f"{len(found)} linear layers are left as they are (the first: {name!r}): {obstacle}.")
 
 
+def warn_of_dense_base(model: nn.Module) -> None:
+    """Says that a model has no quantized layer, as one has that was to be quantized and was not."""
+    layers = [layer for _, layer in named_base_layers(model)]
+    if any(map(is_quantized, layers)) or any(isinstance(module, SGRQLinear) for module in model.modules()):
+        return
+    found: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    undone = ""
+    if found is not None:  # transformers dequantizes fp8 where it cannot compute in it
+        undone = (
+            " Its checkpoint is, and was dequantized while loading: `peft_sgrq.restore_codes` puts fp8 codes back."
+        )
+    warnings.warn(
+        f"The base is not quantized: found no quantized layer, so scales of its dense weights are tuned, and the "
+        f"merged model is as large as the base.{undone} To tune a quantized model, load it with quantization_config="
+        'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), in scripts that take TRL\'s arguments with '
+        "--load_in_4bit, or load a checkpoint that is quantized already."
+    )
+
+
 def warn_of_fused_experts(model: nn.Module) -> None:
     """Says which experts of a mixture are left alone because one 3-D parameter holds them all."""
     found = {

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from peft_sgrq.checkpoint.plan import MergePlan, plan_merge
 from peft_sgrq.files.folder import INDEX, write_json
+from peft_sgrq.files.output import check_output, check_output_folder
 from peft_sgrq.files.sources import find_folder, name_of_base, other_files
 
 logger = logging.getLogger(__name__)
@@ -70,19 +71,32 @@ def merge_checkpoint(
         ```
     """
     out = Path(out)
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} exists already, expected a folder to be made; choose another, or pass `overwrite`.")
+    target = _checked(out, overwrite)
     adapter_folder = find_folder(adapter, "adapter")
     if base is None:
         base, named_revision = name_of_base(adapter_folder)
         revision = revision or named_revision
     base_folder = find_folder(base, "base model", revision)
     for path, what in ((base_folder, "base"), (adapter_folder, "adapter")):
-        if path.resolve().is_relative_to(out.resolve()):
+        if path.resolve().is_relative_to(target):
             raise ValueError(f"{out} holds the {what}, expected another folder: the {what} would be lost.")
     plan = plan_merge(base_folder, adapter_folder, check=check_base)
     with plan.base:
-        return _write(plan, out)
+        return _write(plan, target)._replace(out=out)
+
+
+def _checked(out: Path, overwrite: bool) -> Path:
+    """Where the folder is to be, links followed; nothing but a folder is ever replaced."""
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists already, expected a folder to be made; choose another, or pass `overwrite`.")
+    target = Path(os.path.realpath(out))
+    if os.path.lexists(target):
+        if not target.is_dir():
+            raise ValueError(f"{out} is no folder, expected one to be replaced, or none; choose another.")
+    else:
+        check_output_folder(target)
+    check_output(target.parent / "probe")  # the merged folder is renamed there
+    return target
 
 
 def _write(plan: MergePlan, out: Path) -> MergeReport:

@@ -7,6 +7,7 @@ selection, and `peft-sgrq inspect` shows what ratios would give.
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -44,17 +45,21 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from peft_sgrq.files.output import check_output, is_standard_output
+
+    check_output(args.output)
+    check_sources(args, model=args.model, original=args.original)
     from transformers import AutoTokenizer
 
     from peft_sgrq.config import SGRQConfig
     from peft_sgrq.selection.calibrate import calibrate
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    data = load_data(args, tokenizer)
     # A ratio is chosen when the file is used; the scores are the same at any.
     config = SGRQConfig(
         target_modules=args.target_modules, group_size=args.group_size, criterion=args.criterion, ratio=0.4
     )
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    data = load_data(args, tokenizer)
     saliency = calibrate(
         load_model(args),
         config,
@@ -72,9 +77,20 @@ def run(args: argparse.Namespace) -> int:
     saliency.save(args.output)
     print(
         f"{args.output}: {saliency.criterion} of {len(saliency.layers)} layers on {saliency.tokens:,} tokens, "
-        f"{saliency.seconds['total']:.1f} s"
+        f"{saliency.seconds['total']:.1f} s",
+        file=sys.stderr if is_standard_output(args.output) else None,
     )
     return 0
+
+
+def check_sources(args: argparse.Namespace, **models: str | None) -> None:
+    """Refuses names of models and of data that are neither here nor on the Hub, before anything is loaded."""
+    from peft_sgrq.files.hub import check_source
+
+    for what, name in models.items():
+        if name is not None:
+            check_source(name, what)
+    check_source(args.data, "data", kind="dataset")
 
 
 def load_data(args: argparse.Namespace, tokenizer: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import os
 
+    from peft_sgrq.files.hub import check_source
+    from peft_sgrq.files.output import is_standard_output
+
+    check_source(args.path, "adapter or saliency file")
+    if args.plot:
+        from peft_sgrq.selection.report.plot import check_picture
+
+        try:
+            check_picture(args.plot)
+        except ImportError as error:
+            raise ValueError(str(error)) from error
     from peft_sgrq.selection.report.report import report_adapter, report_saliency
     from peft_sgrq.selection.saliency import Saliency
 
@@ -52,16 +64,18 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         from peft_sgrq.selection.report.plot import plot_report
 
-        try:
-            plot_report(report, args.plot, saliency)
-        except ImportError as error:
-            raise ValueError(str(error)) from error
-    print(json.dumps(report.as_dict(), indent=1) if args.json else describe(report))
+        plot_report(report, args.plot, saliency)
+    text = json.dumps(report.as_dict(), indent=1) if args.json else describe(report)
+    print(text, file=sys.stderr if args.plot and is_standard_output(args.plot) else None)
     return 0
 
 
 def _ratio(text: str) -> float | str:
-    return text if text in NAMED_RATIOS else float(text)
+    try:
+        return text if text in NAMED_RATIOS else float(text)
+    except ValueError:
+        known = ", ".join(NAMED_RATIOS)
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number in (0, 1] or one of {known}") from None
 
 
 def _budget(text: str) -> float | int | str:

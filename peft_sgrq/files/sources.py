@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from peft_sgrq.files.hub import check_source
+
 # Weights in other forms would hold the unmerged model, or are not needed beside safetensors.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")
 _OTHER_INDEXES = ("pytorch_model.bin.index.json", "adapter_config.json")
@@ -25,6 +27,9 @@ def find_folder(name: str | os.PathLike[str], what: str, revision: str | None = 
     path = Path(name)
     if path.is_dir():
         return path
+    if path.exists():
+        raise ValueError(f"The {what} {str(name)!r} is a file, expected a folder; give the one it is in.")
+    check_source(name, what, revision)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -27,6 +27,7 @@ class ScaledWeight(ScaleMatrix):
         module (`nn.Module`): The wrapped layer.
         quantized (`bool`): Whether the format is one of quantized weights.
         in_parts (`bool`): Whether rows of the codes and columns of the weight can be made without making all of them.
+        smallest_served (`int`): The smallest group size that a server takes.
         saved_by (`str` or `None`): What saves a model of this format, where `save_pretrained` does not.
         splittable (`bool`): Whether `split` can give the layer smaller groups.
     """
@@ -34,6 +35,7 @@ class ScaledWeight(ScaleMatrix):
     quantized: ClassVar[bool] = True
     in_parts: ClassVar[bool] = False
     saved_by: str | None = None
+    smallest_served: int = 1
     splittable: bool = False
 
     def __init__(self, module: nn.Module) -> None:

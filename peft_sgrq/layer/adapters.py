@@ -59,15 +59,19 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     @property
     def scaled_weight(self) -> ScaledWeight:
-        """The base layer seen as codes and scales; always that of the module which is `base_layer` now."""
-        if self._scaled_weight.module is not self.base_layer:
-            self._scaled_weight = resolve_weight(self.base_layer, self._scaled_weight.group_size)
-            self._forget()
+        """The base layer seen as codes and scales."""
         return self._scaled_weight
 
     def watch_gradients(self, name: str, first_gradients: FirstGradients) -> None:
         """Has the first gradients of the deltas checked, under the layer's name in its model."""
         self._name, self._first_gradients = name, first_gradients
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Another module put in place of the base layer is the one that computes from then on.
+        if name == "base_layer" and "_scaled_weight" in self.__dict__:
+            self.__dict__["_scaled_weight"] = resolve_weight(value, self._scaled_weight.group_size)
+            self._forget()
+        super().__setattr__(name, value)
 
     # adapters
 

@@ -12,12 +12,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from peft_sgrq.files.output import check_output, written
 from peft_sgrq.layer.delta import Delta
 from peft_sgrq.recovery.block import BlockError
 from peft_sgrq.recovery.preservation import Pull
 
 _METADATA = "peft_sgrq_recovery"
 _PULL = ("curvature", "slope", "constant")
+
+
+def check_progress_file(path: str | os.PathLike[str]) -> None:
+    """Refuses a path that the progress of a recovery cannot be kept in, or read from again.
+
+    Raises:
+        ValueError: If it is a folder, a device or a pipe, or cannot be written.
+    """
+    path = os.fspath(path)
+    if os.path.isdir(path):
+        raise ValueError(f"`progress_file` is {path!r}, a folder, expected a file in it; name one.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"`progress_file` is {path!r}, a device or a pipe, expected a file that can be read again.")
+    check_output(path, "The progress file")
 
 
 class ProgressFile:
@@ -46,16 +61,10 @@ class ProgressFile:
             self._prepare(self._path)
 
     def _prepare(self, path: str) -> None:
-        if os.path.isdir(path):
-            raise ValueError(f"`progress_file` is {path!r}, a folder, expected a file in it; name one.")
+        check_progress_file(path)
+        os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
         if os.path.exists(path):
             self._read(path)
-        # That it can be written is to be known before the first block is trained.
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        beside = f"{path}.partial"
-        with open(beside, "wb"):
-            pass
-        os.remove(beside)
 
     def _read(self, path: str) -> None:
         try:
@@ -92,13 +101,12 @@ class ProgressFile:
             self.save()
 
     def save(self) -> None:
-        """Writes the file: beside it first, and then in its place."""
+        """Writes the file, the whole of it or nothing."""
         if self._path is None:
             return
         tensors = {f"delta.{name}": delta.contiguous() for name, delta in self.deltas.items()}
         for name, pull in self.pulls.items():
             tensors |= {f"{part}.{name}": getattr(pull, part).cpu().contiguous() for part in _PULL}
         described = {"made_with": self._made_with, "blocks": [asdict(block) for block in self.blocks]}
-        beside = f"{self._path}.partial"
-        save_file(tensors, beside, metadata={_METADATA: json.dumps(described)})
-        os.replace(beside, self._path)
+        with written(self._path) as file:
+            save_file(tensors, file, metadata={_METADATA: json.dumps(described)})

@@ -17,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from peft_sgrq.config import SGRQConfig
+from peft_sgrq.formats.registry import is_quantized
 from peft_sgrq.layer.base_layers import refuse_adapters
 from peft_sgrq.layer.linear import SGRQLinear
 from peft_sgrq.passes.chain import find_stack
@@ -26,8 +27,8 @@ from peft_sgrq.passes.running import longest, runner
 from peft_sgrq.passes.untouched import untouched
 from peft_sgrq.recovery.block import BlockError
 from peft_sgrq.recovery.distillation import Distillation, DistillationStage
-from peft_sgrq.recovery.progress_file import ProgressFile
-from peft_sgrq.recovery.reference import Reference, check_tokenizer
+from peft_sgrq.recovery.progress_file import ProgressFile, check_progress_file
+from peft_sgrq.recovery.reference import Reference, check_tokenizer, read_config, refuse_unquantized
 from peft_sgrq.recovery.settings import Settings, first_stage
 from peft_sgrq.recovery.stage import BlockStage
 
@@ -115,7 +116,8 @@ def recover(
         `Recovery`: The model with the adapter, and the errors by block.
 
     Raises:
-        ValueError: If the reference is not that of the model (layers, shapes, tensors, vocabulary, tokenizer), the
+        ValueError: If the model is not quantized, so that its weights are those of the reference; if the reference is
+            not that of the model (layers, shapes, tensors, vocabulary, tokenizer), the
             data is empty, the blocks cannot be run one by one, or the progress file is another recovery's. The model
             is as it was then, also when interrupted.
         TypeError: If an argument has the wrong type.
@@ -143,6 +145,10 @@ def recover(
         )
     if torch.is_inference_mode_enabled():
         raise ValueError("Recovery needs gradients, found `torch.inference_mode()`; call it outside of that.")
+    if progress_file is not None:
+        check_progress_file(progress_file)
+    if isinstance(reference, (str, os.PathLike)):
+        read_config(os.fspath(reference))
     check_tokenizer(tokenizer, reference)
     batches = load_batches(data, tokenizer, column, samples, longest(model, max_length), batch_size, seed)
     for parameter in model.parameters():
@@ -181,6 +187,8 @@ def _recover(
         untouched(before.model),
         tqdm(desc="Recovering", disable=not progress) as bar,
     ):
+        if not any(map(is_quantized, model.modules())):
+            refuse_unquantized(before, scaled_weights)
         if settings.epochs:
             made_with = first_stage(settings, peft_model.peft_config[adapter_name], model, before, batches)
             file = ProgressFile(progress_file, made_with)

@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import align_module_device  # type: ignore[import-untyped]
 from torch import nn
 
+from peft_sgrq.files.hub import check_source
 from peft_sgrq.formats.registry import resolve_weight
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.passes.data import Batch
@@ -111,16 +112,16 @@ class Reference:
             return scaled_weight.dequantize(scaled_weight.scales(), torch.float32).to(like.device)
 
 
-def _load_streamed(path: str, model: nn.Module, stack: str | None, folder: str) -> nn.Module:
-    cls: Any = type(model)
-    if not hasattr(cls, "from_pretrained"):
-        raise TypeError(
-            f"`reference` is a path and the model a {cls.__name__}, which cannot be loaded from one, expected a class "
-            "with `from_pretrained`; give the reference model itself."
-        )
+def read_config(path: str) -> Any:
+    """The config of a reference, a folder or a name on the Hub.
+
+    Raises:
+        ValueError: If it cannot be read, or is that of a quantized model.
+    """
     from transformers import AutoConfig
 
     try:
+        check_source(path, "reference")
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -132,6 +133,17 @@ def _load_streamed(path: str, model: nn.Module, stack: str | None, folder: str) 
             f"The reference {path!r} is quantized itself, found a `quantization_config`, expected the model before "
             "quantization; give that checkpoint, or load this one and give the model."
         )
+    return config
+
+
+def _load_streamed(path: str, model: nn.Module, stack: str | None, folder: str) -> nn.Module:
+    cls: Any = type(model)
+    if not hasattr(cls, "from_pretrained"):
+        raise TypeError(
+            f"`reference` is a path and the model a {cls.__name__}, which cannot be loaded from one, expected a class "
+            "with `from_pretrained`; give the reference model itself."
+        )
+    config = read_config(path)
     with torch.device("meta"):
         names = _device_map(cls(config), stack, next(iter(model.parameters())).device)
     loaded, info = cls.from_pretrained(
@@ -210,6 +222,31 @@ def _check_vocabulary(reference: nn.Module, model: nn.Module) -> None:
             f"The reference has a vocabulary of {sizes[0]} tokens and the model of {sizes[1]}, expected the same; "
             "give the model that was quantized, or resize its embeddings alike."
         )
+
+
+def refuse_unquantized(reference: Reference, scaled_weights: Mapping[str, ScaledWeight]) -> None:
+    """Refuses a model without quantized layers whose weights are those of the reference, perhaps in another dtype.
+
+    Dense weights that were rounded to few bits by other means differ, and can be recovered.
+
+    Raises:
+        ValueError: If all weights are the same.
+    """
+    for name, scaled_weight in scaled_weights.items():
+        before, found = (
+            reference.weight(name, scaled_weight),
+            scaled_weight.dequantize(scaled_weight.scales(), torch.float32),
+        )
+        kept: Any = reference.layers[name].weight.dtype
+        dtype: Any = scaled_weight.module.weight.dtype
+        # Either may have been cast from the other's dtype.
+        if not (torch.equal(found, before.to(dtype).float()) or torch.equal(before, found.to(kept).float())):
+            return
+    raise ValueError(
+        f"The model is not quantized: found the weights of the reference in all {len(scaled_weights)} layers, expected"
+        " some that quantization has changed, or there is nothing to recover; load it with quantization_config="
+        'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), on the command line with `--quantize nf4`.'
+    )
 
 
 def check_tokenizer(tokenizer: Any, reference: Any) -> None:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from peft_sgrq.adapter.targets import find_targets, supported_layers
 from peft_sgrq.base.prepare import prepare_base
-from peft_sgrq.choices import CUSTOM, DEFAULT_CRITERION, WITHOUT_DATA, check_criterion
+from peft_sgrq.choices import CUSTOM, DEFAULT_CRITERION, WITHOUT_DATA, check_criterion, size_in_bytes
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.base_layers import refuse_adapters
@@ -37,6 +37,7 @@ from peft_sgrq.selection.criteria import (
 )
 from peft_sgrq.selection.gradient_scores import GradientScores
 from peft_sgrq.selection.layer_saliency import LayerSaliency
+from peft_sgrq.selection.layerwise.allocate_ratios import allocate_ratios, check_affordable
 from peft_sgrq.selection.original import original_weights
 from peft_sgrq.selection.saliency import Saliency
 
@@ -114,6 +115,13 @@ def calibrate(
     chosen = criterion if criterion is not None else config.criterion or DEFAULT_CRITERION
     if not callable(chosen):
         check_criterion(chosen)
+    if chosen == "error" and original is None:
+        raise ValueError(
+            "The criterion 'error' compares with the weights before quantization, found no `original`; give that "
+            "model, or its checkpoint."
+        )
+    if memory_limit is not None:
+        size_in_bytes(memory_limit, "memory_limit")
     scaled_weights = _targets(model, config)
     if config.ratio == 1 and not config.ratio_pattern:
         logger.warning(
@@ -123,8 +131,11 @@ def calibrate(
     prepare_base(model)
     name = f"{CUSTOM}{getattr(chosen, '__name__', type(chosen).__name__)}" if callable(chosen) else chosen
     saliency = Saliency({layer: _unscored(scaled_weight) for layer, scaled_weight in scaled_weights.items()}, name)
-    if config.ratio != "layerwise":
-        saliency.configure(copy.copy(config))  # a ratio that cannot be had is found now, not after the work
+    # A ratio that cannot be had is found now, not after the work.
+    if config.ratio == "layerwise":
+        check_affordable(config, saliency)
+    else:
+        saliency.configure(copy.copy(config))
     batches: list[Batch] = []
     with untouched(model), tqdm(desc="Calibrating", disable=not progress or process_index() > 0) as bar:
         if name not in WITHOUT_DATA or data is not None:
@@ -152,8 +163,6 @@ def calibrate(
     saliency.layers = {name: layer.scored(scores[name]) for name, layer in saliency.layers.items()}
     saliency.seconds = {"data": loaded - start, "scores": time.perf_counter() - loaded}
     if config.ratio == "layerwise":
-        from peft_sgrq.selection.layerwise.allocate_ratios import allocate_ratios
-
         found = allocate_ratios(model, config, [batch.inputs for batch in batches], saliency, progress=progress)
         saliency.ratios = gather(found.ratios)[0]
         saliency.seconds["ratios"] = found.seconds

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_sgrq.files.hub import check_source
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 
 
@@ -36,6 +37,7 @@ def original_weights(
                 f"`original` is a path and the model a {cls.__name__}, which cannot be loaded from one, expected a "
                 "class with `from_pretrained`; give the original model itself."
             )
+        check_source(original, "original")
         original = cls.from_pretrained(os.fspath(original), dtype="auto")
     if not isinstance(original, nn.Module):
         raise TypeError(

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from peft_sgrq.files.output import written
 from peft_sgrq.selection.layer_saliency import LayerSaliency
 
 FORMAT_VERSION = 1
@@ -18,7 +19,7 @@ _METADATA = "peft_sgrq_saliency"
 
 
 def write_saliency_file(path: str, layers: Mapping[str, LayerSaliency], described: Mapping[str, Any]) -> None:
-    """Writes the layers and further JSON values, beside `path` first, and puts the whole file in its place."""
+    """Writes the layers and further JSON values, as [`written`] does: the whole file or none."""
     tensors, geometry = {}, {}
     for name, layer in layers.items():
         tensors[f"{name}.scores"] = layer.scores
@@ -31,9 +32,8 @@ def write_saliency_file(path: str, layers: Mapping[str, LayerSaliency], describe
             "fingerprint": layer.fingerprint,
         }
     text = json.dumps({"version": FORMAT_VERSION, **described, "layers": geometry})
-    beside = f"{path}.partial"
-    save_file(tensors, beside, metadata={_METADATA: text})
-    os.replace(beside, path)
+    with written(path) as file:
+        save_file(tensors, file, metadata={_METADATA: text})
 
 
 def read_saliency_file(path: str) -> tuple[dict[str, LayerSaliency], dict[str, Any]]:

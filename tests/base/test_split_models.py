@@ -248,6 +248,7 @@ def test_the_config_of_a_split_model_says_its_group_size(found, split_kind):
         pytest.skip("HQQ writes group sizes with the layers")
     if "group_size" in found.config:
         assert found.config["group_size"] == split_kind.size
+        assert found.config.get("backend") in (None, "auto")  # not the one it was split on
     else:
         assert found.config["bnb_4bit_use_double_quant"] is False
 

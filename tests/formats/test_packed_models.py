@@ -17,11 +17,12 @@ from support.bases import logits, save_small_llama, train_steps
 from support.checkpoints import same_bytes
 from support.fresh import run_where_not_installed
 from support.packed_checkpoints import CHECKPOINTS, Checkpoint, in_dtype, make
+from support.printed_code import run_card
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_sgrq import SGRQConfig, SGRQLinear, merge_checkpoint, verify_checkpoint
-from peft_sgrq.base.check import loading_code
+from peft_sgrq.base.loading import loading_code
 from peft_sgrq.checkpoint.verify import VerifyReport
 
 IDS = torch.randint(3, 256, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -49,6 +50,7 @@ class Run:
     refusal: str
     verified: VerifyReport
     verified_in_memory: VerifyReport
+    quantization: dict[str, dict[str, Any]]
 
 
 def copied_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -80,10 +82,11 @@ def run(checkpoint: Checkpoint, directory: Path, scratch: Path) -> Run:
     model.save_pretrained(scratch / "adapter")
     merge_checkpoint(directory, scratch / "adapter", scratch / "files")
     verified = verify_checkpoint(directory, scratch / "adapter", scratch / "files")
-    code = loading_code(model.peft_config["default"])
+    code = loading_code(model.peft_config["default"]).clause()
     plain = model.unload()
     states["unloaded"] = copied_state(plain)
     found["unloaded"] = logits(plain, IDS)
+    found["as printed"] = logits(run_card(scratch / "adapter", scratch / "printed")["merged"].eval(), IDS)
     model = PeftModel.from_pretrained(checkpoint.load(directory), scratch / "adapter").eval()
     found["loaded"] = logits(model, IDS)
     plain = model.merge_and_unload()
@@ -99,7 +102,12 @@ def run(checkpoint: Checkpoint, directory: Path, scratch: Path) -> Run:
         refusal = str(error)
     published = in_dtype(directory, checkpoint.dtype, scratch / "published")
     verified_in_memory = verify_checkpoint(published, scratch / "adapter", scratch / "merged")
-    return Run(losses, found, states, code, refusal, verified, verified_in_memory)
+    quantization = {
+        "checkpoint": json.loads((directory / "config.json").read_text())["quantization_config"],
+        "merged": json.loads((scratch / "merged" / "config.json").read_text())["quantization_config"],
+        "adapter": json.loads((scratch / "adapter" / "adapter_config.json").read_text())["base_quantization"],
+    }
+    return Run(losses, found, states, code, refusal, verified, verified_in_memory, quantization)
 
 
 _RELOAD = """
@@ -164,7 +172,17 @@ def test_training_starts_at_the_base_and_learns(checkpoint, found):
 @by_name()
 def test_the_merged_model_gives_the_bits_of_the_unmerged_one(checkpoint, found):
     assert not torch.allclose(found.logits["unmerged"], found.logits["base"], atol=0.1)
-    check_equal(found, "unmerged", "merged", "again", "loaded", "plain", "after saving", "after loading its state")
+    check_equal(
+        found,
+        "unmerged",
+        "merged",
+        "again",
+        "as printed",
+        "loaded",
+        "plain",
+        "after saving",
+        "after loading its state",
+    )
 
 
 @by_name()
@@ -200,6 +218,13 @@ def test_verify_finds_the_merge_on_files_right(checkpoint, found):
 def test_verify_finds_the_merge_in_memory_right(checkpoint, found):
     assert found.verified_in_memory.errors == []
     assert found.verified_in_memory.merged == found.verified.merged
+
+
+@by_name()
+def test_the_kernel_of_the_training_is_not_saved(checkpoint, found):
+    before, after = (found.quantization[name] for name in ("checkpoint", "merged"))
+    assert after.get("backend") in (None, "auto", before.get("backend"))
+    assert "backend" not in found.quantization["adapter"]
 
 
 @by_name()

@@ -117,13 +117,13 @@ def test_inductor_compiles_training():
     add_adapter(model, "b", ratio=0.9)
     layer, x = the_layer(model), torch.randn(5, 256)
     deltas = {name: delta_of(model, name).detach().double() for name in layer.active_adapters}
-    scales = layer.backend.scales().double()  # (N, G)
-    codes = layer.backend.codes(None, torch.float32).double()  # (N, K)
-    weight = reference(layer, torch.eye(256), deltas).T - layer.backend.bias.double().unsqueeze(1)  # (N, K)
+    scales = layer.scaled_weight.scales().double()  # (N, G)
+    codes = layer.scaled_weight.codes(None, torch.float32).double()  # (N, K)
+    weight = reference(layer, torch.eye(256), deltas).T - layer.scaled_weight.bias.double().unsqueeze(1)  # (N, K)
     for call in (model, compiled(model, "inductor")):
         y, dx, *ddeltas = gradients(model, call, x)
         dy = 2 * y.double()  # what the loss has handed back
-        check_sum(y, x.double(), weight.T, bias=layer.backend.bias.double())
+        check_sum(y, x.double(), weight.T, bias=layer.scaled_weight.bias.double())
         check_sum(dx, dy, weight)
         for ddelta, name in zip(ddeltas, deltas, strict=True):
             groups = layer.sgrq_delta[name].groups

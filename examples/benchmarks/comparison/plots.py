@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ from markdown_tables import spell
 from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+from peft_sgrq.files.output import written
 
 # Okabe and Ito's colours: one a family; dashes and markers tell its members apart.
 STYLES = {
@@ -67,13 +68,12 @@ def plot_forgetting(settings: list[dict[str, Any]], path: Path, columns: int = 3
         frameon=False,
         fontsize=8,
     )
-    beside = path.with_suffix(f".partial{path.suffix}")
     whole, about = io.BytesIO(), PngInfo()
     figure.savefig(whole, dpi=90)
     about.add_text("Description", digest(settings))
     # Few colours: a third of the size.
-    Image.open(whole).convert("RGB").quantize(48).save(beside, optimize=True, pnginfo=about)
-    os.replace(beside, path)
+    with written(path) as file:
+        Image.open(whole).convert("RGB").quantize(48).save(file, optimize=True, pnginfo=about)
 
 
 def digest(settings: list[dict[str, Any]]) -> str:

@@ -154,4 +154,5 @@ class Fp8BlocksWeight(ParameterScales):
         return self._codes, self._stored.detach()
 
     def quantization(self) -> dict[str, Any] | None:
-        return {"quant_method": "fp8", "weight_block_size": list(self.module.block_size or ())}  # type: ignore[arg-type]
+        found = {"quant_method": "fp8", "weight_block_size": list(self.module.block_size or ())}  # type: ignore[arg-type]
+        return found | ({"restored_codes": True} if isinstance(self.module, Fp8BlockLinear) else {})

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_sgrq.formats.code import Code
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.formats.selectable_unit import SelectableUnit
 
@@ -158,10 +159,14 @@ class HQQWeight(ScaledWeight):
         }
 
 
-def loading_code(load: Callable[..., str], quantization: Mapping[str, Any]) -> str:
-    """The Python code that loads a base and quantizes it again by HQQ."""
+def quantizing_code(quantization: Mapping[str, Any]) -> Code:
+    """The Python code that quantizes a model by HQQ as its layers are."""
     config = ", ".join(f"{key}={quantization.get(key)!r}" for key in ("nbits", "group_size", "axis"))
-    return (
-        f"model = {load()}; AutoHQQHFModel.quantize_model(model, quant_config=BaseQuantizeConfig({config}), "
-        f"compute_dtype=torch.{quantization.get('compute_dtype')}, device=str(model.device))"
+    dtype = str(quantization.get("compute_dtype"))
+    return Code(
+        {"hqq.core.quantize": {"BaseQuantizeConfig"}, "hqq.models.hf.base": {"AutoHQQHFModel"}, "torch": {dtype}},
+        statements=[
+            f"AutoHQQHFModel.quantize_model(base, quant_config=BaseQuantizeConfig({config}), compute_dtype={dtype}, "
+            "device=str(base.device))"
+        ],
     )

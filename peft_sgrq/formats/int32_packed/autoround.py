@@ -7,7 +7,6 @@ packing `auto_round:auto_awq` is loaded into GPTQModel's AWQ layer, see `awq.py`
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -65,8 +64,3 @@ class AutoRoundWeight(GPTQLayout):
 
     def quantization(self) -> dict[str, Any] | None:
         return {"quant_method": "auto-round", **self.scale_fields()}
-
-
-def loading_code(load: Callable[..., str], quantization: Mapping[str, Any]) -> str:
-    """The Python code that loads an AutoRound checkpoint on the kernel that can be trained through."""
-    return load('quantization_config=AutoRoundConfig(backend="torch")')

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -71,8 +70,3 @@ class AWQWeight(Int32PackedWeight):
 
     def quantization(self) -> dict[str, Any] | None:
         return {"quant_method": "awq", **self.scale_fields()}
-
-
-def loading_code(load: Callable[..., str], quantization: Mapping[str, Any]) -> str:
-    """The Python code that loads an AWQ checkpoint on the kernel that can be trained through."""
-    return load(f'quantization_config=AwqConfig(bits={quantization.get("bits")}, backend="torch_awq")')

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from peft_sgrq.formats.code import Code
 from peft_sgrq.formats.scaled_weight import ScaledWeight, rescaled_offset
 from peft_sgrq.formats.selectable_unit import SelectableUnit
 
@@ -173,9 +174,11 @@ class QuantoWeight(ScaledWeight):
         return {"quant_method": "quanto", "weights": self._weight.qtype.name}
 
 
-def loading_code(load: Callable[..., str], quantization: Mapping[str, Any]) -> str:
-    """The Python code that loads a base and quantizes it again by quanto."""
-    weights = quantization.get("weights")
-    if not str(weights).startswith("q"):  # transformers' name of it
-        return load(f"quantization_config=QuantoConfig(weights={weights!r})")
-    return f"model = {load()}; quantize(model, weights={weights}); freeze(model)"
+def quantizing_code(quantization: Mapping[str, Any]) -> Code | None:
+    """The Python code that quantizes a model by quanto; `None` if transformers did it while loading."""
+    weights = str(quantization.get("weights"))
+    if not weights.startswith("q"):  # transformers' name of it
+        return None
+    left = quantization.get("modules_to_not_convert")
+    statement = f"quantize(base, weights={weights}{f', exclude={left!r}' if left else ''})"
+    return Code({"optimum.quanto": {"freeze", "quantize", weights}}, statements=[statement, "freeze(base)"])

@@ -45,6 +45,9 @@ class TorchaoInt4Weight(TorchaoWeight):
     def matches(module: nn.Module) -> bool:
         return weight_type(module) in ("Int4OpaqueTensor", "Int4TilePackedTo4dTensor")
 
+    def quantization(self) -> dict[str, Any] | None:
+        return {**(super().quantization() or {}), "layout": type(self.weight).__name__}
+
     def _used(self, stored: torch.Tensor) -> torch.Tensor:
         """Scales and offsets without the padding the kernel asks for, float32 `[N, G, 2]`."""
         rows, groups = self.scales_shape

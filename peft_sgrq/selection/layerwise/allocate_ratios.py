@@ -117,6 +117,7 @@ def allocate_ratios(
     refuse_adapters(model, "allocate ratios")
     prepare_base(model)
     saliency.check(model)
+    check_affordable(config, saliency, offered, budget)  # before the data is read
     rows = split_rows(load_batches(data, tokenizer, column, samples, max_length, batch_size, seed))
     fixed = _fixed_counts(config, saliency)
     choices = {
@@ -133,16 +134,7 @@ def allocate_ratios(
             counts=tuple(choices[name]),
             costs=tuple(count * layer.scales_per_group for count in choices[name]),
         )
-    total = sum(layer.selectable * layer.scales_per_group for layer in saliency.layers.values())
-    limit = budget_in_scales(
-        config.budget if budget is None else budget, total, 2 if config.adapter_dtype == "bfloat16" else 4
-    )
-    least = sum(option.costs[0] for option in options.values())
-    if least > limit:
-        raise ValueError(
-            f"`budget` allows {limit} scales, but the smallest ratio ({offered[0]:g}) takes {least} in all layers "
-            "together; raise the budget, or offer smaller ratios."
-        )
+    limit = _limit(config, saliency, budget)
     blocks = split_blocks({name: len(option.counts) for name, option in options.items()})
     modules = dict(named_base_layers(model))
     scaled_weights = {
@@ -171,6 +163,42 @@ def allocate_ratios(
         budget=limit,
         expected=solution.value,
         seconds=time.perf_counter() - start,
+    )
+
+
+def check_affordable(
+    config: SGRQConfig,
+    saliency: Saliency,
+    ratios: Sequence[float] = DEFAULT_RATIOS,
+    budget: Budget | None = None,
+) -> None:
+    """Refuses a budget that the smallest ratios exceed; needs no data.
+
+    Args:
+        config (`SGRQConfig`): As [`allocate_ratios`] takes it.
+        saliency (`Saliency`): The layers. Their scores count only where `ratio_pattern` says `"knee"`; where they are
+            still 0, the least that a knee can be is taken.
+        ratios, budget: As [`allocate_ratios`] takes them.
+
+    Raises:
+        ValueError: If the budget does not suffice.
+    """
+    fixed, limit = _fixed_counts(config, saliency), _limit(config, saliency, budget)
+    least = sum(
+        min(_choices(layer, sorted(ratios), fixed.get(name))) * layer.scales_per_group
+        for name, layer in saliency.layers.items()
+    )
+    if least > limit:
+        raise ValueError(
+            f"`budget` allows {limit} scales, but the smallest ratio ({min(ratios):g}) takes {least} in all layers "
+            "together; raise the budget, or offer smaller ratios."
+        )
+
+
+def _limit(config: SGRQConfig, saliency: Saliency, budget: Budget | None) -> int:
+    total = sum(layer.selectable * layer.scales_per_group for layer in saliency.layers.values())
+    return budget_in_scales(
+        config.budget if budget is None else budget, total, 2 if config.adapter_dtype == "bfloat16" else 4
     )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from peft_sgrq.adapter.size import AdaptedShape, adapter_bytes
 from peft_sgrq.choices import DEFAULT_BUDGET, Budget, Ratio
+from peft_sgrq.files.hub import check_source
 from peft_sgrq.layer.masks import unpack_mask
 from peft_sgrq.selection.layer_saliency import LayerSaliency
 from peft_sgrq.selection.ratio import knee
@@ -213,6 +214,7 @@ def report_adapter(adapter: str | os.PathLike[str], saliency: Saliency | None = 
 
     from peft_sgrq.config import SGRQConfig
 
+    check_source(adapter, "adapter")
     config = PeftConfig.from_pretrained(os.fspath(adapter))
     if not isinstance(config, SGRQConfig):
         raise ValueError(
@@ -270,6 +272,7 @@ def _groups_of_base(config: Any, fingerprints: Mapping[str, str]) -> dict[str, i
     import transformers
 
     try:
+        check_source(config.base_model_name_or_path, "base model", config.revision)
         base = transformers.AutoConfig.from_pretrained(config.base_model_name_or_path, revision=config.revision)
         with torch.device("meta"):
             model = getattr(transformers, base.architectures[0])(base)
