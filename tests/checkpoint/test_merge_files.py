@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint.test_saved_merged import logits_where_not_installed
 from peft import PeftModel, get_peft_model
 from support.bases import logits, train_steps
 from support.checkpoints import FORMATS, Format, same_bytes, tensors_of
+from support.format_base import AUTO, NO_PACKING
+from support.fresh import logits_where_not_installed
 from transformers import AutoModelForCausalLM
 
 from peft_sgrq import SGRQConfig, merge_checkpoint, verify_checkpoint
@@ -46,10 +47,12 @@ def merged_formats(tmp_path_factory, ids) -> dict[str, Merged]:
         except pytest.skip.Exception:
             continue
     directories = [path for merged in found.values() for path in (merged.on_files, merged.in_memory)]
-    logits_by_path = logits_where_not_installed(directories, ids, tmp_path_factory.mktemp("fresh"))
+    plan = {str(path): (AUTO + NO_PACKING, path) for path in directories}
+    reloaded = logits_where_not_installed(plan, ids, tmp_path_factory.mktemp("fresh"))
+    assert all(isinstance(value, torch.Tensor) for value in reloaded.values()), reloaded
     for merged in found.values():
-        merged.reloaded = logits_by_path[str(merged.on_files)]
-        merged.reloaded_from_memory = logits_by_path[str(merged.in_memory)]
+        merged.reloaded = reloaded[str(merged.on_files)]
+        merged.reloaded_from_memory = reloaded[str(merged.in_memory)]
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from support.formats import FORMATS, Format
+from support.formats import FORMATS, LAYER_FORMATS, Format
 from torch import nn
 
 from peft_sgrq import SGRQConfig
@@ -164,7 +164,7 @@ def load(*arguments: str) -> str:
     return f"AutoModelForCausalLM.from_pretrained({', '.join(['base', *arguments])})"
 
 
-@pytest.mark.parametrize("format", [format for format in FORMATS if format.layer], ids=lambda format: format.name)
+@pytest.mark.parametrize("format", LAYER_FORMATS, ids=lambda format: format.name)
 def test_loading_code_is_python_and_makes_the_same_format(format: Format):
     format.require()
     dtype = torch.bfloat16 if format.name in ("torchao-int4-cpu", "quanto-int4-tinygemm") else torch.float32

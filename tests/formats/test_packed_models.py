@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from support.bases import logits, save_small_llama, train_steps
+from support.bases import logits, train_steps
 from support.checkpoints import same_bytes
-from support.fresh import run_where_not_installed
-from support.packed_checkpoints import CHECKPOINTS, Checkpoint, in_dtype, make
+from support.fresh import logits_where_not_installed
+from support.packed_checkpoints import CHECKPOINTS, Checkpoint, in_dtype
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -26,16 +25,6 @@ from peft_sgrq.checkpoint.verify import VerifyReport
 
 IDS = torch.randint(3, 256, (2, 16), generator=torch.Generator().manual_seed(1))
 by_name = functools.partial(pytest.mark.parametrize, "checkpoint", CHECKPOINTS, ids=lambda checkpoint: checkpoint.name)
-
-
-@pytest.fixture(scope="session")
-def directories(request, tmp_path_factory) -> dict[str, Path]:
-    """Directories of the checkpoints that the selected tests ask for, by name."""
-    items = [item for item in request.session.items if "directories" in getattr(item, "fixturenames", ())]
-    names = {item.callspec.params["checkpoint"].name for item in items if hasattr(item, "callspec")}
-    wanted = [checkpoint for checkpoint in CHECKPOINTS if checkpoint.name in names]
-    base = save_small_llama(tmp_path_factory.mktemp("small"))
-    return make(wanted, base, tmp_path_factory.mktemp("checkpoints"))
 
 
 @dataclass
@@ -102,50 +91,28 @@ def run(checkpoint: Checkpoint, directory: Path, scratch: Path) -> Run:
     return Run(losses, found, states, code, refusal, verified, verified_in_memory)
 
 
-_RELOAD = """
-import json, sys, traceback
-import importlib.util, torch
-assert importlib.util.find_spec("peft_sgrq") is None
-target, plan, ids = sys.argv[1:]
-found = {}
-for name, (code, directory) in json.load(open(plan)).items():
-    try:
-        names = {"directory": directory, "torch": torch}
-        exec(code, names)
-        with torch.no_grad():
-            found[name] = names["model"].eval()(input_ids=torch.load(ids)).logits
-    except Exception:
-        found[name] = traceback.format_exc()
-torch.save(found, target)
-"""
-
-
 @pytest.fixture(scope="session")
-def runs(directories, tmp_path_factory) -> dict[str, Run]:
+def runs(packed_checkpoints, tmp_path_factory) -> dict[str, Run]:
     """The run of each checkpoint, with the logits of its merged file where peft_sgrq is not installed."""
     scratch = tmp_path_factory.mktemp("runs")
-    wanted = {checkpoint.name: checkpoint for checkpoint in CHECKPOINTS if checkpoint.name in directories}
-    found = {name: run(checkpoint, directories[name], scratch / name) for name, checkpoint in wanted.items()}
+    wanted = {checkpoint.name: checkpoint for checkpoint in CHECKPOINTS if checkpoint.name in packed_checkpoints}
+    found = {name: run(checkpoint, packed_checkpoints[name], scratch / name) for name, checkpoint in wanted.items()}
     plan = {
-        f"{name}/{merge}": (checkpoint.reload, str(scratch / name / merge))
+        f"{name}/{merge}": (checkpoint.reload, scratch / name / merge)
         for name, checkpoint in wanted.items()
         for merge in ("merged", "files")
     }
-    (scratch / "plan.json").write_text(json.dumps(plan))
-    torch.save(IDS, scratch / "ids.pt")
-    names = ("reloaded.pt", "plan.json", "ids.pt")
-    run_where_not_installed(_RELOAD, scratch, *(str(scratch / name) for name in names))
-    for key, value in torch.load(scratch / "reloaded.pt").items():
+    for key, value in logits_where_not_installed(plan, IDS, scratch).items():
         assert isinstance(value, torch.Tensor), value
         name, merge = key.split("/")
         found[name].logits[f"reloaded {merge}"] = value
         found[name].states[merge] = load_file(scratch / name / merge / "model.safetensors")
-        found[name].states["file"] = load_file(directories[name] / "model.safetensors")
+        found[name].states["file"] = load_file(packed_checkpoints[name] / "model.safetensors")
     return found
 
 
 @pytest.fixture
-def found(checkpoint: Checkpoint, directories: dict[str, Path], request: pytest.FixtureRequest) -> Run:
+def found(checkpoint: Checkpoint, packed_checkpoints: dict[str, Path], request: pytest.FixtureRequest) -> Run:
     checkpoint.require()
     return request.getfixturevalue("runs")[checkpoint.name]
 
@@ -239,7 +206,7 @@ def test_an_adapter_is_refused_on_what_has_it_merged_and_told_how_to_load_its_ba
 
 
 @by_name()
-def test_that_code_loads_the_base(checkpoint, directories, found):
+def test_that_code_loads_the_base(checkpoint, packed_checkpoints, found):
     import transformers
 
     names = {name: getattr(transformers, name) for name in ("AutoRoundConfig", "AwqConfig", "GPTQConfig")}
@@ -255,11 +222,11 @@ _DEFAULTS: list[tuple[Checkpoint, str]] = [
 
 
 @pytest.mark.parametrize(("checkpoint", "kernel"), _DEFAULTS, ids=lambda value: getattr(value, "name", value))
-def test_a_model_on_another_kernel_is_refused_before_it_is_changed(checkpoint, kernel, directories):
+def test_a_model_on_another_kernel_is_refused_before_it_is_changed(checkpoint, kernel, packed_checkpoints):
     checkpoint.require()
     head, _, right = checkpoint.config.partition("backend=")
     other = Checkpoint(checkpoint.name, checkpoint.library, {}, f"{head}backend={kernel})", checkpoint.dtype)
-    model = other.load(directories[checkpoint.name])
+    model = other.load(packed_checkpoints[checkpoint.name])
     with pytest.raises(ValueError, match="loses the gradient of the input") as error:
         get_peft_model(model, SGRQConfig())
     assert f"backend={right}" in str(error.value)
@@ -278,12 +245,12 @@ _NATIVE: dict[str, Callable[[Any], Any]] = {
     [checkpoint for checkpoint in CHECKPOINTS if checkpoint.name in _NATIVE],
     ids=lambda checkpoint: checkpoint.name,
 )
-def test_a_model_of_gptqmodels_own_loader_is_trained_merged_and_saved(checkpoint, directories, tmp_path):
+def test_a_model_of_gptqmodels_own_loader_is_trained_merged_and_saved(checkpoint, packed_checkpoints, tmp_path):
     checkpoint.require()
     from gptqmodel import BACKEND, GPTQModel
 
     options = {"backend": _NATIVE[checkpoint.name](BACKEND), "device": "cpu", "dtype": torch.bfloat16}
-    loaded = GPTQModel.load(str(directories[checkpoint.name]), **options)
+    loaded = GPTQModel.load(str(packed_checkpoints[checkpoint.name]), **options)
     model = get_peft_model(loaded.model, SGRQConfig(ratio=0.5, task_type="CAUSAL_LM"))
     train_steps(model, IDS, steps=3)
     unmerged = logits(model.eval(), IDS)

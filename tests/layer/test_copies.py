@@ -26,8 +26,11 @@ def pickled(model: Any) -> Any:
 
 
 @kinds
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
-@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
+@pytest.mark.parametrize(
+    ("duplicate", "merged"),
+    [(copy.deepcopy, False), (copy.deepcopy, True), (pickled, True)],
+    ids=["copy", "copy-merged", "pickle-merged"],
+)
 def test_a_copy_gives_the_same_bits_and_is_independent(base, llama_dir, ids, duplicate, merged):
     model = adapted(base, llama_dir)
     expected = logits(model, ids)

@@ -18,11 +18,9 @@ from support.layers import (
     linear_4bit,
     linear_8bit,
     linear_dense,
-    reference,
-    reference_gradients,
-    relative_error,
     the_layer,
 )
+from support.oracle import expected_of, relative_error
 from torch import nn
 
 TOLERANCE = 1e-5  # of float32 arithmetic against float64
@@ -37,9 +35,8 @@ def check_gradients(model: Any, *shape: int, tolerance: float = TOLERANCE) -> No
     dy = torch.randn(*shape, layer.out_features)
     y = model(x)
     (y * dy).sum().backward()
-    deltas = {name: delta_of(model, name).detach().double() for name in layer.active_adapters}
-    assert relative_error(y.detach(), reference(layer, x.detach(), deltas)) < tolerance
-    dx, ddeltas = reference_gradients(model, x, dy)
+    expected, dx, ddeltas = expected_of(model, x, dy)
+    assert relative_error(y.detach(), expected) < tolerance
     assert x.grad.dtype == x.dtype
     assert relative_error(x.grad, dx) < tolerance
     for name, ddelta in ddeltas.items():
@@ -56,9 +53,16 @@ def eager():
 
 
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-@pytest.mark.parametrize("block", BLOCK_SIZES)
+@pytest.mark.parametrize(  # every block size of both codes and of both kinds of scales, and the other two pairs
+    ("quant_type", "nested", "block"),
+    [
+        *(("nf4", False, block) for block in BLOCK_SIZES),
+        *(("fp4", True, block) for block in BLOCK_SIZES),
+        ("nf4", True, 64),
+        ("fp4", False, 64),
+    ],
+    ids=lambda value: {False: "plain", True: "nested"}[value] if isinstance(value, bool) else None,
+)
 def test_gradients_of_4bit_layers_equal_the_reference(quant_type, nested, block):
     layer = linear_4bit(16, block * (4 if block <= 256 else 2), quant_type, block, nested)
     weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
@@ -198,9 +202,17 @@ def test_row_formats_keep_the_selected_outputs_and_no_input():
     assert saved_bytes(model, x) == 50 * 2 * 4 + 2 * 4 + 2 * 8
 
 
-@pytest.mark.parametrize("temporary", [1, 1000, 5000], ids=lambda size: f"{size}-bytes")
-@pytest.mark.parametrize("groups", [[0], [2], [0, 2], [0, 1, 2]], ids=str)
-@pytest.mark.parametrize("kind", ["nf4", "nf4-nested", "int8", "int8-no-bias", "dense", "ragged", "conv1d"])
+KINDS = ["nf4", "nf4-nested", "int8", "int8-no-bias", "dense", "ragged", "conv1d"]
+
+
+@pytest.mark.parametrize(  # every kind in parts of every size, and every selection where parts are cut otherwise
+    ("kind", "groups", "temporary"),
+    [
+        *((kind, [0, 2], temporary) for kind in KINDS for temporary in (1, 1000, 5000)),
+        *((kind, groups, 1000) for kind in ("nf4", "int8", "ragged") for groups in ([0], [2], [0, 1, 2])),
+    ],
+    ids=str,
+)
 def test_gradients_made_in_parts_equal_the_reference(monkeypatch, kind, groups, temporary):
     layer = {
         "nf4": lambda: linear_4bit(12, 192),
@@ -253,7 +265,7 @@ def test_autocast_bfloat16_gives_float32_gradients_near_the_reference(make):
         y = model(x)
         assert y.dtype == layer.base_layer(x).dtype
         (y * dy).sum().backward()
-    dx, ddeltas = reference_gradients(model, x, dy)
+    _, dx, ddeltas = expected_of(model, x, dy)
     assert x.grad.dtype == delta_of(model).grad.dtype == torch.float32
     assert relative_error(x.grad, dx) < 0.02  # bfloat16 has 8 bits
     assert relative_error(delta_of(model).grad, ddeltas["default"]) < 0.02
@@ -295,6 +307,6 @@ def test_a_large_bias_costs_int8_rows_no_accuracy():
         nn.init.constant_(the_layer(model).base_layer.bias, size)
         x, dy = torch.randn(64, 64).bfloat16(), torch.randn(64, 16).bfloat16()
         (model(x) * dy).sum().backward()
-        errors[size] = relative_error(delta_of(model).grad, reference_gradients(model, x, dy)[1]["default"])
+        errors[size] = relative_error(delta_of(model).grad, expected_of(model, x, dy)[2]["default"])
     assert errors[0.0] < 0.02
     assert errors[100.0] < 2 * errors[0.0]

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from support.bases import DENSE, NF4, NF4_NESTED, adapted
-from support.layers import kept_tensors, linear_4bit, linear_dense, relative_error, storage_bytes
+from support.layers import kept_tensors, linear_4bit, linear_dense, storage_bytes
+from support.oracle import relative_error
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -84,3 +84,10 @@ CASES = [
     _hqq(4, "-as-float", view_as_float=True),
     *PACKED,
 ]
+SCHEMES = [
+    case
+    for case in CASES
+    if case.library in ("bitsandbytes", "hqq")
+    or case.name in ("gptq-bias", "gptq-ragged-to-32", "gptq-act-order-incomplete-part", "gptq-3bit")
+    or case.name in ("awq-4bit", "autoround-4bit", "autoround-zp-4bit")
+]
