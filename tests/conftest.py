@@ -20,6 +20,13 @@ from support.checkpoints import DENSE_FILES, NF4_NESTED_FILES, base_and_adapter
 from support.packed_checkpoints import CHECKPOINTS, make
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m "not slow"` files that are slow as a whole are not even imported: theirs are the heavy libraries."""
+    if config.option.markexpr != "not slow" or not collection_path.match("test_*.py"):
+        return None
+    return True if "\npytestmark = pytest.mark.slow\n" in collection_path.read_text() else None
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

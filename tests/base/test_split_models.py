@@ -21,6 +21,8 @@ from support.packed_checkpoints import CHECKPOINTS
 
 from peft_sgrq import SGRQConfig, merge_checkpoint, split_groups
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(3, 256, (2, 12), generator=torch.Generator().manual_seed(1))
 PACKED = [
     checkpoint

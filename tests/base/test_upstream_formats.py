@@ -19,6 +19,8 @@ from trl import SFTConfig, SFTTrainer
 from peft_sgrq import SGRQConfig
 from peft_sgrq.base.workarounds.trainer_refusal import allow_quantized_training
 
+pytestmark = pytest.mark.slow
+
 INTX = next(format for format in FORMATS if format.name == "torchao-intx4")
 INT8_DYNAMIC = next(format for format in FORMATS if format.name == "torchao-int8-dynamic")
 INTX_DYNAMIC = next(format for format in FORMATS if format.name == "torchao-intx4-dynamic")

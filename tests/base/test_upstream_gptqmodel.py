@@ -14,6 +14,8 @@ from torch import nn
 from peft_sgrq.base.workarounds.awq_scale_dtype import keep_awq_scales
 from peft_sgrq.base.workarounds.gptq_zero_points import save_zero_points_as_loaded
 
+pytestmark = pytest.mark.slow
+
 
 class _Model(nn.Module):
     """What of a model the workaround for zero points looks at."""

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from peft_sgrq import SGRQConfig, merge_checkpoint, verify_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass
 class Merged:

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from peft_sgrq import SGRQConfig
 
+pytestmark = pytest.mark.slow
+
 GPT2_BASES = [DENSE, Base("dense", False, torch.bfloat16), NF4]
 QUANTIZED = [base for base in BASES if base.quant != "dense"]
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from support.bases import NF4, byte_tokenizer, logits
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 

@@ -205,5 +205,6 @@ assert not found & {"torchao", "hqq", "optimum"}, found
 """
 
 
+@pytest.mark.slow
 def test_looking_for_layers_imports_no_optional_library():
     subprocess.run([sys.executable, "-c", _NOTHING_IMPORTED], check=True, capture_output=True)

@@ -24,6 +24,8 @@ from torch import nn
 from peft_sgrq import SGRQConfig, merge_checkpoint, verify_checkpoint
 from peft_sgrq.checkpoint.verify import VerifyReport
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(3, 256, (2, 16), generator=torch.Generator().manual_seed(1))
 by_name = functools.partial(pytest.mark.parametrize, "format", ids=lambda format: format.name)
 

@@ -127,6 +127,7 @@ def test_the_environment_can_say_not_to_compile(monkeypatch):
         cpu.compiled_reduce.cache_clear()
 
 
+@pytest.mark.slow
 def test_without_a_compiler_plain_torch_computes_the_same(tmp_path):
     program = (
         "import torch\n"

@@ -178,6 +178,7 @@ def test_merging_and_unmerging_survive_conversion(kind):
     assert torch.equal(model(x), unmerged)
 
 
+@pytest.mark.slow
 def test_merged_equals_unmerged_on_the_compiled_kernel():
     # What GPTQModel calls when it loads a model: its kernel then makes the weight by compiled code.
     made = packed_layer("gptq", act_order=True)

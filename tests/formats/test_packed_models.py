@@ -23,6 +23,8 @@ from peft_sgrq import SGRQConfig, SGRQLinear, merge_checkpoint, verify_checkpoin
 from peft_sgrq.base.check import loading_code
 from peft_sgrq.checkpoint.verify import VerifyReport
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(3, 256, (2, 16), generator=torch.Generator().manual_seed(1))
 by_name = functools.partial(pytest.mark.parametrize, "checkpoint", CHECKPOINTS, ids=lambda checkpoint: checkpoint.name)
 

@@ -18,6 +18,8 @@ from trl import SFTConfig, SFTTrainer
 from peft_sgrq import SGRQConfig, merge_checkpoint, verify_checkpoint
 from peft_sgrq.base.workarounds.trainer_refusal import allow_quantized_training
 
+pytestmark = pytest.mark.slow
+
 BY_NAME = {checkpoint.name: checkpoint for checkpoint in CHECKPOINTS}
 AUTOROUND, AUTOROUND_AWQ = BY_NAME["autoround-4bit"], BY_NAME["autoround-4bit-asym"]
 TRAINABLE = [BY_NAME["gptq-4bit"], BY_NAME["awq-4bit"]]  # transformers calls them so

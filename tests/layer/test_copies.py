@@ -113,6 +113,7 @@ def test_compiled_inference_has_no_graph_breaks_and_sees_changed_deltas(make):
         assert torch.equal(call(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler")
 def test_inductor_compiles_training():
     model = adapt(linear_4bit(16, 256, nested=True))
@@ -124,6 +125,7 @@ def test_inductor_compiles_training():
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 def test_a_whole_model_compiles_without_graph_breaks(llama_dir, ids):
     model = adapted(NF4, llama_dir).train()
     losses = []
@@ -136,6 +138,7 @@ def test_a_whole_model_compiles_without_graph_breaks(llama_dir, ids):
     assert all(gradient.abs().max() > 0 for gradient in losses[0][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [NF4, INT8], ids=lambda base: base.name)
 def test_steps_after_the_first_are_not_compiled_again(llama_dir, ids, base):
     model = adapted(base, llama_dir).train()

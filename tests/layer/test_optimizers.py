@@ -10,6 +10,8 @@ from support.bases import INT8, NF4, NF4_NESTED, TRAINING, adapted, byte_tokeniz
 from support.layers import adapt, delta_of, linear_4bit
 from trl import SFTConfig, SFTTrainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def run_fresh(pieces: dict[str, dict]) -> dict[str, str]:
     return json.loads(done.stdout.rpartition("RESULTS")[2])
 
 
-# An interpreter that has all packages but peft_sgrq. It has imported transformers before it forks, which takes longest.
+# An interpreter that has all packages but peft_sgrq; transformers is imported before all forks, which takes longest.
 _ELSEWHERE = """
 import importlib.util, json, os, sys, tempfile, traceback
 import torch, transformers.modeling_utils
