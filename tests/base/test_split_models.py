@@ -37,7 +37,7 @@ class Kind:
 
     Attributes:
         name (`str`): For test ids and `pytest -k`.
-        load (`Callable`): Loads the base in its first groups, given the split_bases of all.
+        load (`Callable`): Loads the base in its first groups, given what all start from.
         reload (`str`): Python code that sets `model` from `directory` by the format's own loader.
         size (`int`): The group size to have.
         require (`Callable`): Skips the test where a library is not installed.
@@ -150,7 +150,7 @@ def split_bases(packed_checkpoints, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def split_runs(request, split_bases, tmp_path_factory) -> dict[str, Run]:
-    """The split_runs of the selected kinds, with the logits of what they saved where peft_sgrq is not installed."""
+    """The runs of the selected kinds, with the logits of what they saved where peft_sgrq is not installed."""
     scratch = tmp_path_factory.mktemp("split")
     found, plan = {}, {}
     for kind in asked_for(request, "split_kind"):

@@ -163,4 +163,4 @@ def test_bitsandbytes_still_writes_to_int8_inputs():
     with torch.no_grad():
         layer(x)
     assert torch.equal(x, before)
-    assert x._version > 0, "int8 layers leave their input alone now: see `writes_to_input` in backends/bnb_int8.py"
+    assert x._version > 0, "int8 layers leave their input alone now: see `BnbInt8Weight.writes_to_input`"

@@ -55,7 +55,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def run(checkpoint: Checkpoint, directory: Path, scratch: Path) -> Run:
     found: dict[str, torch.Tensor] = {}
     found["base"] = logits(checkpoint.load(directory), IDS)
-    # Not the model that has run: GPTQModel rounds AWQ's scales when it does (see upstream/awq_scale_dtype.py).
+    # Not the model that has run: GPTQModel rounds AWQ's scales when it does (see base/workarounds/awq_scale_dtype.py).
     model = checkpoint.load(directory)
     states = {"base": copied_state(model)}
     model = get_peft_model(model, SGRQConfig(ratio=0.5, task_type="CAUSAL_LM")).eval()
@@ -174,7 +174,7 @@ def test_verify_finds_the_merge_in_memory_right(checkpoint, found):
 @by_name()
 def test_undoing_gives_the_base_back(checkpoint, found):
     check_equal(found, "base", "disabled", "unloaded")
-    # But for the zero points of an unloaded model, which are those of the file (see upstream/gptq_zero_points.py).
+    # But for the zero points of an unloaded model, those of the file (see base/workarounds/gptq_zero_points.py).
     names = [name for name in found.states["base"] if not name.endswith("qzeros")]
     base, unloaded = (
         {name: state[name] for name in names} for state in (found.states["base"], found.states["unloaded"])
@@ -236,9 +236,9 @@ def test_a_model_on_another_kernel_is_refused_before_it_is_changed(checkpoint, k
 
 
 _NATIVE: dict[str, Callable[[Any], Any]] = {
-    "gptq-4bit": lambda scaled_weight: scaled_weight.GPTQ_TORCH,
-    "gptq-4bit-asym-v2": lambda scaled_weight: scaled_weight.TORCH,
-    "awq-4bit": lambda scaled_weight: scaled_weight.AWQ_TORCH,
+    "gptq-4bit": lambda kernels: kernels.GPTQ_TORCH,
+    "gptq-4bit-asym-v2": lambda kernels: kernels.TORCH,
+    "awq-4bit": lambda kernels: kernels.AWQ_TORCH,
 }
 
 

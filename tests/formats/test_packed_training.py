@@ -79,7 +79,7 @@ def test_sfttrainer_makes_the_adapter_on_autoround_when_allowed(checkpoint, dire
     directory = directories[checkpoint.name]
     model = checkpoint.load(directory)
     before = logits(model, ids)
-    # Not the model that has run: GPTQModel rounds AWQ's scales when it does (see upstream/awq_scale_dtype.py).
+    # Not the model that has run: GPTQModel rounds AWQ's scales when it does (see base/workarounds/awq_scale_dtype.py).
     model = checkpoint.load(directory)
     with allow_quantized_training(model):
         trainer = _sft_trainer(model, directory, tmp_path)
