@@ -11,7 +11,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from peft_sgrq.formats.selectable_unit import SelectableUnit
 from peft_sgrq.selection.layer_saliency import LayerSaliency
 
 FORMAT_VERSION = 1
@@ -74,6 +73,6 @@ def read_saliency_file(path: str) -> tuple[dict[str, LayerSaliency], dict[str, A
                 "again."
             )
         geometry["shape"] = tuple(geometry["shape"])
-        geometry["unit"] = SelectableUnit(geometry.pop("granularity"))
+        geometry["unit"] = geometry.pop("granularity")
         layers[name] = LayerSaliency(scores, groups=tensors.get(f"{name}.groups"), **geometry)
     return layers, described

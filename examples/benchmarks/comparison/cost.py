@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from benchmarks.measure import clock, in_turn, kept_bytes, peak_bytes
-
 from comparison.bench import Bench
 from comparison.methods import Method, Unavailable
+from measure import clock, in_turn, kept_bytes, peak_bytes
 
 
 def measure_cost(bench: Bench, methods: list[Method], repeats: int = 15) -> dict[str, dict[str, float]]:

@@ -1,6 +1,6 @@
 """Sizes of SGRQ and LoRA adapters on all linear layers of models of known shape; no weights are made.
 
-python examples/adapter_size.py
+python examples/benchmarks/adapter_size.py
 """
 
 from __future__ import annotations

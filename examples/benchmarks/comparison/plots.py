@@ -9,13 +9,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from comparison.store import Run
+from comparison.tables import best_runs, methods_of, title, values
 from markdown_tables import spell
 from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-
-from comparison.store import Run
-from comparison.tables import best_runs, methods_of, title, values
 
 # Okabe and Ito's colours: one a family; dashes and markers tell its members apart.
 STYLES = {

@@ -1,7 +1,7 @@
 """Methods on the task of PEFT's own comparison: trained on MetaMathQA, asked the questions of GSM8K.
 
-python examples/compare_metamathqa.py --results metamathqa.json
-python examples/compare_metamathqa.py --config my.json --results my-results.json
+python examples/benchmarks/compare_metamathqa.py --results metamathqa.json
+python examples/benchmarks/compare_metamathqa.py --config my.json --results my-results.json
 
 Model, data, prompt, number of steps, batches, lengths, weight decay, schedule and metric are those of
 https://github.com/huggingface/peft/tree/main/method_comparison/MetaMathQA, on a base in NF4 instead of bfloat16; the

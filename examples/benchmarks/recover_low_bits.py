@@ -1,7 +1,7 @@
 """What does recovery give back? Quantizes a model to few bits, recovers it, and compares held-out perplexity.
 
-python examples/recover_low_bits.py MODEL --data TEXT --test TEXT --other TEXT --results results.json
-python examples/recovery_table.py results.json
+python examples/benchmarks/recover_low_bits.py MODEL --data TEXT --test TEXT --other TEXT --results results.json
+python examples/benchmarks/recovery_table.py results.json
 
 `--test` is held-out text like the data, `--other` text of another kind. `--recover` names ways to recover, each the
 arguments of `peft_sgrq.recover` that differ from its defaults: `--recover "" "preservation=0.1" "distill_steps=60"`.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from comparison.methods import Method
 from selection_bench import CONTROLS, select_control
 
-from comparison.methods import Method
 from peft_sgrq.selection.saliency import Saliency
 
 

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
-from torch import nn
-from transformers import AutoTokenizer, get_scheduler
-
 from comparison.bases import load_base, targets_of
 from comparison.data import read_questions, read_windows
 from comparison.evaluation import accuracy, mean_loss
 from comparison.merging import merge, merge_into_original
 from comparison.methods import Method, Unavailable, adapt, count_trained
 from comparison.selections import choose, criterion_of
+from peft import get_peft_model_state_dict
+from torch import nn
+from transformers import AutoTokenizer, get_scheduler
+
 from peft_sgrq import SGRQConfig, calibrate, recover
 from peft_sgrq.selection.saliency import Saliency
 

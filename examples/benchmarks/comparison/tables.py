@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from statistics import mean
 from typing import Any
 
-from markdown_tables import spell, table
-
 from comparison.store import STATES, Run, best_rate
+from markdown_tables import spell, table
 
 Setting = dict[str, Any]
 

@@ -1,7 +1,7 @@
 """Is a recovered model the better start? Tunes a model of few bits from plain scales and from recovered ones.
 
-python examples/recover_then_tune.py MODEL --data TEXT --train TEXT --test TEXT --results results.json
-python examples/recovery_table.py results.json
+python examples/benchmarks/recover_then_tune.py MODEL --data TEXT --train TEXT --test TEXT --results results.json
+python examples/benchmarks/recovery_table.py results.json
 
 `--data` is what is recovered with, `--train` and `--test` are the task. Both starts train the same adapter for the
 same steps on the same batches: one begins with deltas of zero, the other with those of the recovery. Both get the same

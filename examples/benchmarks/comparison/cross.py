@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from markdown_tables import spell, table
-
 from comparison.tables import Setting, best_method, best_runs, differences, loras, methods_of
+from markdown_tables import spell, table
 
 WIDTHS = {"nf4": "NF4", "hqq-3": "HQQ, 3 bits", "hqq-2": "HQQ, 2 bits"}
 BROAD = 9  # methods; settings with fewer are there to answer one question

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import torch
-from benchmarks.bases import BASES, quantized_layers
+from bases import BASES, quantized_layers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 

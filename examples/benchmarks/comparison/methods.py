@@ -22,12 +22,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from comparison.variants import FORMS, reparametrize, tie_rows
+from comparison.zero_points import train_zero_points
 from peft import IA3Config, LoraConfig, get_peft_model
 from selection_bench import CONTROLS
 from torch import nn
 
-from comparison.variants import FORMS, reparametrize, tie_rows
-from comparison.zero_points import train_zero_points
 from peft_sgrq import SGRQConfig, SGRQLinear
 from peft_sgrq.choices import CRITERIA, check_ratio
 

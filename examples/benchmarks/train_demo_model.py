@@ -1,6 +1,6 @@
 """Trains the small language model in `demo_model` on text that every machine with this project's environment has.
 
-    python examples/train_demo_model.py --minutes 65 --threads 1
+    python examples/benchmarks/train_demo_model.py --minutes 65 --threads 1
 
 The corpus, the tokenizer and the model are made from scratch; see `demo_text`. Weights are bf16 with fp32 master
 weights, the hidden matrices are trained with Muon and everything else with AdamW. The schedule follows the clock, so
@@ -11,16 +11,21 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from demo_text import in_stable_order, pretraining_documents, task_documents
 from tokenizers import ByteLevelBPETokenizer
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+EXAMPLES = Path(__file__).resolve().parents[1]
+sys.path.append(str(EXAMPLES))
+
+from demo_text import in_stable_order, pretraining_documents, task_documents  # noqa: E402
 
 BOS, EOS = "<s>", "</s>"
 PROMPTS = ("The function returns", "This module provides", "Raises a ValueError if")
@@ -31,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=65.0, help="duration of training, without evaluation")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "demo_model", help="folder to write")
+    parser.add_argument("--out", type=Path, default=EXAMPLES / "demo_model", help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the order of the data")
     parser.add_argument("--batch", type=int, default=8, help="sequences per step")
     parser.add_argument("--length", type=int, default=256, help="tokens per sequence")

@@ -1,7 +1,7 @@
 """Tables of what `compare_selection.py` found: losses with their spread, and overlaps of selections.
 
-python examples/selection_table.py docs/results/selection-*.json
-python examples/selection_table.py docs/results/selection-*.json --update docs/selection-results.md
+python examples/benchmarks/selection_table.py docs/results/selection-*.json
+python examples/benchmarks/selection_table.py docs/results/selection-*.json --update docs/selection-results.md
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from markdown_tables import put_between, spell, table
 from results_file import replace_text
 
-START, END = "<!-- tables: made by examples/selection_table.py -->", "<!-- end of the tables -->"
+START, END = "<!-- tables: made by examples/benchmarks/selection_table.py -->", "<!-- end of the tables -->"
 
 Run = dict[str, Any]
 

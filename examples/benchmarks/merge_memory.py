@@ -1,6 +1,6 @@
 """Memory and time of merging on files: a made-up nf4 checkpoint in shards, merged in a process that watches itself.
 
-    python examples/merge_memory.py --gigabytes 4
+    python examples/benchmarks/merge_memory.py --gigabytes 4
 
 Prints the size of the checkpoint, the seconds of the merge beside those of copying the files, and the most memory the
 process had besides the files it had mapped (what it would need on a machine without room for them).

@@ -1,7 +1,7 @@
 """Tables and plots of what `compare_methods.py` found.
 
-python examples/methods_report.py docs/results/methods-*.json
-python examples/methods_report.py docs/results/methods-*.json --update docs/results.md --plots docs/results
+python examples/benchmarks/methods_report.py docs/results/methods-*.json
+python examples/benchmarks/methods_report.py docs/results/methods-*.json --update docs/results.md --plots docs/results
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from markdown_tables import put_between
 from results_file import replace_text
 
 PARTS = ("cross", "summary", "cost", "settings")
-MARK = "<!-- {}: made by examples/methods_report.py -->"
+MARK = "<!-- {}: made by examples/benchmarks/methods_report.py -->"
 
 
 def main() -> None:

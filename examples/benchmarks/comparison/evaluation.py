@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
-
 from comparison.data import Questions
+from torch import nn
 
 
 @torch.no_grad()

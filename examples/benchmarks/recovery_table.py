@@ -1,7 +1,7 @@
 """Tables of what `recover_low_bits.py`, `recover_then_tune.py` and `recovery_memory.py` found.
 
-python examples/recovery_table.py docs/results/recovery-*.json
-python examples/recovery_table.py docs/results/recovery-*.json --update docs/recovery.md
+python examples/benchmarks/recovery_table.py docs/results/recovery-*.json
+python examples/benchmarks/recovery_table.py docs/results/recovery-*.json --update docs/recovery.md
 
 On a page the tables of a file stand between `<!-- NAME.json -->` and `<!-- end of NAME.json -->`.
 """

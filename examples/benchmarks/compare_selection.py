@@ -1,7 +1,7 @@
 """Does it matter which scales are trained? Tunes one model with selections by different criteria and compares.
 
-python examples/compare_selection.py MODEL --train TEXT --test TEXT --base nf4 --results results.json
-python examples/selection_table.py results.json
+python examples/benchmarks/compare_selection.py MODEL --train TEXT --test TEXT --base nf4 --results results.json
+python examples/benchmarks/selection_table.py results.json
 
 A selection is named `CRITERION` or `CRITERION:HOW`. CRITERION is one of `calibrate`'s, or `bottom`, the least salient
 columns by `obs`. HOW is `global` or `layerwise` (ratios by layer, at the same number of scales), or `scale`: single

@@ -6,7 +6,6 @@ import tempfile
 from typing import Any
 
 import torch
-
 from comparison.bases import load_base
 from comparison.methods import Method
 from comparison.zero_points import merge_zero_points

@@ -1,6 +1,6 @@
 """Memory and time of recovery: random Llamas of growing depth, each in a process of its own that watches itself.
 
-    python examples/recovery_memory.py --blocks 2 8 32
+    python examples/benchmarks/recovery_memory.py --blocks 2 8 32
 
 For each depth: the most memory that recovery took beside the models in memory, with the reference (float32) read
 from its files and with it in memory too, beside the sizes of a block of the reference and of all blocks. Then, for the
