@@ -16,8 +16,8 @@ import torch
 from filelock import FileLock
 from support.asked_for import asked_for
 from support.bases import BASES, Base, save_small_llama, save_tiny_gpt2, save_tiny_llama
-from support.checkpoints import DENSE_FILES, NF4_NESTED_FILES, base_and_adapter
 from support.packed_checkpoints import CHECKPOINTS, make
+from support.quantized_checkpoints import DENSE_FILES, NF4_NESTED_FILES, base_and_adapter
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

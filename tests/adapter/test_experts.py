@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from support.bases import VOCABULARY, logits
-from support.formats import SCALE_FORMATS
+from support.library_formats import SCALE_FORMATS
 from support.oracle import expected, relative_error
 from torch import nn
 from transformers import (

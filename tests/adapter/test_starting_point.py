@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.bases import DENSE, INT8, NF4, TRAINING, adapted, byte_tokenizer, logits, train_steps
-from support.recovery import deltas
+from support.rounded_models import deltas
 
 from peft_sgrq import SGRQConfig
 from peft_sgrq.layer.masks import decode_mask, encode_mask

@@ -13,11 +13,11 @@ import torch
 from peft import PeftModel, get_peft_model
 from support.asked_for import asked_for
 from support.bases import Base, logits, save_small_llama
-from support.checkpoints import same_bytes, tensors_of
 from support.format_base import AUTO, NO_PACKING
-from support.formats import FORMATS
 from support.fresh import logits_where_not_installed
+from support.library_formats import FORMATS
 from support.packed_checkpoints import CHECKPOINTS
+from support.quantized_checkpoints import same_bytes, tensors_of
 
 from peft_sgrq import SGRQConfig, merge_checkpoint, split_groups
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from peft import get_peft_model
 from support.bases import NF4, adapted, logits
-from support.layers import linear_4bit, linear_8bit
 from support.packed_layers import packed_layer
+from support.single_layers import linear_4bit, linear_8bit
 from support.split_layers import CASES, COLUMNS, PACKED, ROWS, SCHEMES, Case, hqq_layer
 from torch import nn
 

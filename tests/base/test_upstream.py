@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from support.bases import INT8, NF4, NF4_NESTED, Base, logits, train_steps
-from support.layers import linear_4bit, linear_8bit
+from support.single_layers import linear_4bit, linear_8bit
 from torch import nn
 from transformers import AutoModelForCausalLM
 

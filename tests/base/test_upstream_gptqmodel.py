@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.layers import adapt
 from support.packed_layers import packed_layer, require
+from support.single_layers import adapt
 from torch import nn
 
 from peft_sgrq.base.workarounds.awq_scale_dtype import keep_awq_scales

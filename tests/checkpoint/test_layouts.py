@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from support.checkpoints import edit_config, same_bytes, save_wide_llama, tensors_of, write_adapter
+from support.quantized_checkpoints import edit_config, same_bytes, save_wide_llama, tensors_of, write_adapter
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from peft_sgrq import merge_checkpoint, verify_checkpoint

@@ -9,9 +9,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from support.bases import logits, train_steps
-from support.checkpoints import FORMATS, Format, same_bytes, tensors_of
 from support.format_base import AUTO, NO_PACKING
 from support.fresh import logits_where_not_installed
+from support.quantized_checkpoints import FORMATS, Format, same_bytes, tensors_of
 from transformers import AutoModelForCausalLM
 
 from peft_sgrq import SGRQConfig, merge_checkpoint, verify_checkpoint

@@ -7,10 +7,10 @@ import functools
 
 import pytest
 import torch
-from support.checkpoints import CT_SCHEMES
 from support.compressed_layers import adapt, compressed, fp8_layer
-from support.layers import delta_of, the_layer
 from support.oracle import expected_of, relative_error
+from support.quantized_checkpoints import CT_SCHEMES
+from support.single_layers import delta_of, the_layer
 from torch import nn
 
 from peft_sgrq import SGRQConfig

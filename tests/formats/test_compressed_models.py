@@ -6,8 +6,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from support.bases import TRAINING, logits, train_steps
-from support.checkpoints import FORMATS, FP8_BLOCKS, edit_config, in_shards, save_wide_llama
 from support.compressed_layers import adapt, fp8_layer
+from support.quantized_checkpoints import FORMATS, FP8_BLOCKS, edit_config, in_shards, save_wide_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 

@@ -1,6 +1,6 @@
 """What must hold in every quantized format, on single layers.
 
-The formats are those of `formats.py`; one whose library is not installed is skipped by its name.
+The formats are those of `library_formats.py`; one whose library is not installed is skipped by its name.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from support.formats import LAYER_FORMATS, SCALE_FORMATS, Format
-from support.layers import delta_of, the_layer
+from support.library_formats import LAYER_FORMATS, SCALE_FORMATS, Format
 from support.oracle import expected, relative_error
+from support.single_layers import delta_of, the_layer
 from torch import nn
 
 from peft_sgrq import SGRQConfig

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from support.formats import FORMATS, LAYER_FORMATS, Format
+from support.library_formats import FORMATS, LAYER_FORMATS, Format
 from torch import nn
 
 from peft_sgrq import SGRQConfig

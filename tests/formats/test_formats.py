@@ -1,6 +1,6 @@
 """What must hold in every quantized format, on a whole model that goes through a file.
 
-The formats are those of `formats.py`; one whose library is not installed is skipped by its name.
+The formats are those of `library_formats.py`; one whose library is not installed is skipped by its name.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from support.asked_for import asked_for
 from support.bases import logits, save_small_llama, train_steps
-from support.checkpoints import same_bytes, tensors_of
-from support.formats import MODEL_FORMATS, Format
 from support.fresh import logits_where_not_installed
+from support.library_formats import MODEL_FORMATS, Format
+from support.quantized_checkpoints import same_bytes, tensors_of
 from torch import nn
 
 from peft_sgrq import SGRQConfig, merge_checkpoint, verify_checkpoint

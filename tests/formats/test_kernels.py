@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.layers import linear_4bit
 from support.oracle import relative_error
+from support.single_layers import linear_4bit
 
 from peft_sgrq.formats import kernels
 from peft_sgrq.formats.bnb_4bit.weight import Bnb4bitWeight

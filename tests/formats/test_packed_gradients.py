@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from support.layers import delta_of, the_layer
 from support.oracle import Expected, expected, relative_error
 from support.packed_layers import DTYPES, LIBRARY, SCHEMES, VARIANTS, Packed, adapted, packed_layer
+from support.single_layers import delta_of, the_layer
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 

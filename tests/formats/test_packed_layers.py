@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.layers import delta_of, the_layer
 from support.packed_layers import DTYPES, LIBRARY, SCHEMES, VARIANTS, Packed, adapted, pack_along, packed_layer
+from support.single_layers import delta_of, the_layer
 
 from peft_sgrq.formats.int32_packed.packing import unpack, unpack_rows
 from peft_sgrq.formats.registry import is_quantized, resolve_weight

@@ -13,9 +13,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from support.bases import logits, train_steps
-from support.checkpoints import same_bytes
 from support.fresh import logits_where_not_installed
 from support.packed_checkpoints import CHECKPOINTS, Checkpoint, in_dtype
+from support.quantized_checkpoints import same_bytes
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from support.bases import TRAINING, logits, save_small_llama
-from support.checkpoints import same_bytes, tensors_of
 from support.packed_checkpoints import CHECKPOINTS, Checkpoint, make
+from support.quantized_checkpoints import same_bytes, tensors_of
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 

@@ -22,7 +22,7 @@ from support.delta_changes import (
     computed_anew,
     kinds,
 )
-from support.layers import adapt, linear_4bit, linear_8bit, linear_dense
+from support.single_layers import adapt, linear_4bit, linear_8bit, linear_dense
 from torch import nn
 
 from peft_sgrq import SGRQLinear

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.bases import DENSE, INT8, NF4, NF4_NESTED, adapted, train_steps
-from support.layers import (
+from support.oracle import expected_of, relative_error
+from support.single_layers import (
     adapt,
     add_adapter,
     conv1d,
@@ -20,7 +21,6 @@ from support.layers import (
     linear_dense,
     the_layer,
 )
-from support.oracle import expected_of, relative_error
 from torch import nn
 
 TOLERANCE = 1e-5  # of float32 arithmetic against float64

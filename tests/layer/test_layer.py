@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from support.bases import DENSE, INT8, NF4, NF4_NESTED, Base, adapted, logits, train_steps
-from support.layers import adapt, delta_of, linear_4bit, linear_8bit, linear_dense, the_layer
+from support.single_layers import adapt, delta_of, linear_4bit, linear_8bit, linear_dense, the_layer
 from torch import nn
 
 from peft_sgrq import SGRQConfig, SGRQLinear

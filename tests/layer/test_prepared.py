@@ -23,7 +23,7 @@ from support.delta_changes import (
     kinds,
     only_deltas,
 )
-from support.layers import adapt, add_adapter, linear_4bit, linear_8bit, linear_dense
+from support.single_layers import adapt, add_adapter, linear_4bit, linear_8bit, linear_dense
 from torch import nn
 
 from peft_sgrq import SGRQConfig, SGRQLinear

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from support.bases import DENSE, NF4, NF4_NESTED, adapted
-from support.layers import adapt, delta_of, kept_tensors, linear_4bit, linear_8bit, linear_dense, storage_bytes
 from support.oracle import relative_error
+from support.single_layers import adapt, delta_of, kept_tensors, linear_4bit, linear_8bit, linear_dense, storage_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from support.bases import DENSE, INT8, NF4
-from support.layerwise import GROUP, QUICK, saliency_of, text
+from support.ratio_inputs import GROUP, QUICK, saliency_of, text
 
 from peft_sgrq import SGRQConfig, allocate_ratios, calibrate
 from peft_sgrq.selection.layerwise.allocate_ratios import LayerRatios, split_blocks

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from support.bases import DENSE, INT8, NF4, adapted
-from support.layers import adapt, conv1d, linear_4bit, linear_8bit, linear_dense, the_layer
+from support.single_layers import adapt, conv1d, linear_4bit, linear_8bit, linear_dense, the_layer
 
 from peft_sgrq import SGRQConfig
 from peft_sgrq.layer.masks import decode_mask, encode_mask, pack_mask, unpack_mask

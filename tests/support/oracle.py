@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from peft import PeftModel
-from support.layers import the_layer
+from support.single_layers import the_layer
 
 
 class Expected(NamedTuple):

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.layers import linear_4bit
 from support.packed_layers import LIBRARY, VARIANTS, packed_layer
+from support.single_layers import linear_4bit
 from torch import nn
 
 ROWS, COLUMNS = 128, 256
