@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from support.asked_for import asked_for
 from support.bases import logits, train_steps
 from support.format_base import AUTO, NO_PACKING
 from support.fresh import logits_where_not_installed
@@ -39,10 +40,10 @@ def ids() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def merged_formats(tmp_path_factory, ids) -> dict[str, Merged]:
-    """Every format, trained for 20 steps, merged both ways, and reloaded in one process without peft_sgrq."""
+def merged_formats(request, tmp_path_factory, ids) -> dict[str, Merged]:
+    """Every format asked for, trained for 20 steps, merged both ways, and reloaded where peft_sgrq is not installed."""
     found: dict[str, Merged] = {}
-    for form in FORMATS:
+    for form in asked_for(request, "form"):
         root = tmp_path_factory.mktemp(form.name)
         try:
             found[form.name] = train_and_merge(form, root, ids)
