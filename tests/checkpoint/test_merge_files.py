@@ -41,7 +41,7 @@ def ids() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def merged_formats(request, tmp_path_factory, ids) -> dict[str, Merged]:
-    """Every format asked for, trained for 20 steps, merged both ways, and reloaded where peft_sgrq is not installed."""
+    """Each format asked for, trained for 20 steps, merged both ways, and reloaded where peft_sgrq is not installed."""
     found: dict[str, Merged] = {}
     for form in asked_for(request, "form"):
         root = tmp_path_factory.mktemp(form.name)
