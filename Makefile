@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 DEMO_ARGS ?=
 
-.PHONY: test lint format formats demo clean
+.PHONY: test test-fast lint format formats demo clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,10 @@ formats: $(VENV)/formats
 
 test: $(VENV)/installed
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# All but what takes long: whole models through files and trainers, compilers, other processes. Under two minutes.
+test-fast: $(VENV)/installed
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -10,10 +10,10 @@ import torch
 import transformers as tr
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from support.bases import DENSE, INT8, NF4, NF4_NESTED, Base, adapted, logits
-from support.checkpoints import FORMATS as FILES
-from support.checkpoints import FP8_BLOCKS
-from support.formats import FORMATS
+from support.library_formats import FORMATS
 from support.printed_code import refusal, run_card, run_refusal
+from support.quantized_checkpoints import FORMATS as FILES
+from support.quantized_checkpoints import FP8_BLOCKS
 from torch import nn
 
 from peft_sgrq import SGRQConfig, split_groups

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from support.bases import DENSE, NF4, Base
 from support.packed_layers import packed_layer
-from support.recovery import recovered
+from support.rounded_models import recovered
 from torch import nn
 
 from peft_sgrq import SGRQConfig, calibrate, split_groups

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support.bases import INT8, NF4, NF4_NESTED, Base, logits, train_steps
-from support.layers import linear_4bit, linear_8bit
+from support.single_layers import linear_4bit, linear_8bit
 from support.small_models import TIED, load, outputs, save, train_randomly
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -164,7 +164,7 @@ def test_bitsandbytes_still_writes_to_int8_inputs():
     with torch.no_grad():
         layer(x)
     assert torch.equal(x, before)
-    assert x._version > 0, "int8 layers leave their input alone now: see `writes_to_input` in backends/bnb_int8.py"
+    assert x._version > 0, "int8 layers leave their input alone now: see `BnbInt8Weight.writes_to_input`"
 
 
 def _lora_on_tied(kind, tmp_path, **config):

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.layers import adapt
 from support.packed_layers import packed_layer, require
+from support.single_layers import adapt
 from torch import nn
 
 from peft_sgrq.base.workarounds.awq_scale_dtype import keep_awq_scales
 from peft_sgrq.base.workarounds.gptq_zero_points import save_zero_points_as_loaded
 from peft_sgrq.base.workarounds.loading_attributes import forget_loading_attributes
+
+pytestmark = pytest.mark.slow
 
 
 class _Model(nn.Module):

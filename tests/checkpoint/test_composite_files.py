@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
-from support.checkpoints import tensors_of
+from support.quantized_checkpoints import tensors_of
 from support.small_models import COMPOSITE, in_nf4, load, outputs, save, train_randomly
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from support.checkpoints import edit_config, tensors_of
+from support.quantized_checkpoints import edit_config, tensors_of
 from support.small_models import TIED, in_nf4, load, outputs, save, train_randomly
 
 from peft_sgrq import SGRQConfig, merge_checkpoint, verify_checkpoint

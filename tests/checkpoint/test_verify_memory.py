@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from safetensors.torch import save_file
 from support.bases import TRAINING, byte_tokenizer
-from support.checkpoints import edit_config, tensors_of
+from support.quantized_checkpoints import edit_config, tensors_of
 from support.small_models import TIED, in_nf4, save
 from transformers import (
     AutoModel,

@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def config(llama_dir: Path, tmp_path: Path) -> dict:

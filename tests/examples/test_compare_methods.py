@@ -25,6 +25,8 @@ from support.bases import NF4
 
 from peft_sgrq import SGRQLinear
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def arguments(llama_dir: Path, tmp_path: Path) -> list[str]:

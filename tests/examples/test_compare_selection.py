@@ -16,6 +16,8 @@ from selection_bench import Bench, round_to_grid, windows_of
 
 from peft_sgrq.layer.masks import decode_mask
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "benchmarks"
 
 

@@ -9,6 +9,8 @@ import torch
 from comparison.bases import load_base, targets_of
 from comparison.methods import adapt, parse_method
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.skipif(find_spec("hqq") is None, reason="hqq is not installed")
 def test_groups_that_divide_no_layer_are_refused(llama_dir):

@@ -14,6 +14,8 @@ from perplexity import perplexity, tokenize
 from support.bases import NF4, byte_tokenizer, logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 

@@ -15,6 +15,8 @@ from comparison.methods import adapt, parse_method
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+pytestmark = pytest.mark.slow
+
 hqq = pytest.mark.skipif(find_spec("hqq") is None, reason="hqq is not installed")
 bases = pytest.mark.parametrize("base", [pytest.param("hqq-8-16", marks=hqq), "nf4"])
 LORA = parse_method("lora-4:original")

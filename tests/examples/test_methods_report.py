@@ -14,6 +14,8 @@ from comparison.tables import cost_table, describe, exactness, front, summary_ta
 from markdown_tables import put_between
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "benchmarks"
 
 

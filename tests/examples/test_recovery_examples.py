@@ -17,6 +17,8 @@ import recovery_table
 import torch
 from recovery_bench import settings_of
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "benchmarks"
 
 

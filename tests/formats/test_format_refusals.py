@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from support.formats import FORMATS, Format
+from support.library_formats import FORMATS, LAYER_FORMATS, Format
 from torch import nn
 
 from peft_sgrq import SGRQConfig
@@ -161,7 +161,7 @@ def test_training_around_a_layer_that_loses_the_gradient_is_refused(name):
     assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters() if parameter.requires_grad)
 
 
-@pytest.mark.parametrize("format", [format for format in FORMATS if format.layer], ids=lambda format: format.name)
+@pytest.mark.parametrize("format", LAYER_FORMATS, ids=lambda format: format.name)
 def test_quantizing_code_is_python_and_makes_the_same_format(format: Format):
     format.require()
     dtype = torch.bfloat16 if format.name in ("torchao-int4-cpu", "quanto-int4-tinygemm") else torch.float32
@@ -191,5 +191,6 @@ assert not found & {"torchao", "hqq", "optimum"}, found
 """
 
 
+@pytest.mark.slow
 def test_looking_for_layers_imports_no_optional_library():
     subprocess.run([sys.executable, "-c", _NOTHING_IMPORTED], check=True, capture_output=True)

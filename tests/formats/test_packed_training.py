@@ -10,13 +10,15 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from support.bases import TRAINING, logits, save_small_llama
-from support.checkpoints import same_bytes, tensors_of
 from support.packed_checkpoints import CHECKPOINTS, Checkpoint, make
+from support.quantized_checkpoints import same_bytes, tensors_of
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from peft_sgrq import SGRQConfig, merge_checkpoint, verify_checkpoint
 from peft_sgrq.base.workarounds.trainer_refusal import allow_quantized_training
+
+pytestmark = pytest.mark.slow
 
 BY_NAME = {checkpoint.name: checkpoint for checkpoint in CHECKPOINTS}
 AUTOROUND, AUTOROUND_AWQ = BY_NAME["autoround-4bit"], BY_NAME["autoround-4bit-asym"]

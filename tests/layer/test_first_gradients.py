@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from support.layers import linear_4bit, linear_dense
+from support.single_layers import linear_4bit, linear_dense
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -161,7 +161,7 @@ def test_training_around_any_layer_that_loses_the_gradient_is_refused(cls):
 
 
 def test_a_refused_format_that_loses_the_gradient_is_not_harmless():
-    from support.formats import FORMATS
+    from support.library_formats import FORMATS
 
     torchao = next(format for format in FORMATS if format.name == "torchao-int8-dynamic")
     torchao.require()

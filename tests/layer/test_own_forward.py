@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import get_peft_model
-from support.layers import adapt, conv1d, linear_4bit, linear_8bit, linear_dense, the_layer
+from support.single_layers import adapt, conv1d, linear_4bit, linear_8bit, linear_dense, the_layer
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from transformers.pytorch_utils import Conv1D

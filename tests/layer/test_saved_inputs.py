@@ -1,4 +1,4 @@
-"""What layers that share an input save of it for their backward passes."""
+"""What layers save of their input for their backward passes, and share with others that have the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from support.bases import DENSE, NF4, NF4_NESTED, adapted
-from support.layers import kept_tensors, linear_4bit, linear_dense, relative_error, storage_bytes
+from support.oracle import relative_error
+from support.single_layers import adapt, delta_of, kept_tensors, linear_4bit, linear_8bit, linear_dense, storage_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -207,3 +208,36 @@ def test_layers_that_round_their_input_each_save_their_own(monkeypatch):
     first, other = (tensor for tensor in kept_tensors(model(x)) if is_input(tensor))
     expected = x[:, :128], x[:, :128].round()
     assert any(torch.equal(first, a) and torch.equal(other, b) for a, b in (expected, expected[::-1]))
+
+
+# how much is kept
+
+
+def saved_bytes(model: Any, x: torch.Tensor) -> int:
+    """Bytes of the distinct tensors that autograd saves in one forward call."""
+    storages: dict[int, torch.Tensor] = {}  # kept alive, so that no address is used twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+
+@pytest.mark.parametrize("needs_dx", [False, True], ids=["first-layer", "inner-layer"])
+@pytest.mark.parametrize("kind", ["nf4", "nf4-nested", "dense"])
+def test_only_the_selected_columns_are_kept_for_the_backward_pass(kind, needs_dx):
+    layer = linear_dense(64, 1024) if kind == "dense" else linear_4bit(64, 1024, nested=kind.endswith("nested"))
+    model = adapt(layer, [3, 8])
+    x = torch.randn(50, 1024, requires_grad=needs_dx)
+    columns = 50 * 2 * 64 * 4
+    adapter = delta_of(model).numel() * 4 + 2 * 8  # and the int64 indices
+    assert saved_bytes(model, x) == columns + adapter
+
+
+def test_row_formats_keep_the_selected_outputs_and_no_input():
+    model = adapt(linear_8bit(8, 1024, bias=False), [1, 5])
+    x = torch.randn(50, 1024, requires_grad=True)
+    assert saved_bytes(model, x) == 50 * 2 * 4 + 2 * 4 + 2 * 8

@@ -37,9 +37,17 @@ def prepared(base: Base, directory: Path, training: bool) -> Any:
     return model
 
 
-@pytest.mark.parametrize("base", [NF4_NESTED, INT8, DENSE], ids=lambda base: base.name)
-@pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+# Each criterion in both modes on one base, on the others the criteria that run the model in ways of their own.
+@pytest.mark.parametrize(
+    ("base", "criterion", "training"),
+    [
+        *((NF4_NESTED, criterion, training) for criterion in CRITERIA for training in (True, False)),
+        *((base, criterion, True) for base in (INT8, DENSE) for criterion in ("obs", "fisher", "gradient", "random")),
+    ],
+    ids=lambda value: (
+        {True: "train", False: "eval"}[value] if isinstance(value, bool) else getattr(value, "name", None)
+    ),
+)
 def test_the_model_is_as_it_was(base: Base, criterion, training, llama_dir: Path, ids):
     model = prepared(base, llama_dir, training)
     before = snapshot(model)

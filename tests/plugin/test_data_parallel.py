@@ -9,6 +9,8 @@ import pytest
 import torch
 from benchmarks.ranks import NON_REENTRANT, REENTRANT, Case, run, train
 
+pytestmark = pytest.mark.slow
+
 ADAMW = {"optim": "adamw_torch", "max_steps": 4, "max_grad_norm": 1.0}
 CASES = {
     "nf4": Case("ddp", "nf4"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.bases import INT8, byte_tokenizer, save_small_llama
-from support.recovery import deltas, full, recovered, rounded, sequences
+from support.rounded_models import deltas, full, recovered, rounded, sequences
 from torch import nn
 from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, LlamaForCausalLM
 

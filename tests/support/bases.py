@@ -61,8 +61,11 @@ class Base:
 
 
 DTYPES = (torch.float32, torch.bfloat16)
-BASES = [
-    *(Base(quant, nested, dtype) for quant in ("nf4", "fp4") for nested in (False, True) for dtype in DTYPES),
+BASES = [  # of codes, kinds of scales and dtypes each pair
+    Base("nf4", False, torch.float32),
+    Base("nf4", True, torch.bfloat16),
+    Base("fp4", False, torch.bfloat16),
+    Base("fp4", True, torch.float32),
     *(Base(quant, False, dtype) for quant in ("int8", "dense") for dtype in DTYPES),
 ]
 NF4 = Base("nf4", False, torch.float32)

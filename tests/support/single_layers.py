@@ -1,4 +1,4 @@
-"""Single layers of every supported format, and what an adapter must do to them, written in plain float64 torch."""
+"""Single layers of bitsandbytes and dense ones, and models of one of them with adapters."""
 
 from __future__ import annotations
 
@@ -90,35 +90,6 @@ def the_layer(model: PeftModel) -> SGRQLinear:
 
 def delta_of(model: PeftModel, name: str = "default") -> nn.Parameter:
     return the_layer(model).sgrq_delta[name].weight
-
-
-def reference(layer: SGRQLinear, x: torch.Tensor, deltas: dict[str, torch.Tensor]) -> torch.Tensor:
-    """`x (C * S (1 + sum of deltas))^T + b` in float64, differentiable in `x` and the deltas."""
-    scaled_weight = layer.scaled_weight
-    scales = scaled_weight.scales().double()  # (R, G)
-    codes = scaled_weight.codes(None, torch.float32).double()[:, : layer.in_features]  # (N, K)
-    factors = torch.ones_like(scales)
-    for name, delta in deltas.items():
-        factors = factors.index_add(scaled_weight.unit.dim, layer.sgrq_delta[name].groups, delta)
-    columns = (scales * factors).repeat_interleave(scaled_weight.group_size, 1)[:, : layer.in_features]
-    y = x.double() @ (codes * columns).T
-    return y if scaled_weight.bias is None else y + scaled_weight.bias.double()
-
-
-def reference_gradients(
-    model: PeftModel, x: torch.Tensor, dy: torch.Tensor
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Float64 gradients of `(y * dy).sum()` in `x` and in the deltas of all active adapters, by plain autograd."""
-    layer = the_layer(model)
-    x = x.detach().double().requires_grad_()
-    deltas = {name: delta_of(model, name).detach().double().requires_grad_() for name in layer.active_adapters}
-    (reference(layer, x, deltas) * dy.double()).sum().backward()
-    return x.grad, {name: delta.grad for name, delta in deltas.items()}
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference over the largest expected value."""
-    return float((found.double() - expected).abs().max() / expected.abs().max())
 
 
 def kept_tensors(output: torch.Tensor) -> list[torch.Tensor]:

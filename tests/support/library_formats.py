@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.format_base import AUTO, Format, dequantized
+from support.format_base import AUTO, NO_PACKING, Format, dequantized
 from support.torchao_formats import TORCHAO
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -163,10 +163,16 @@ def _weight_nf4(layer: Any) -> torch.Tensor:
     return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
 
 
-_NO_PACKING = "\nfor module in model.modules():\n    module.support_avx512bf16_for_cpu = False"
 FORMATS = [
-    Format("bnb-nf4", "bitsandbytes", _nf4, _weight_nf4, block=(1, 64), reload=AUTO + _NO_PACKING),
+    Format("bnb-nf4", "bitsandbytes", _nf4, _weight_nf4, block=(1, 64), reload=AUTO + NO_PACKING),
     *TORCHAO,
     *_HQQ_FORMATS,
     *_QUANTO_FORMATS,
 ]
+LAYER_FORMATS = [format for format in FORMATS if format.layer is not None]
+# What is done to scales, and whole models, do not know how codes are packed: of formats that differ in the number of
+# bits alone, some are enough.
+_MORE_BITS = {f"torchao-intx{bits}" for bits in (2, 3, 5, 6, 7)}
+_MORE_BITS |= {f"hqq-{bits}bit-axis{axis}" for bits in (8, 2) for axis in (0, 1)}
+SCALE_FORMATS = [format for format in LAYER_FORMATS if format.name not in _MORE_BITS]
+MODEL_FORMATS = [format for format in FORMATS if format.name not in _MORE_BITS]
