@@ -12,7 +12,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from test_saliency_file import example
+from support.saliencies import example
 
 from peft_sgrq import cli
 from peft_sgrq.cli import main

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_saliency_file import example
+from support.saliencies import example
 
 from peft_sgrq import SGRQConfig, merge_checkpoint
 from peft_sgrq.cli import main

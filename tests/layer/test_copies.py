@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from support.bases import DENSE, INT8, NF4, NF4_NESTED, adapted, logits, train_steps
+from support.oracle import expected_of
 from support.single_layers import adapt, add_adapter, delta_of, linear_4bit, linear_8bit, linear_dense, the_layer
 
 kinds = pytest.mark.parametrize("base", [NF4, NF4_NESTED, INT8, DENSE], ids=lambda base: base.name)
