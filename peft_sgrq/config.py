@@ -41,6 +41,9 @@ class SGRQConfig(PeftConfig):
             gains most; 0.4, the share of the SGR-Q paper, makes adapter and optimizer less than half as large.
             `"knee"` takes the share of each layer's columns above its mean saliency, `"global"` one threshold over all
             layers at which `budget` is spent, `"layerwise"` what calibration finds best by measuring the loss.
+        zero_points (`bool`): Also train the zero points, of all groups, where the format stores them as floats (GGUF's
+            Q4_1, Q5_1, Q4_K and Q5_K, HQQ, quanto's int4 and int2, torchao's int4). With `ratio=0` they alone are
+            trained, at next to no cost.
         ratio_pattern (`dict[str, float | "knee"]`): Module name, its end, or a pattern of it -> ratio, overruling
             `ratio` there; matched like PEFT's `rank_pattern`.
         budget (`float`, `int` or `str`): What `"global"` and `"layerwise"` may spend: a share of all scales (`float`),
@@ -81,6 +84,7 @@ class SGRQConfig(PeftConfig):
         default=DEFAULT_RATIO,
         metadata={"help": "Share of the groups trained, in (0, 1], or knee, global or layerwise."},
     )
+    zero_points: bool = field(default=False, metadata={"help": "Also train zero points that are stored as floats."})
     ratio_pattern: dict[str, float | str] = field(
         default_factory=dict, metadata={"help": "Module name or pattern -> ratio, overruling `ratio`."}
     )
@@ -170,7 +174,10 @@ class SGRQConfig(PeftConfig):
             )
 
     def _check_numbers(self) -> None:
-        check_ratio(self.ratio)
+        if not isinstance(self.zero_points, bool):
+            raise TypeError(f"`zero_points` is {self.zero_points!r}, expected True or False.")
+        if not (self.zero_points and self.ratio == 0 and not isinstance(self.ratio, (bool, str))):
+            check_ratio(self.ratio)
         check_ratio_pattern(self.ratio_pattern)
         check_budget(self.budget)
         if self.criterion is not None:

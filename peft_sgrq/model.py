@@ -23,6 +23,7 @@ from peft_sgrq.adapter.targets import (
     check_gradient_paths,
     check_group_sizes,
     check_modules_to_save,
+    check_zero_points,
     find_targets,
     supported_layers,
     warn_of_dense_base,
@@ -127,6 +128,7 @@ class SGRQModel(BaseTuner):
             peft_config.auto_mapping = describe_class(model)
         check_group_sizes(model, scaled_weights)
         check_gradient_paths(model, scaled_weights, peft_config)
+        check_zero_points(scaled_weights, peft_config)
         if self._starting_point is not None:
             self._starting_point.configure(peft_config, scaled_weights)
         prepare_base(model)
@@ -175,7 +177,7 @@ class SGRQModel(BaseTuner):
                     "found; load the weights first, or give a config whose `selection` names the layer."
                 )
             try:
-                decode_mask(selection[name], scaled_weight.selectable)
+                decode_mask(selection[name], scaled_weight.selectable, none=peft_config.zero_points)
             except ValueError as error:
                 raise ValueError(f"Layer {name!r} does not fit the adapter: {error}.") from None
 
@@ -193,7 +195,7 @@ class SGRQModel(BaseTuner):
         selection = peft_config.selection = peft_config.selection or {}
         if current_key not in selection:  # only when the layers are those of a state dict, not of the config
             selection |= select_without_data({current_key: scaled_weight}, peft_config)
-        groups = decode_mask(selection[current_key], scaled_weight.selectable)
+        groups = decode_mask(selection[current_key], scaled_weight.selectable, none=peft_config.zero_points)
         if isinstance(target, SGRQLinear):
             target.update_layer(adapter_name, config=peft_config, groups=groups)
             return
@@ -267,7 +269,9 @@ class SGRQModel(BaseTuner):
         """
         check_sum(self.peft_config, adapters, weights, adapter_name)
         selection = self._union_of_selections(adapters)
-        self.peft_config[adapter_name] = config_of_sum(self.peft_config[adapters[0]], selection)
+        config = config_of_sum(self.peft_config[adapters[0]], selection)
+        config.zero_points = any(self.peft_config[adapter].zero_points for adapter in adapters)
+        self.peft_config[adapter_name] = config
         try:
             self.inject_adapter(self.model, adapter_name)
         except Exception:

@@ -16,15 +16,17 @@ from peft_sgrq.layer.masks import unpack_mask
 
 _PREFIX = "base_model.model."
 _DELTA = re.compile(r"(.+)\.sgrq_delta\.(weight|selection)")
+_ZERO_POINTS = re.compile(r"(.+)\.sgrq_zero_points\.(weight|selection)")
 _ROWS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
 _COPY = re.compile(r"(.+?)(?:\.token_adapter)?\.base_layer\.(.+)")
 
 
 class StoredDelta(NamedTuple):
-    """The deltas of one layer, float32, and the groups they belong to, int64, ascending."""
+    """The deltas of one layer, float32, the groups they belong to, int64, ascending, and moves of its zero points."""
 
     values: torch.Tensor
     groups: torch.Tensor
+    zero_points: torch.Tensor | None = None
 
 
 class StoredAdapter(NamedTuple):
@@ -76,6 +78,9 @@ def read_adapter(path: Path) -> StoredAdapter:
         name = without_wrapper_names(key).removeprefix(_PREFIX)
         if match := _DELTA.fullmatch(name):
             parts.setdefault(match[1], {})[match[2]] = tensor
+        elif match := _ZERO_POINTS.fullmatch(name):
+            if match[2] == "weight":  # all of them are moved, so the mask says nothing
+                parts.setdefault(match[1], {})["zero_points"] = tensor
         elif match := _ROWS.fullmatch(name):
             rows[f"{match[1]}.weight"] = (_token_indices(config, match[1]), tensor)
         elif match := _COPY.fullmatch(name):
@@ -88,18 +93,19 @@ def read_adapter(path: Path) -> StoredAdapter:
 
 
 def _delta(name: str, part: dict[str, torch.Tensor]) -> StoredDelta:
-    if set(part) != {"weight", "selection"}:
+    if set(part) - {"zero_points"} != {"weight", "selection"}:
         raise ValueError(
             f"The adapter has {sorted(part)} for layer {name!r}, expected its deltas and their selection; the file is "
             "incomplete, save the adapter again."
         )
     values = part["weight"].float()
-    if not torch.isfinite(values).all():
+    moves = part["zero_points"].float() if "zero_points" in part else None
+    if not torch.isfinite(values).all() or not (moves is None or torch.isfinite(moves).all()):
         raise ValueError(
             f"The adapter holds NaN or infinite deltas for layer {name!r}, expected finite numbers: the training that "
             "wrote it diverged; use an earlier checkpoint. Nothing was written."
         )
-    return StoredDelta(values, unpack_mask(part["selection"]))
+    return StoredDelta(values, unpack_mask(part["selection"]), moves)
 
 
 def _token_indices(config: SGRQConfig, name: str) -> list[int]:

@@ -17,7 +17,7 @@ from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.dense.weight import DenseWeight
 from peft_sgrq.formats.registry import is_quantized, is_supported
 from peft_sgrq.formats.scaled_weight import ScaledWeight
-from peft_sgrq.layer.base_layers import named_base_layers, scaled_weight_of
+from peft_sgrq.layer.base_layers import base_layer_of, named_base_layers, scaled_weight_of
 from peft_sgrq.layer.linear import SGRQLinear
 
 # The heads PEFT trains whole for a task.
@@ -60,6 +60,26 @@ def check_group_sizes(model: nn.Module, scaled_weights: Mapping[str, ScaledWeigh
                 )
 
 
+def check_zero_points(scaled_weights: Mapping[str, ScaledWeight], config: SGRQConfig) -> None:
+    """Refuses to move zero points where no layer stores them as floats.
+
+    Raises:
+        ValueError: If none does; the sentence says what the layers are.
+    """
+    if (
+        not config.zero_points
+        or not scaled_weights
+        or any(scaled_weight.movable_zero_points for scaled_weight in scaled_weights.values())
+    ):
+        return
+    found = ", ".join(sorted({scaled_weight.name for scaled_weight in scaled_weights.values()})[:4])
+    raise ValueError(
+        f"`zero_points` is True and the targeted layers are {found}, which store no zero points as floats, expected "
+        "GGUF's Q4_1, Q5_1, Q4_K or Q5_K, HQQ, quanto's int4 or int2, or torchao's int4; leave `zero_points` out. The "
+        "model was not changed."
+    )
+
+
 def check_gradient_paths(model: nn.Module, scaled_weights: Mapping[str, ScaledWeight], config: SGRQConfig) -> None:
     """Refuses to train around layers that lose the gradient of their input: those before them would learn nothing.
 
@@ -71,16 +91,17 @@ def check_gradient_paths(model: nn.Module, scaled_weights: Mapping[str, ScaledWe
 
 
 def supported_layers(model: nn.Module, config: SGRQConfig) -> set[str]:
-    """The names `target_modules=None` stands for: all quantized layers, or all dense ones but the output head.
+    """The names `target_modules=None` stands for: all quantized layers, or all dense ones; never the output head.
 
     Raises:
         ValueError: If the model has neither.
     """
     layers = dict(named_base_layers(model))
-    names = {name for name, layer in layers.items() if is_quantized(layer)}
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = base_layer_of(get_head()) if callable(get_head) else None
+    # TRL's trainers multiply by the head's weight themselves and refuse an adapter on it.
+    names = {name for name, layer in layers.items() if is_quantized(layer) and layer is not head}
     if not names:
-        get_head = getattr(model, "get_output_embeddings", None)
-        head = get_head() if callable(get_head) else None
         names = {name for name, layer in layers.items() if name and is_supported(layer) and layer is not head}
         _warn_of_own_forwards(layers)
         whole = (*TASK_HEADS.get(config.task_type or "", ()), *(config.modules_to_save or ()))

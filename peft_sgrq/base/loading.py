@@ -145,7 +145,12 @@ def loading_code(config: SGRQConfig) -> LoadingCode:
         library = "transformers"  # PEFT records the file within it
     path = repr(config.base_model_name_or_path or "the base model")
     quantized = quantization_code(quantization)
-    fields = {"dtype": quantization.get("dtype"), **(recorded.get("arguments") or {}), "revision": config.revision}
+    fields = {
+        "dtype": quantization.get("dtype"),
+        "gguf_file": quantization.get("gguf_file"),
+        **(recorded.get("arguments") or {}),
+        "revision": config.revision,
+    }
     arguments = [f"{key}={value!r}" for key, value in fields.items() if value is not None]
     if quantized.argument:
         arguments.append(f"quantization_config={quantized.argument}")

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from peft_sgrq.checkpoint.gguf import find_gguf_base, plan_gguf_merge, write_gguf_merge
 from peft_sgrq.checkpoint.plan import MergePlan, plan_merge
 from peft_sgrq.files.folder import INDEX, write_json
 from peft_sgrq.files.output import check_output, check_output_folder
@@ -42,20 +43,23 @@ def merge_checkpoint(
     revision: str | None = None,
     overwrite: bool = False,
     check_base: bool = True,
+    name: str | None = None,
 ) -> MergeReport:
     """Merges an adapter into a checkpoint on the disk: only scale tensors change, all other bytes are copied.
 
     The scales are those `merge_and_unload` writes in memory. Shards, index, config, tokenizer and all other files
-    are carried over. The result is written beside `out` and renamed, so `out` is whole or not there.
+    are carried over. The result is written beside `out` and renamed, so `out` is whole or not there. A base that is a
+    GGUF file makes a GGUF file.
 
     Args:
         base (`str`, path or `None`): Folder or Hub id of the base the adapter was trained on, in safetensors; `None`
-            takes the one the adapter names.
+            takes the one the adapter names. Or a GGUF file.
         adapter (`str` or path): Folder or Hub id of the adapter.
-        out (`str` or path): Folder to make.
+        out (`str` or path): Folder to make, or GGUF file.
         revision (`str` or `None`): Revision of the base on the Hub; the one the adapter names if not given.
         overwrite (`bool`): Replace `out` if it exists.
         check_base (`bool`): Refuse a base that is not the one the adapter was trained on.
+        name (`str` or `None`): Of a GGUF file: the `general.name` to write; its header stays as it is if not given.
 
     Returns:
         `MergeReport`: What was written.
@@ -71,6 +75,12 @@ def merge_checkpoint(
         ```
     """
     out = Path(out)
+    gguf_base = find_gguf_base(base, find_folder(adapter, "adapter"), revision)
+    if gguf_base is not None:
+        gguf_plan = plan_gguf_merge(gguf_base, find_folder(adapter, "adapter"), check=check_base)
+        return MergeReport(out, len(gguf_plan.weights), write_gguf_merge(gguf_plan, out, overwrite, name), [])
+    if name is not None:
+        raise ValueError(f"`name` is {name!r} and the base no GGUF file, expected one; leave it out.")
     target = _checked(out, overwrite)
     adapter_folder = find_folder(adapter, "adapter")
     if base is None:

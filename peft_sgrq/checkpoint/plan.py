@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from peft_sgrq.checkpoint.stored_names import StoredNames
 from peft_sgrq.checkpoint.whole_tensors import WholeTensors
 from peft_sgrq.files.folder import Changes, CheckpointFolder
 from peft_sgrq.formats.registry import find_layer, stored_formats
+from peft_sgrq.formats.scale_matrix import ScaleMatrix
 from peft_sgrq.formats.stored_weight import StoredWeight
 from peft_sgrq.layer.functional import effective_scales
 
@@ -69,10 +71,10 @@ def _plan(
     names = StoredNames(folder, stored, () if merged is None else merged.config.get("architectures") or ())
     layers = _find_layers(folder, names, stored)
     if check and stored.config.base_fingerprint is not None:
-        _check_fingerprints(stored, layers)
+        check_fingerprints(stored, layers)
     whole = WholeTensors(folder, names, stored, in_memory=merged is not None)
     for name, layer in layers.items():
-        whole.add_layer(name, layer, _scale_changes(name, layer, stored.deltas[name]))
+        whole.add_layer(name, layer, layer.changes(changed_scales(name, layer, stored.deltas[name])))
     changes, config = whole.plan()
     changed = _changed_config(folder, changes, config)
     return MergePlan(folder, names, layers, changes, changed, whole.untied, whole.brought)
@@ -134,7 +136,12 @@ def _why_missing(name: str) -> str:
     )
 
 
-def _check_fingerprints(stored: StoredAdapter, layers: dict[str, StoredWeight]) -> None:
+def check_fingerprints(stored: StoredAdapter, layers: Mapping[str, ScaleMatrix]) -> None:
+    """Compares layers on the disk with the fingerprints an adapter carries.
+
+    Raises:
+        ValueError: If they are not those of the base it was trained on.
+    """
     expected = stored.config.base_fingerprint or {}
     found = {name: layer.fingerprint() for name, layer in layers.items()}
     for name, digest in found.items():
@@ -151,20 +158,33 @@ def _check_fingerprints(stored: StoredAdapter, layers: dict[str, StoredWeight]) 
         raise ValueError(f"{error} (On files: `check_base=False`, or `--no-check`.) Nothing was written.") from None
 
 
-def _scale_changes(name: str, layer: StoredWeight, delta: StoredDelta) -> Changes:
+def changed_scales(name: str, layer: ScaleMatrix, delta: StoredDelta) -> Callable[[], torch.Tensor]:
+    """What makes the scales of a layer with the deltas of an adapter; that they fit is checked at once.
+
+    Raises:
+        ValueError: If the deltas have another shape; when called, if they make scales that are not finite.
+    """
     count = len(delta.groups)
     shape = tuple(delta.values.shape)
-    fits = count and int(delta.groups[-1]) < layer.selectable and shape == layer.delta_shape(count)
+    moves = delta.zero_points
+    last = int(delta.groups[-1]) if count else -1  # none are selected where zero points alone are trained
+    fits = last < layer.selectable and shape == layer.delta_shape(count)
     if not fits:
         raise ValueError(
             f"The deltas of layer {name!r} have shape {shape} for {count} selected groups, expected "
             f"{layer.delta_shape(count)} for a layer of {layer.name} with {layer.selectable} of them; the adapter was "
             "made for another base. Nothing was written."
         )
+    if moves is not None and (not layer.movable_zero_points or tuple(moves.shape) != layer.scales_shape):
+        raise ValueError(
+            f"The adapter moves {tuple(moves.shape)} zero points of layer {name!r}, which cannot be written into "
+            f"{layer.name} with {layer.scales_shape} scales on the disk; load the model, and merge in memory with "
+            "`merge_and_unload`. Nothing was written."
+        )
     groups = None if count == layer.selectable else delta.groups
 
     def scales() -> torch.Tensor:
-        made = effective_scales(layer, delta.values, groups)
+        made = effective_scales(layer, delta.values, groups, zero_points=moves)
         if not torch.isfinite(made).all():
             raise ValueError(
                 f"Merging would write NaN or infinite scales for layer {name!r}, expected finite ones: the adapter "
@@ -172,7 +192,7 @@ def _scale_changes(name: str, layer: StoredWeight, delta: StoredDelta) -> Change
             )
         return made
 
-    return layer.changes(scales)
+    return scales
 
 
 def _changed_config(folder: CheckpointFolder, changes: Changes, config: dict[str, Any]) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft_sgrq.checkpoint.config_fields import compare
+from peft_sgrq.checkpoint.gguf import compare_gguf, find_gguf_base, plan_gguf_merge
 from peft_sgrq.checkpoint.plan import MergePlan, plan_merge
 from peft_sgrq.checkpoint.tensor_comparison import TensorComparison
 from peft_sgrq.files.folder import INDEX, CheckpointFolder
@@ -55,7 +56,7 @@ def verify_checkpoint(
     Args:
         base (`str`, path or `None`): Folder or Hub id of the base; `None` takes the one the adapter names.
         adapter (`str` or path): Folder or Hub id of the adapter.
-        merged (`str` or path): Folder or Hub id of the merged checkpoint.
+        merged (`str` or path): Folder or Hub id of the merged checkpoint; a GGUF file if the base is one.
         revision (`str` or `None`): Revision of the base on the Hub; the one the adapter names if not given.
         check_base (`bool`): Refuse a base that is not the one the adapter was trained on.
 
@@ -66,6 +67,10 @@ def verify_checkpoint(
         ValueError: If there is nothing to compare: a folder is missing or broken, or the adapter is of another base.
     """
     adapter_folder = find_folder(adapter, "adapter")
+    gguf_base = find_gguf_base(base, adapter_folder, revision)
+    if gguf_base is not None:
+        gguf_plan = plan_gguf_merge(gguf_base, adapter_folder, check=check_base)
+        return VerifyReport(*compare_gguf(gguf_plan, Path(merged)))
     if base is None:
         base, named_revision = name_of_base(adapter_folder)
         revision = revision or named_revision

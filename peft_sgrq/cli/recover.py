@@ -73,17 +73,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _recover(args: argparse.Namespace, progress_file: str) -> Recovery:
-    from transformers import AutoTokenizer
-
     from peft_sgrq.config import SGRQConfig
     from peft_sgrq.recovery.recover import recover
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model, tokenizer = load_model(args)
     config = SGRQConfig(
         ratio=args.ratio, target_modules=args.target_modules, group_size=args.group_size, task_type="CAUSAL_LM"
     )
     return recover(
-        load_model(args),
+        model,
         args.reference,
         load_data(args, tokenizer),
         config,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from peft_sgrq.files.hub import check_source
 
@@ -50,12 +51,17 @@ def name_of_base(adapter: Path) -> tuple[str, str | None]:
     Raises:
         ValueError: If it names none.
     """
-    path = adapter / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = adapter_fields(adapter)
     name = config.get("base_model_name_or_path")
     if not name:
         raise ValueError(f"{adapter} does not name its base; give the folder or the Hub id of the base (`--base`).")
     return name, config.get("revision")
+
+
+def adapter_fields(adapter: Path) -> dict[str, Any]:
+    """The fields of an adapter's config as they stand in its file; none if there is no such file."""
+    path = adapter / "adapter_config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def other_files(folder: Path, weights: set[str]) -> tuple[list[Path], list[Path]]:

@@ -29,6 +29,7 @@ _NAMES = {
     "awq": "AWQ",
     "bnb": "bitsandbytes",
     "ct": "compressed-tensors",
+    "gguf": "GGUF",
     "gptq": "GPTQ",
     "hqq": "HQQ",
 }  # by the first word of a format's name
@@ -53,6 +54,9 @@ def quantization_code(quantization: Mapping[str, Any]) -> Code:
     elif not quantization.get("pre_quantized"):
         after = _QUANTIZED_AFTER.get(method)
         code = (after and after(quantization)) or _config_code(method, quantization)
+    if method == "gguf":
+        fields = "" if quantization.get("sub_blocks", True) else "sub_blocks=False"
+        code = Code({"peft_sgrq": {"SGRQGgufConfig"}}, f"SGRQGgufConfig({fields})")
     if quantization.get("restored_codes"):
         code = code.then({"peft_sgrq": {"restore_codes"}}, "restore_codes(base)")
     if size := quantization.get("split_groups"):

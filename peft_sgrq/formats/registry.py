@@ -26,12 +26,13 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "torchao": ("torchao",),
     "hqq": ("hqq",),
     "quanto": ("optimum",),
+    "gguf": ("peft_sgrq.formats.gguf.layers",),
     "dense": ("torch",),
 }
 SUPPORTED_LAYERS = (
     "torch.nn.Linear (dense, or with a torchao weight), transformers' Conv1D, bitsandbytes' Linear4bit and "
     "Linear8bitLt, the GPTQ and AWQ layers of GPTQModel, AutoRound's QuantLinear, HQQLinear, quanto's QLinear, "
-    "compressed-tensors' layers and fine-grained fp8"
+    "compressed-tensors' layers, fine-grained fp8 and GGUF layers loaded by peft_sgrq"
 )
 
 

@@ -93,6 +93,11 @@ class ScaledWeight(ScaleMatrix):
         groups[slots[filled] - 1] = filled // self.group_size
         return groups
 
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        """Sums the input over the columns of each group, `[..., K]` -> float32 `[T, groups]`."""
+        columns = self.select_columns(self.computed_input(x), None)  # (T, G * g)
+        return columns.unflatten(1, (-1, self.group_size)).sum(-1, dtype=torch.float32)
+
     def reduce_rows(self, sums: torch.Tensor) -> torch.Tensor:
         """Adds up the rows that share a scale, `[N, n]` -> `[rows, n]`; the sums themselves where none do.
 
@@ -210,7 +215,8 @@ class ScaledWeight(ScaleMatrix):
         """Replaces the stored scales, and nothing else.
 
         Args:
-            scales (`torch.Tensor`): float32 `[rows, groups]`, as `effective_scales` returns them.
+            scales (`torch.Tensor`): float32 `[rows, groups]`, or with moves of zero points `[2, rows, groups]`, as
+                `effective_scales` returns them.
 
         Returns:
             What `restore_scales` needs to put the replaced tensors back: the same tensors, not equal ones.
@@ -243,8 +249,10 @@ class ScaledWeight(ScaleMatrix):
         """How a base of this format is loaded: `quant_method` and other fields of its config; `None` if dense."""
 
 
-def rescaled_offset(offset: torch.Tensor, scales: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
-    """What becomes of a stored offset, which is zero point times scale, when the scale changes.
+def rescaled_offset(
+    offset: torch.Tensor, scales: torch.Tensor, original: torch.Tensor, moves: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What becomes of a stored offset, which is zero point times scale, when the scale changes, or the zero point.
 
     In `W = q * S + offset` the offset belongs to the scale: only if both change alike is `W'` the weight times
     `1 + delta`, with the zero point where it was, as in all other formats. Where the scale is the same, so is the
@@ -254,8 +262,10 @@ def rescaled_offset(offset: torch.Tensor, scales: torch.Tensor, original: torch.
         offset (`torch.Tensor`): Stored offsets, float32.
         scales (`torch.Tensor`): The new scales, same shape.
         original (`torch.Tensor`): The stored scales, same shape.
+        moves (`torch.Tensor` or `None`): By how many steps the zero point moves, same shape.
     """
-    return torch.where(original == 0, offset, offset * (scales / original))
+    changed = torch.where(original == 0, offset, offset * (scales / original))
+    return changed if moves is None else torch.where(moves == 0, changed, changed + scales * moves)
 
 
 def gather_groups(values: torch.Tensor, groups: torch.Tensor | None, count: int, size: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from peft_sgrq.formats.own_forward import call_as, forward_obstacle, has_hooks
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.adapters import AdaptedLayer
 from peft_sgrq.layer.decoding import Decoder, is_one_token
-from peft_sgrq.layer.functional import effective_scales, scaled_linear
+from peft_sgrq.layer.functional import scaled_linear
 from peft_sgrq.layer.mixed_batch import check_rows, forward_mixed
 from peft_sgrq.layer.saved_inputs import SavedInput
 
@@ -74,14 +74,15 @@ class SGRQLinear(AdaptedLayer):
         """The forward pass with some adapters, at least one, in place of the base layer's own."""
         if not torch.compiler.is_compiling():
             for name in names:
-                self._delta(name).accept()
+                self._accept(name)
         x_cast = scaled_weight.cast_input(x)
         recorded = self._needs_grad(x_cast, names)
         if self.training and not torch.compiler.is_compiling():
             self._expect_gradients(names, recorded)
         if recorded:
             self._forget_prepared()
-            y = scaled_linear(x_cast, *self.combined_delta(names), scaled_weight, SavedInput(x))
+            moves = self.combined_zero_points(names)
+            y = scaled_linear(x_cast, *self.combined_delta(names), scaled_weight, SavedInput(x), moves)
         else:
             with torch.no_grad():
                 prepared = self._prepared_scales(names, x_cast)
@@ -106,21 +107,21 @@ class SGRQLinear(AdaptedLayer):
         active = self._active_adapter if isinstance(self._active_adapter, str) else tuple(self._active_adapter)
         replaced = (module.__dict__.get("forward"), module.__dict__.get("_hf_hook"), has_hooks(module))
         state = (module, active, self._disable_adapters, len(self.merged_adapters), replaced)
-        weights = [self._delta(name).weight for name in self.sgrq_delta]
+        weights = [weight for name in self.sgrq_delta for weight in self._weights(name)]
         return state, [*weights, *self._scaled_weight.sources()]
 
     def _needs_grad(self, x: torch.Tensor, names: tuple[str, ...]) -> bool:
         if not torch.is_grad_enabled():
             return False
-        return x.requires_grad or any(self._delta(name).weight.requires_grad for name in names)
+        return x.requires_grad or any(weight.requires_grad for name in names for weight in self._weights(name))
 
     def _prepared_scales(self, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
         def prepare() -> torch.Tensor:
-            return self.scaled_weight.prepare(effective_scales(self.scaled_weight, *self.combined_delta(names)))
+            return self.scaled_weight.prepare(self.effective_scales(names))
 
         if self.training or torch.compiler.is_compiling():
             return prepare()
-        sources = [self._delta(name).weight for name in names] + self.scaled_weight.sources()
+        sources = [weight for name in names for weight in self._weights(name)] + self.scaled_weight.sources()
         # A sequence makes them anew, its further tokens reuse them: a change through `.data` goes unseen only between
         # two inputs of one token each, with no training step and no `train()` or `eval()` between them.
         decoding = x.dim() > 1 and x.shape[-2] == 1
@@ -137,6 +138,9 @@ class SGRQLinear(AdaptedLayer):
                 positions = torch.searchsorted(target.groups, self._delta(name).groups)
                 values = self._delta(name).values() * weight
                 target.weight.index_add_(self.scaled_weight.unit.dim, positions, values)
+            if name in self.sgrq_zero_points:
+                moves = self._zero_points(name).values() * weight
+                self._zero_points(adapter_name).weight.add_(moves)
         self._forget_prepared()
 
     def check_finite(self, adapter_names: list[str] | None = None) -> None:
@@ -146,7 +150,7 @@ class SGRQLinear(AdaptedLayer):
             [*((name,) for name in names), *([names] if names else [])]
         ):  # each, and their sum
             with self.original_scales():
-                scales = effective_scales(self.scaled_weight, *self.combined_delta(checked))
+                scales = self.effective_scales(checked)
             if not torch.isfinite(scales).all():
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {', '.join(checked)} seems to be broken: its "
@@ -172,13 +176,13 @@ class SGRQLinear(AdaptedLayer):
         if not names:
             return
         for name in names:
-            self._delta(name).accept()
+            self._accept(name)
         if safe_merge:
             self.check_finite(names)
         merged = [*self.merged_adapters, *names]
         before = [self.scaled_weight.restore_scales(stored) for stored in self._unmerged_scales]
         try:
-            scales = effective_scales(self.scaled_weight, *self.combined_delta(self._present(merged)))
+            scales = self.effective_scales(self._present(merged))
             self._unmerged_scales = (self.scaled_weight.write_scales(scales),)
         except Exception:
             for stored in before:
@@ -213,7 +217,7 @@ class SGRQLinear(AdaptedLayer):
         """The change an adapter makes to the weight of the base, float32 `[out_features, in_features]`."""
         scaled_weight = self.scaled_weight
         with self.original_scales():
-            scales = effective_scales(scaled_weight, *self.combined_delta((adapter,)))
+            scales = self.effective_scales((adapter,))
             changed = scaled_weight.dequantize(scales, torch.float32)
             return changed - scaled_weight.dequantize(scaled_weight.scales(), torch.float32)
 

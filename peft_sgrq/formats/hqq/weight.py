@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from peft_sgrq.formats.code import Code
+from peft_sgrq.formats.scale_matrix import split_zero_points
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.formats.selectable_unit import SelectableUnit
 
@@ -23,6 +24,7 @@ from peft_sgrq.formats.selectable_unit import SelectableUnit
 class HQQWeight(ScaledWeight):
     """`hqq.core.quantize.HQQLinear`. Scales are stored in the compute dtype and rounded to it in the forward pass."""
 
+    movable_zero_points = True
     saved_by = "`AutoHQQHFModel.save_quantized(model, directory)`"
 
     def __init__(self, module: nn.Module) -> None:
@@ -91,34 +93,48 @@ class HQQWeight(ScaledWeight):
         return self._meta["scale"].float().view(self.scales_shape)
 
     def sources(self) -> list[torch.Tensor]:
-        return [self._meta["scale"]]
+        return [self._meta["scale"], self._meta["zero"]]
 
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
-        stored = self._meta["scale"]
-        return scales.to(stored.dtype).reshape(stored.shape)
+        scales, moves = split_zero_points(scales)
+        stored, zero = self._meta["scale"], self._meta["zero"]
+        prepared = scales.to(stored.dtype).reshape(stored.shape)
+        if moves is None:
+            return prepared
+        # `(q - zero + e) * scale`; where nothing moves the zero point keeps its bits.
+        moved = (zero.float() - moves.reshape(zero.shape)).to(zero.dtype)
+        return torch.stack((prepared, moved.to(stored.dtype)))
 
-    def _dequantize(self, scale: torch.Tensor | float, dtype: torch.dtype) -> torch.Tensor:
+    def _fields(self, prepared: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What `prepare` made, as fields of the layer's metadata."""
+        if prepared.dim() == self._meta["scale"].dim():
+            return {"scale": prepared}
+        return {"scale": prepared[0], "zero": prepared[1].to(self._meta["zero"].dtype)}
+
+    def _dequantize(self, fields: Mapping[str, Any], dtype: torch.dtype) -> torch.Tensor:
         from hqq.core.quantize import Quantizer
 
-        return Quantizer.dequantize(self.module.W_q, {**self._meta, "scale": scale, "compute_dtype": dtype})
+        return Quantizer.dequantize(self.module.W_q, {**self._meta, **fields, "compute_dtype": dtype})
 
     def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return self.select_codes(self._dequantize(1.0, dtype).to(dtype), groups)
+        return self.select_codes(self._dequantize({"scale": 1.0}, dtype).to(dtype), groups)
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return self._dequantize(self.prepare(scales), dtype).to(dtype)
+        return self._dequantize(self._fields(self.prepare(scales)), dtype).to(dtype)
 
     def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
         # The layer's own forward pass, whichever HQQ has been told to use, on a copy that shares all but the scales.
         twin: Any = copy.copy(self.module)
-        twin.meta = {**self._meta, "scale": prepared}
+        twin.meta = {**self._meta, **self._fields(prepared)}
         return twin.forward(x)
 
     def write_scales(self, scales: torch.Tensor) -> Any:
-        return self.restore_scales(self.prepare(scales).contiguous())
+        fields = self._fields(self.prepare(scales))
+        return self.restore_scales({name: tensor.contiguous() for name, tensor in fields.items()})
 
     def restore_scales(self, stored: Any) -> Any:
-        replaced, self._meta["scale"] = self._meta["scale"], stored
+        replaced = {name: self._meta[name] for name in stored}
+        self._meta.update(stored)
         return replaced
 
     def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:

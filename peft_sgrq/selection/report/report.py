@@ -271,11 +271,18 @@ def _groups_of_base(config: Any, fingerprints: Mapping[str, str]) -> dict[str, i
     """How many groups each layer has, from the config of the base model; `None` if that cannot be found."""
     import transformers
 
+    gguf_file = (config.base_quantization or {}).get("gguf_file")
+    more = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         check_source(config.base_model_name_or_path, "base model", config.revision)
-        base = transformers.AutoConfig.from_pretrained(config.base_model_name_or_path, revision=config.revision)
+        base = transformers.AutoConfig.from_pretrained(
+            config.base_model_name_or_path, revision=config.revision, **more
+        )
         with torch.device("meta"):
-            model = getattr(transformers, base.architectures[0])(base)
+            if gguf_file is None:
+                model = getattr(transformers, base.architectures[0])(base)
+            else:
+                model = transformers.AutoModelForCausalLM.from_config(base)
     except (OSError, ValueError, TypeError, AttributeError):
         return None
     groups = {}
