@@ -8,8 +8,9 @@ The methods are those of `comparison/methods.py`. Every method begins with the s
 apart around its usual one, at the first seed; where the lowest validation loss is at an edge, the sweep goes on, and
 with `--refine` it looks closer around the best. The other seeds get the best rate; where the best one after merging is
 another than before, they get both. The validation text is the last tenth of the training text. `--other` is text of a
-kind the model knew before: what is lost on it was forgotten. What is done already is found in the results, so the
-command can be stopped and repeated.
+kind the model knew before: what is lost on it was forgotten. With `--chat` the two texts are .jsonl files of
+`question` and `answer`, tuned on as chats; losses are those of the answers. What is done already is found in the
+results, so the command can be stopped and repeated.
 """
 
 from __future__ import annotations
@@ -53,9 +54,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--factor", type=float, default=3.0, help="between neighbouring learning rates")
     parser.add_argument("--refine", type=int, default=0, help="rounds of rates on both sides of the best, ever nearer")
     parser.add_argument("--centre", nargs="*", default=[], help=f"middle of the sweep by kind; by default {CENTRES}")
+    parser.add_argument("--at", nargs="*", type=float, default=[], help="learning rates to take instead of a sweep")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--length", type=int, default=64, help="tokens in a window")
+    parser.add_argument("--length", type=int, default=64, help="tokens in a window, or at most in a chat")
+    parser.add_argument("--chat", action="store_true", help="--train and --test are questions and answers of a chat")
+    parser.add_argument("--rows", type=int, default=8000, help="lines of questions and answers to read at most")
     parser.add_argument("--calibration-rows", type=int, default=64, help="windows of the training text")
     parser.add_argument("--evaluation-rows", type=int, default=40, help="windows of each text that is evaluated on")
     parser.add_argument("--question-count", type=int, default=64)
@@ -139,11 +143,17 @@ class Comparison:
             setting["unavailable"][method.name] = str(reason)
             self.results.save()
             return True
-        rates = {best_rate(self.results.runs(method.name), state) for state in STATES} - {None}
+        if self.arguments.at:
+            rates = set(self.arguments.at)
+        else:
+            rates = {best_rate(self.results.runs(method.name), state) for state in STATES} - {None}
         return all(self._run(method, seed, rate) for seed in self.arguments.seeds for rate in sorted(rates))
 
     def _sweep(self, method: Method):
         """The learning rates of a method: those around its centre, then further ones while the best is at an edge."""
+        if self.arguments.at:
+            yield from self.arguments.at
+            return
         factor, count = self.arguments.factor, self.arguments.rates
         tried = [_rounded(self.centres[method.kind] * factor ** (i - count // 2)) for i in range(count)]
         yield from tried

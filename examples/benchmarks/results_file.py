@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.measure import cpu
 from peft_sgrq.files.output import written
 
 
@@ -39,8 +40,7 @@ class ResultsFile:
         self.setting = {
             "shared": dict(shared),
             "versions": dict(versions),
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} thread(s), "
-            f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}",
+            "machine": machine(),
             **parts,
             "runs": [],
         }
@@ -52,6 +52,13 @@ class ResultsFile:
 
     def save(self) -> None:
         replace_text(self.path, json.dumps(self.settings, indent=1) + "\n")
+
+
+def machine() -> str:
+    """Cores, what their instructions are, threads, and the GPU."""
+    extensions = " ".join([platform.machine(), *cpu()[1]])
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{os.cpu_count()} cores, {extensions}, {torch.get_num_threads()} thread(s), {gpu}"
 
 
 def named(value: Any) -> Any:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from comparison.bases import load_base, targets_of
-from comparison.data import read_questions, read_windows
+from comparison.data import inputs_of, read_chats, read_questions, read_windows
 from comparison.evaluation import accuracy, mean_loss
 from comparison.merging import merge, merge_into_original
 from comparison.methods import Method, Unavailable, adapt, count_trained
 from comparison.selections import choose, criterion_of
-from peft import get_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import AutoTokenizer, get_scheduler
 
@@ -43,21 +44,30 @@ class Bench:
         self.parts = {
             "validation": train[-held:][: arguments.evaluation_rows],
             "test": self._read(arguments.test, "test")[: arguments.evaluation_rows],
-            "other": self._read(arguments.other, "test")[: arguments.evaluation_rows],
+            "other": self._windows(arguments.other, "test")[: arguments.evaluation_rows],
         }
         self.questions = None
         if arguments.questions is not None:
             self.questions = read_questions(
                 self.tokenizer, Path(arguments.questions), arguments.question_count, arguments.context_length
             )
-        self._texts = [self.tokenizer.decode(row) for row in self.train[: arguments.calibration_rows]]
+        rows = inputs_of(self.train[: arguments.calibration_rows])["input_ids"]
+        self._texts = [self.tokenizer.decode(row) for row in rows]
         self._base = load_base(arguments.model, arguments.base, getattr(torch, arguments.dtype), self._texts)
         self.targets = targets_of(self._base)
         if arguments.recover is not None:
-            self._base = self._recovered(self._base, self._read(arguments.recover, "train")[:_RECOVERY_ROWS])
+            self._base = self._recovered(self._base, self._windows(arguments.recover, "train")[:_RECOVERY_ROWS])
         self._saliency: dict[tuple[str, int], Saliency] = {}
+        self._trained: dict[tuple[Method, int, float], dict[str, torch.Tensor]] = {}
 
     def _read(self, source: str, split: str) -> torch.Tensor:
+        """The text that is tuned on: chats, if it is to be read as such."""
+        arguments = self.arguments
+        if arguments.chat:
+            return read_chats(self.tokenizer, Path(source), arguments.length, arguments.rows)
+        return self._windows(source, split)
+
+    def _windows(self, source: str, split: str) -> torch.Tensor:
         arguments = self.arguments
         return read_windows(self.tokenizer, source, split, arguments.length, arguments.characters, arguments.column)
 
@@ -88,7 +98,12 @@ class Bench:
         if (criterion, seed) not in self._saliency:
             order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(1000 + seed))
             rows = self.train[order[: self.arguments.calibration_rows]]
-            batches = [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in rows.split(8)]
+            batches = [inputs_of(batch) for batch in rows.split(8)]
+            batches = [
+                {"input_ids": batch["input_ids"]}
+                | {"attention_mask": batch.get("attention_mask", torch.ones_like(batch["input_ids"]))}
+                for batch in batches
+            ]
             config = SGRQConfig(ratio=0.4, target_modules=self.targets, task_type="CAUSAL_LM")
             self._saliency[criterion, seed] = calibrate(
                 self.load(), config, batches, criterion=criterion, progress=False
@@ -120,11 +135,11 @@ class Bench:
         model = self.adapted(method, seed)
         trained = count_trained(model, method)
         size = 4 * trained if method.tied else _adapter_bytes(model)
-        self.fit(model, method, seed, learning_rate)
+        self._fit_once(model, method, seed, learning_rate)
         tuned = self.losses(model)
         if _is_better(tuned, best.get("tuned")):
             tuned |= self.answers(model)
-        probe = self.parts["validation"][:4].to(model.device)
+        probe = inputs_of(self.parts["validation"][:4].to(model.device))
         logits = _logits(model, probe)
         merged_model, merged, same = self.merged(model, method), None, False
         if merged_model is not None:
@@ -151,19 +166,30 @@ class Bench:
             raise Unavailable(f"The base {arguments.base!r}, recovered or as it is, cannot be made of other weights.")
         return merge_into_original(model, arguments.model, self.tokenizer, arguments.base, self._texts)
 
+    def _fit_once(self, model: Any, method: Method, seed: int, learning_rate: float) -> None:
+        """Trains an adapter of LoRA, or takes the one trained already: the same training is merged in two ways."""
+        key = (replace(method, name="", original=False), seed, learning_rate)
+        if key in self._trained:
+            set_peft_model_state_dict(model, self._trained[key])
+            model.eval()
+            return
+        self.fit(model, method, seed, learning_rate)
+        if method.kind == "lora":
+            self._trained[key] = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
+
     def fit(self, model: Any, method: Method, seed: int, learning_rate: float) -> None:
-        """Trains what requires a gradient: AdamW without weight decay, 10 % warm-up, gradients clipped at norm 1."""
+        """Trains what requires a gradient: AdamW, 10 % warm-up, gradients clipped at norm 1."""
         arguments = self.arguments
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(method.beta, 0.999), weight_decay=0.0)
+        betas = (method.beta, 0.999)
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=method.decay)
         name = "constant_with_warmup" if method.schedule == "constant" else method.schedule
         schedule = get_scheduler(name, optimizer, int(WARMUP * arguments.steps), arguments.steps)
         generator = torch.Generator().manual_seed(seed)
         model.train()
         for _ in range(arguments.steps):
             batch = self.train[torch.randint(len(self.train), (arguments.batch_size,), generator=generator)]
-            batch = batch.to(model.device)
-            model(input_ids=batch, labels=batch).loss.backward()
+            model(**inputs_of(batch.to(model.device))).loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
@@ -190,5 +216,5 @@ def _adapter_bytes(model: Any) -> int:
 
 
 @torch.no_grad()
-def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=ids).logits
+def _logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**inputs).logits

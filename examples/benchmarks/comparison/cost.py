@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from comparison.bench import Bench
+from comparison.data import inputs_of
 from comparison.methods import Method, Unavailable
 from measure import clock, in_turn, kept_bytes, peak_bytes
 
@@ -21,7 +22,7 @@ def measure_cost(bench: Bench, methods: list[Method], repeats: int = 15) -> dict
     """
     device = bench.load().device
     seconds = clock(device)
-    ids = bench.train[: bench.arguments.batch_size].to(device)
+    inputs = inputs_of(bench.train[: bench.arguments.batch_size].to(device))
     models: dict[str, tuple[Any, torch.optim.Optimizer]] = {}
     for method in methods:
         try:
@@ -34,7 +35,7 @@ def measure_cost(bench: Bench, methods: list[Method], repeats: int = 15) -> dict
     def step(name: str) -> dict[str, float]:
         model, optimizer = models[name]
         start = seconds()
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(**inputs).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return {"step": seconds() - start}
@@ -45,7 +46,7 @@ def measure_cost(bench: Bench, methods: list[Method], repeats: int = 15) -> dict
     found = in_turn({name: job(name) for name in models}, repeats)
     result = {}
     for name, (model, _) in models.items():
-        kept = kept_bytes(model(input_ids=ids, labels=ids).loss, model)
+        kept = kept_bytes(model(**inputs).loss, model)
         peak = peak_bytes(job(name), device)
         result[name] = {"step": round(found[name]["step"]["median"], 5), "peak": peak, "kept": kept}
     return result

@@ -1,4 +1,4 @@
-"""Texts as windows of tokens, and multiple-choice questions."""
+"""Texts as windows of tokens, chats as rows of them, and multiple-choice questions."""
 
 from __future__ import annotations
 
@@ -57,6 +57,60 @@ def read_windows(tokenizer: Any, source: str, split: str, length: int, character
             break
     ids = tokenizer(text[:characters], return_tensors="pt", verbose=False).input_ids[0]
     return ids[: len(ids) // length * length].view(-1, length)
+
+
+def read_chats(tokenizer: Any, path: Path, length: int, count: int) -> torch.Tensor:
+    """Questions and answers as chats: token ids, labels and mask, int64 `[rows, 3, length]`.
+
+    Labels are those of the answers alone, so that a loss is one of answers; elsewhere they are -100. Chats are filled
+    up on the right; those longer than `length` are left out.
+
+    Args:
+        tokenizer: Of the model, with a chat template.
+        path (`Path`): A .jsonl file of `question` and `answer`.
+        length (`int`): Tokens in a row.
+        count (`int`): Lines to read at most.
+
+    Raises:
+        ValueError: If there is no template, or no chat that short.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError("The tokenizer has no chat template, expected one; leave out --chat, or take a chat model.")
+    rows = []
+    for line in existing(path).read_text().split("\n")[:count]:
+        if not line:
+            continue
+        found = json.loads(line)
+        chat = [
+            {"role": "user", "content": found["question"]},
+            {"role": "assistant", "content": found["answer"]},
+        ]
+        asked = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=False)
+        ids = tokenizer.apply_chat_template(chat, return_dict=False)
+        if ids[: len(asked)] != asked:
+            raise ValueError(
+                "The chat template writes a question with its answer otherwise than alone, expected the same "
+                "beginning; take another tokenizer, or leave out --chat."
+            )
+        if len(ids) <= length:
+            labels = [-100] * len(asked) + ids[len(asked) :]
+            fill = length - len(ids)
+            rows.append([ids + [0] * fill, labels + [-100] * fill, [1] * len(ids) + [0] * fill])
+    if not rows:
+        raise ValueError(f"{path} has no chat of at most {length} tokens, expected some; raise --length.")
+    return torch.tensor(rows)
+
+
+def inputs_of(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a model is called with: windows `[B, T]` are their own labels; chats `[B, 3, T]` lose shared padding.
+
+    Args:
+        rows (`torch.Tensor`): As [`read_windows`] or [`read_chats`] has them.
+    """
+    if rows.dim() == 2:
+        return {"input_ids": rows, "labels": rows}
+    ids, labels, mask = rows[..., : int(rows[:, 2].sum(1).max())].unbind(1)  # each (B, t)
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
 def read_questions(tokenizer: Any, path: Path, count: int, length: int) -> Questions:

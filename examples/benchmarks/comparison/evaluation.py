@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from comparison.data import Questions
+from comparison.data import Questions, inputs_of
 from torch import nn
 
 
@@ -15,14 +15,16 @@ def mean_loss(model: Any, windows: torch.Tensor, batch_size: int = 32) -> float 
 
     Args:
         model: In eval mode.
-        windows (`torch.Tensor`): Token ids, int64 `[windows, T]`.
+        windows (`torch.Tensor`): Token ids, int64 `[windows, T]`, or chats, `[rows, 3, T]`.
         batch_size (`int`): Windows in a batch.
     """
-    total = 0.0
+    total, tokens = 0.0, 0
     for batch in windows.split(batch_size):
-        batch = batch.to(model.device)
-        total += float(model(input_ids=batch, labels=batch).loss) * len(batch)
-    loss = total / len(windows)
+        inputs = inputs_of(batch.to(model.device))
+        count = int((inputs["labels"][:, 1:] != -100).sum())
+        total += float(model(**inputs).loss) * count
+        tokens += count
+    loss = total / tokens
     return round(loss, 5) if torch.isfinite(torch.tensor(loss)) else None
 
 

@@ -7,11 +7,12 @@
     random-0.1, bottom-0.1   random columns, and those least salient by `obs`
     peqa, peqa-row    every scale, and every scale with the changes of a row tied: one number a row
 
-Options follow after colons: the schedule of the learning rate (`constant`, `linear`) and Adam's first beta instead of
-0.9 (`beta-0.5`). For LoRA `original`: its changes are merged into the weights before quantization, and those are
-quantized, instead of the base's once more. For SGRQ what is trained instead of relative changes (`exp`, `absolute`),
-`zeros`, which trains zero points beside the scales (HQQ), and `norms`, which trains the normalization layers as well;
-for `sgrq-RATIO` also a criterion (`sgrq-0.1:gradient`), and `global`, one threshold for all layers.
+Options follow after colons: the schedule of the learning rate (`constant`, `linear`), Adam's first beta instead of 0.9
+(`beta-0.5`), AdamW's weight decay instead of none (`decay-1`). For LoRA `original`: its changes are merged into the
+weights before quantization, and those are quantized, instead of the base's once more. For SGRQ what is trained instead
+of relative changes (`exp`, `absolute`), `zeros`, which trains zero points beside the scales (HQQ), and `norms`, which
+trains the normalization layers as well; for `sgrq-RATIO` also a criterion (`sgrq-0.1:gradient`), and `global`, one
+threshold for all layers.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Method:
         schedule (`str`): Of the learning rate, after the warm-up.
         original (`bool`): Merge LoRA into the weights before quantization, and quantize them.
         beta (`float`): Adam's first: how much of the mean gradient so far a step keeps.
+        decay (`float`): AdamW's weight decay; each step takes that times the learning rate off the trained numbers.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Method:
     schedule: str = "cosine"
     original: bool = False
     beta: float = 0.9
+    decay: float = 0.0
 
     @property
     def selects(self) -> bool:
@@ -124,12 +127,14 @@ def parse_method(name: str) -> Method:
             method = replace(method, schedule=option)
         elif re.fullmatch(r"beta-0\.\d+", option):
             method = replace(method, beta=float(option.partition("-")[2]))
+        elif re.fullmatch(r"decay-\d+(\.\d+)?", option):
+            method = replace(method, decay=float(option.partition("-")[2]))
         elif option in _FLAGS and method.kind == "sgrq":
             method = replace(method, **{option: True})
         else:
             raise ValueError(
-                f"The method {name!r} has the option {option!r}, expected one of {SCHEDULES}, beta-0.5 or the "
-                f"like; original for LoRA; one of {FORMS + _FLAGS} for SGRQ; a criterion or global for sgrq-RATIO."
+                f"The method {name!r} has the option {option!r}, expected one of {SCHEDULES}, beta-0.5, decay-1 or "
+                f"the like; original for LoRA; one of {FORMS + _FLAGS} for SGRQ; a criterion or global for sgrq-RATIO."
             )
     return method
 

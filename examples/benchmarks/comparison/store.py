@@ -10,7 +10,7 @@ from typing import Any
 from results_file import ResultsFile, named
 
 STATES = ("tuned", "merged")
-_NOT_SHARED = ("methods", "seeds", "results", "limit", "rates", "factor", "refine", "centre", "cost")
+_NOT_SHARED = ("methods", "seeds", "results", "limit", "rates", "factor", "refine", "centre", "at", "cost")
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "hqq", "gptqmodel")
 
 Run = dict[str, Any]
@@ -21,8 +21,10 @@ class Results(ResultsFile):
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         given = {key: value for key, value in vars(arguments).items() if key not in _NOT_SHARED}
+        if not given.get("chat"):  # as in results from before there were chats
+            given = {key: value for key, value in given.items() if key not in ("chat", "rows")}
         shared = {key: named(value) for key, value in given.items() if (key, value) != ("recover", None)}
-        versions = {name: number for name in _PACKAGES if (number := _version(name)) is not None}
+        versions = {name: number for name in _PACKAGES if (number := version_of(name)) is not None}
         super().__init__(arguments.results, shared, versions, {"unavailable": {}, "same": {}})
 
     def runs(self, method: str, seed: int | None = None) -> list[Run]:
@@ -51,7 +53,7 @@ def loss_of(run: Mapping[str, Any], state: str) -> float:
     return float("inf") if value is None else value
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
