@@ -51,7 +51,7 @@ class StoredNames:
         """The model the adapter was trained on, `None` if transformers does not know it."""
         config = self._folder.config
         own, task = config.get("architectures") or (), _task_classes(self._stored, config)
-        classes = [*self._classes, *_trained_classes(self._stored), *own, *task]
+        classes = [*self._classes, *_trained_classes(self._stored, config), *own, *task]
         return architecture.build(config, classes, self._stored.deltas)
 
     def of(self, folder: CheckpointFolder) -> StoredNames:
@@ -61,7 +61,7 @@ class StoredNames:
     @property
     def trained_classes(self) -> list[str]:
         """The classes of transformers that the adapter's config says it may have been trained on."""
-        return [*_trained_classes(self._stored), *_task_classes(self._stored, self._folder.config)]
+        return [*_trained_classes(self._stored, self._folder.config), *_task_classes(self._stored, self._folder.config)]
 
     @cached_property
     def in_memory(self) -> dict[str, str]:
@@ -129,10 +129,14 @@ def layers_of(key: str) -> list[str]:
     return [key.rpartition(".")[0], key.rpartition(".weight.")[0]]
 
 
-def _trained_classes(stored: StoredAdapter) -> list[str]:
+def _trained_classes(stored: StoredAdapter, config: dict[str, Any]) -> list[str]:
+    import transformers
+
     mapping = stored.config.auto_mapping or {}
     name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    return [name] if name else []
+    # An auto class knows the class it makes of a model type.
+    known = getattr(getattr(transformers, name or "", None), "_model_mapping", None)
+    return _as_list(name if known is None else known._model_mapping.get(config.get("model_type")))
 
 
 def _task_classes(stored: StoredAdapter, config: dict[str, Any]) -> list[str]:
@@ -140,5 +144,8 @@ def _task_classes(stored: StoredAdapter, config: dict[str, Any]) -> list[str]:
 
     task = stored.config.task_type
     mapping = getattr(modeling_auto, _TASKS[task], {}) if task in _TASKS else {}
-    name = mapping.get(config.get("model_type"))
-    return [item for item in (name if isinstance(name, (list, tuple)) else [name]) if item]
+    return _as_list(mapping.get(config.get("model_type")))
+
+
+def _as_list(names: Any) -> list[str]:
+    return [name for name in (names if isinstance(names, (list, tuple)) else [names]) if name]

@@ -28,12 +28,12 @@ class Compiler:
 
 
 def _whole(model: Any, compiler: Compiler) -> Any:
-    return torch.compile(model, scaled_weight=compiler)
+    return torch.compile(model, backend=compiler)
 
 
 def _blocks(model: Any, compiler: Compiler) -> Any:
     for index, block in enumerate(model.model.layers):
-        model.model.layers[index] = torch.compile(block, scaled_weight=compiler)
+        model.model.layers[index] = torch.compile(block, backend=compiler)
     return model
 
 

@@ -146,6 +146,7 @@ def test_buffers_that_a_forward_pass_replaces_are_put_back_with_what_it_remember
 def test_what_is_trained_inside_keeps_what_it_has(llama_dir: Path):
     model = get_peft_model(NF4.load(llama_dir), SGRQConfig(task_type="CAUSAL_LM"))
     layer = next(module for module in model.modules() if isinstance(module, SGRQLinear))
+    layer.train()
     with untouched(model):
         layer.kept = layer._delta("default").kept = True
     assert layer.kept and layer._delta("default").kept and layer.training
