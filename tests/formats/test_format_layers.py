@@ -19,6 +19,7 @@ from torch import nn
 
 from peft_sgrq import SGRQConfig
 from peft_sgrq.formats.registry import is_quantized
+from peft_sgrq.layer.functional import effective_scales
 
 ROWS, COLUMNS = 128, 256
 by_name = functools.partial(pytest.mark.parametrize, "format", ids=lambda format: format.name)
@@ -110,6 +111,17 @@ def test_a_merge_changes_the_selected_scales_alone_and_unmerging_puts_the_tensor
     assert all(old is new for old, new in zip(before, after, strict=True)) or format.name == "bnb-nf4"
     assert all(torch.equal(old, new) for old, new in zip(values, after, strict=True))
     assert torch.equal(format.weight(layer), weight)
+
+
+@by_name(SCALE_FORMATS)
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_scales_in_effect_are_ones_that_the_format_can_store(format, ratio):
+    layer = the_layer(adapted(quantized(format), ratio=ratio))
+    delta = layer.sgrq_delta["default"]
+    groups = None if ratio == 1 else delta.groups
+    scales = effective_scales(layer.scaled_weight, delta.weight.detach(), groups)
+    assert not torch.equal(scales, layer.scaled_weight.scales())
+    assert torch.equal(layer.scaled_weight.round_to_storage(scales), scales)
 
 
 @by_name(SCALE_FORMATS)
