@@ -61,7 +61,8 @@ class StoredNames:
     @property
     def trained_classes(self) -> list[str]:
         """The classes of transformers that the adapter's config says it may have been trained on."""
-        return [*_trained_classes(self._stored, self._folder.config), *_task_classes(self._stored, self._folder.config)]
+        config = self._folder.config
+        return [*_trained_classes(self._stored, config), *_task_classes(self._stored, config)]
 
     @cached_property
     def in_memory(self) -> dict[str, str]:
