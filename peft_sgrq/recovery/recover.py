@@ -216,7 +216,7 @@ def _distill(
         runner(model, with_labels),
         reference.run_with_labels if with_labels else reference.run,
         lambda batch: batch.counted if batch.decoder_counted is None or not with_labels else batch.decoder_counted,
-        [layer._delta(adapter_name) for layer in layers.values()],
+        [layer.delta(adapter_name) for layer in layers.values()],
         batches,
     ).train(
         settings.distill_steps,

@@ -118,7 +118,7 @@ class BlockStage:
     def _recover(self, index: int, ours: Chain, theirs: Chain, pulls: Mapping[str, Pull]) -> None:
         start = time.perf_counter()
         layers = self._layers[index]
-        deltas = {name: layer._delta(self._adapter_name) for name, layer in layers.items()}
+        deltas = {name: layer.delta(self._adapter_name) for name, layer in layers.items()}
         finished = index < len(self._file.blocks)
         augmented = self._settings.augmented and not finished
         with torch.no_grad(), ExitStack() as stack:
@@ -157,7 +157,7 @@ class BlockStage:
         """Frees what layers keep for inference: of a dense layer its scaled weight."""
         for layers in blocks:
             for layer in layers.values():
-                layer._forget_prepared()
+                layer.forget()
 
     def _targets(
         self, index: int, ours: Chain, theirs: Chain, augmented: bool, inputs: Mapping[str, Any]
