@@ -75,14 +75,15 @@ def merge_checkpoint(
         ```
     """
     out = Path(out)
-    gguf_base = find_gguf_base(base, find_folder(adapter, "adapter"), revision)
+    checked = None if out.suffix == ".gguf" else _checked(out, overwrite)  # before anything is read
+    adapter_folder = find_folder(adapter, "adapter")
+    gguf_base = find_gguf_base(base, adapter_folder, revision)
     if gguf_base is not None:
-        gguf_plan = plan_gguf_merge(gguf_base, find_folder(adapter, "adapter"), check=check_base)
+        gguf_plan = plan_gguf_merge(gguf_base, adapter_folder, check=check_base)
         return MergeReport(out, len(gguf_plan.weights), write_gguf_merge(gguf_plan, out, overwrite, name), [])
     if name is not None:
         raise ValueError(f"`name` is {name!r} and the base no GGUF file, expected one; leave it out.")
-    target = _checked(out, overwrite)
-    adapter_folder = find_folder(adapter, "adapter")
+    target = checked or _checked(out, overwrite)
     if base is None:
         base, named_revision = name_of_base(adapter_folder)
         revision = revision or named_revision

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -193,11 +194,17 @@ def outcome(path):
 """
 
 
+@pytest.fixture
+def place_for_all() -> Iterator[Path]:
+    """A folder that every user may use, which pytest's own are not."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_files_and_folders_that_may_not_be_written_to_are_left_alone(tmp_path: Path):
-    protected, closed = tmp_path / "protected", tmp_path / "closed"
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o777)
+def test_files_and_folders_that_may_not_be_written_to_are_left_alone(place_for_all: Path):
+    protected, closed = place_for_all / "protected", place_for_all / "closed"
     protected.write_bytes(b"mine")
     protected.chmod(0o444)
     closed.mkdir()
