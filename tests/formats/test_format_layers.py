@@ -30,6 +30,8 @@ def quantized(format: Format, bias: bool = False) -> nn.Module:
     format.require()
     torch.manual_seed(0)
     dense = nn.Linear(COLUMNS, ROWS, bias=bias, dtype=layer_dtype(format)).requires_grad_(False)
+    # Weights grow to the right and downwards, or the units selected might be the first ones, whatever their indices.
+    dense.weight *= torch.linspace(0.5, 1.5, COLUMNS) * torch.linspace(0.5, 1.5, ROWS).unsqueeze(1)
     return format.layer(dense).requires_grad_(False)
 
 

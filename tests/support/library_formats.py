@@ -173,6 +173,7 @@ LAYER_FORMATS = [format for format in FORMATS if format.layer is not None]
 # What is done to scales, and whole models, do not know how codes are packed: of formats that differ in the number of
 # bits alone, some are enough.
 _MORE_BITS = {f"torchao-intx{bits}" for bits in (2, 3, 5, 6, 7)}
+_MORE_BITS |= {"torchao-intx4-asymmetric"}  # which differs in codes alone, too
 _MORE_BITS |= {f"hqq-{bits}bit-axis{axis}" for bits in (8, 2) for axis in (0, 1)}
 SCALE_FORMATS = [format for format in LAYER_FORMATS if format.name not in _MORE_BITS]
 MODEL_FORMATS = [format for format in FORMATS if format.name not in _MORE_BITS]

@@ -58,11 +58,11 @@ def _per_tensor() -> Any:
     return PerTensor()
 
 
-def _intx(bits: int) -> Any:
+def _intx(bits: int, asymmetric: bool = False) -> Any:
     from torchao.quantization import IntxWeightOnlyConfig, MappingType
 
     # Symmetric int1 has the codes -1 and 0 around zero point 0, and a scale of the largest weight: all weights vanish.
-    mapping = MappingType.ASYMMETRIC if bits == 1 else MappingType.SYMMETRIC
+    mapping = MappingType.ASYMMETRIC if bits == 1 or asymmetric else MappingType.SYMMETRIC
     return IntxWeightOnlyConfig(
         weight_dtype=getattr(torch, f"int{bits}"), granularity=_per_group(64), mapping_type=mapping
     )
@@ -141,6 +141,7 @@ TORCHAO = [
     _torchao("int8-group", lambda: _int8(granularity=_per_group(64)), block=(1, 64)),
     _torchao("int8-tensor", lambda: _int8(granularity=_per_tensor()), block=(0, 0)),
     *(_torchao(f"intx{bits}", lambda bits=bits: _intx(bits), block=(1, 64)) for bits in range(1, 9)),
+    _torchao("intx4-asymmetric", lambda: _intx(4, asymmetric=True), block=(1, 64)),  # a zero point of its own a group
     _torchao("intx4-row", _intx_row),
     _torchao("float8-row", _float8),
     _torchao("nvfp4", _nvfp4, block=(1, 16), on_files=False),
