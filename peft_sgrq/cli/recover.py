@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--learning-rate", type=float, help="of the first stage, of relative changes")
     parser.add_argument("--augmented", action=argparse.BooleanOptionalAction, help="match f(X_q) as well as f(X)")
     parser.add_argument("--preservation", type=float, metavar="WEIGHT", help="how much salient weights are held")
-    parser.add_argument("--importance", help="which are: fisher, diag, obs, billm or magnitude")
+    parser.add_argument("--importance", help="which are: fisher, or magnitude for all alike")
     parser.add_argument("--distill-steps", type=int, help="steps of the second stage")
     parser.add_argument("--distill-learning-rate", type=float, help="of the second stage")
     parser.add_argument("--progress-file", metavar="FILE", help="to go on from when interrupted (default: beside -o)")

@@ -12,7 +12,7 @@ from peft_sgrq.formats.selectable_unit import SelectableUnit
 
 @dataclass(frozen=True, eq=False)
 class LayerSaliency:
-    """The saliency of one layer, and what of its geometry a selection needs.
+    """The saliency of one layer, and the geometry that a selection needs.
 
     Attributes:
         scores (`torch.Tensor`): Saliency of each column, float32 `[in_features]`; in a row format of each row,

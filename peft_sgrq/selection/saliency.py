@@ -73,14 +73,10 @@ class Saliency:
         bytes_per_scale: int = 4,
     ) -> dict[str, int]:
         """How many groups of each layer are selected; the arguments are those of [`select`]."""
-        pattern = dict(ratio_pattern or {})
-        check_ratio_pattern(pattern)
         if not isinstance(ratio, Mapping):
             check_ratio(ratio)
-        keys = {name: get_pattern_key(list(pattern), name) for name in self.layers}
-        counts = {
-            name: self._count(name, pattern[keys[name]]) for name in self.layers if keys[name] in pattern
-        }  # what the user overrules
+        fixed_ratios = self.overruled(ratio_pattern)
+        counts = {name: self._count(name, found) for name, found in fixed_ratios.items()}
         rest = {name: layer for name, layer in self.layers.items() if name not in counts}
         if ratio == "global":
             fixed = sum(self.layers[name].scales_per_group * count for name, count in counts.items())
@@ -95,6 +91,13 @@ class Saliency:
         else:
             counts |= {name: self._count(name, self._ratio_of(name, ratio)) for name in rest}
         return {name: counts[name] for name in self.layers}
+
+    def overruled(self, ratio_pattern: Mapping[str, Ratio] | None) -> dict[str, Ratio]:
+        """The layers that a `ratio_pattern` names, and their ratios."""
+        pattern = dict(ratio_pattern or {})
+        check_ratio_pattern(pattern)
+        keys = {name: get_pattern_key(list(pattern), name) for name in self.layers}
+        return {name: pattern[key] for name, key in keys.items() if key in pattern}
 
     def _ratio_of(self, name: str, ratio: Ratio | Mapping[str, float]) -> Ratio:
         if ratio == "layerwise":
@@ -218,7 +221,7 @@ class Saliency:
                 )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file, beside `path` first, so that a file that is there is replaced whole."""
+        """Writes one safetensors file; an existing file is replaced only by a whole one."""
         described = {
             "criterion": self.criterion,
             "tokens": self.tokens,

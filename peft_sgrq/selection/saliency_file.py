@@ -19,7 +19,7 @@ _METADATA = "peft_sgrq_saliency"
 
 
 def write_saliency_file(path: str, layers: Mapping[str, LayerSaliency], described: Mapping[str, Any]) -> None:
-    """Writes the layers and further JSON values, beside `path` first, and puts the whole file in its place."""
+    """Writes the layers and further JSON values, first under another name; only a whole file replaces `path`."""
     tensors, geometry = {}, {}
     for name, layer in layers.items():
         tensors[f"{name}.scores"] = layer.scores

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGen
 from peft_sgrq import SGRQConfig
 from peft_sgrq.layer.base_layers import scaled_weight_of
 from peft_sgrq.passes.data import load_batches
-from peft_sgrq.recovery.reference import Reference
+from peft_sgrq.passes.reference import Reference
 
 
 @pytest.mark.parametrize("options", [{}, {"preservation": 0.3}, {"augmented": False, "distill_steps": 2}], ids=str)

@@ -1,0 +1,159 @@
+"""The file from which a stopped recovery goes on: the finished blocks, and what they were recovered with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from peft_sgrq.config import SGRQConfig
+from peft_sgrq.layer.delta import Delta
+from peft_sgrq.recovery.job import Job
+from peft_sgrq.recovery.preservation import Pull
+
+_METADATA = "peft_sgrq_recovery"
+_SAMPLES = 64  # of a parameter, in a digest
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """How far the outputs of a block are from those of the model before quantization.
+
+    Attributes:
+        name (`str`): Name of the block.
+        before, after (`float`): `|f_q(X_q) - f(X)|^2 / |f(X)|^2` over all counted tokens, before and after training.
+        seconds (`float`): The wall time of the block.
+    """
+
+    name: str
+    before: float
+    after: float
+    seconds: float
+
+
+def identity(job: Job, config: SGRQConfig) -> dict[str, Any]:
+    """What the result of the first stage depends on, as JSON values; `config` is that of the adapter, completed."""
+    settings = {key: value for key, value in asdict(job.settings).items() if not key.startswith("distill_")}
+    data = (
+        item for batch in job.batches for item in sorted({**batch.inputs, "counted": batch.counted}.items())
+    )  # name, tensor
+    reference, model = (_digest(one.named_parameters(), _SAMPLES) for one in (job.reference.model, job.model))
+    found = {
+        **settings,
+        "data": _digest(data),
+        "reference": {"source": job.reference.source, "parameters": reference},
+        "base": config.base_fingerprint,
+        "model": model,
+        "selection": config.selection,
+        "adapter_dtype": config.adapter_dtype,
+    }
+    return json.loads(json.dumps(found, default=int))  # of numpy's integers
+
+
+def _digest(tensors: Iterable[tuple[str, torch.Tensor]], samples: int | None = None) -> str:
+    """A digest of names, shapes, dtypes and values, or of samples of the values that are in memory."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors:
+        values = tensor.data
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype} ".encode())
+        if type(values) is torch.Tensor and not values.is_meta:  # fingerprints of layers tell the others apart
+            flat = values.reshape(-1)
+            step = 1 if samples is None else max(1, flat.numel() // samples)
+            digest.update(flat[::step].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class ProgressFile:
+    """The progress of one recovery, in a safetensors file that is written anew after each block.
+
+    Args:
+        path (`str`, path or `None`): The file; `None` keeps nothing.
+        made_with (`Mapping[str, Any]`): JSON values that decide the result. A file made with others is refused.
+
+    Attributes:
+        blocks (`list[BlockError]`): The finished blocks.
+        deltas (`dict[str, torch.Tensor]`): Layer name -> its deltas, of the finished blocks.
+        pulls (`dict[str, Pull]`): Layer name -> its preservation term, if there is one.
+
+    Raises:
+        ValueError: If the file is of a recovery with other arguments, or is not one.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, made_with: Mapping[str, Any]) -> None:
+        self.blocks: list[BlockError] = []
+        self.deltas: dict[str, torch.Tensor] = {}
+        self.pulls: dict[str, Pull] = {}
+        self._path = None if path is None else os.fspath(path)
+        self._made_with = made_with
+        if self._path is not None:
+            self._prepare(self._path)
+
+    def _prepare(self, path: str) -> None:
+        if os.path.isdir(path):
+            raise ValueError(f"`progress_file` is {path!r}, a folder, expected a file in it; name one.")
+        if os.path.exists(path):
+            self._read(path)
+        # Check that the file can be written before training starts.
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        beside = f"{path}.partial"
+        with open(beside, "wb"):
+            pass
+        os.remove(beside)
+
+    def _read(self, path: str) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                text = (file.metadata() or {}).get(_METADATA)
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} is truncated or no safetensors file ({error}), expected the progress of a recovery; delete "
+                "it to start again."
+            ) from error
+        if text is None:
+            raise ValueError(
+                f"{path} holds no progress of a recovery, expected a file of an interrupted `recover`; name another."
+            )
+        stored = json.loads(text)
+        for key, value in self._made_with.items():
+            found = stored["made_with"].get(key)
+            if found != value:
+                raise ValueError(
+                    f"{path} is of a recovery with {key}={found!r}, expected {value!r}: its blocks would not fit; "
+                    "give the same arguments, or delete the file to start again."
+                )
+        self.blocks = [BlockError(**block) for block in stored["blocks"]]
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition(".")
+            parts.setdefault(part, {})[name] = tensor
+        self.deltas = parts.pop("delta", {})
+        self.pulls = {
+            name: Pull(**{part: tensors[name] for part, tensors in parts.items()}) for name in parts.get("slope", {})
+        }
+
+    def add(self, block: BlockError, deltas: Mapping[str, Delta]) -> None:
+        """Adds a finished block and its deltas, by layer name, and writes the file."""
+        self.blocks.append(block)
+        self.deltas |= {name: delta.weight.detach().cpu().clone() for name, delta in deltas.items()}
+        self.save()
+
+    def save(self) -> None:
+        """Writes the file, first under another name."""
+        if self._path is None:
+            return
+        tensors = {f"delta.{name}": delta for name, delta in self.deltas.items()}
+        for name, pull in self.pulls.items():
+            tensors |= {f"{part}.{name}": tensor.cpu() for part, tensor in pull._asdict().items()}
+        described = {"made_with": self._made_with, "blocks": [asdict(block) for block in self.blocks]}
+        beside = f"{self._path}.partial"
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        save_file(contiguous, beside, metadata={_METADATA: json.dumps(described)})
+        os.replace(beside, self._path)
