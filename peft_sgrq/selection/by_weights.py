@@ -35,5 +35,4 @@ def select_without_data(scaled_weights: Mapping[str, ScaledWeight], config: SGRQ
         name: LayerSaliency.of(scaled_weight, weight_scores(name, scaled_weight, criterion), fingerprint="")
         for name, scaled_weight in scaled_weights.items()
     }
-    bytes_per_scale = 2 if config.adapter_dtype == "bfloat16" else 4
-    return Saliency(layers, criterion).select(config.ratio, config.ratio_pattern, config.budget, bytes_per_scale)
+    return Saliency(layers, criterion).selection_for(config)

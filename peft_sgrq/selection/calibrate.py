@@ -28,9 +28,9 @@ from peft_sgrq.passes.reference import Reference
 from peft_sgrq.passes.running import longest
 from peft_sgrq.passes.statistics import InputStatistics
 from peft_sgrq.passes.untouched import untouched
-from peft_sgrq.selection.collect import collect_input_scores
 from peft_sgrq.selection.criteria import DIAGONAL, GRADIENTS, HESSIAN, Criterion, LayerStatistics, weight_scores
 from peft_sgrq.selection.gradient_scores import collect_gradient_scores
+from peft_sgrq.selection.input_scores import collect_input_scores
 from peft_sgrq.selection.layer_saliency import LayerSaliency
 from peft_sgrq.selection.layerwise.allocate_ratios import ratios_on
 from peft_sgrq.selection.saliency import Saliency

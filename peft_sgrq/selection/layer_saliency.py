@@ -59,6 +59,11 @@ class LayerSaliency:
         return self.scales_shape[1 - self.unit.dim]
 
     @property
+    def scales(self) -> int:
+        """How many scales the layer has."""
+        return self.scales_per_group * self.selectable
+
+    @property
     def scales_shape(self) -> tuple[int, int]:
         """Shape `(rows, groups)` of the scales."""
         return self.shape[0], -(-self.shape[1] // self.group_size)

@@ -80,7 +80,7 @@ class Saliency:
         rest = {name: layer for name, layer in self.layers.items() if name not in counts}
         if ratio == "global":
             fixed = sum(self.layers[name].scales_per_group * count for name, count in counts.items())
-            total = sum(layer.scales_per_group * layer.selectable for layer in self.layers.values())
+            total = sum(layer.scales for layer in self.layers.values())
             found = counts_above_threshold(
                 [self._comparable_scores(layer) for layer in rest.values()],
                 [layer.scales_per_group for layer in rest.values()],
@@ -161,6 +161,17 @@ class Saliency:
             for name, layer in self.layers.items()
         }
 
+    def selection_for(
+        self, config: SGRQConfig, ratio: Ratio | Mapping[str, float] | None = None, budget: Budget | None = None
+    ) -> dict[str, str]:
+        """What [`select`] gives for the fields of a config, or for another ratio or budget."""
+        return self.select(
+            config.ratio if ratio is None else ratio,
+            config.ratio_pattern,
+            config.budget if budget is None else budget,
+            bytes_per_scale=2 if config.adapter_dtype == "bfloat16" else 4,
+        )
+
     def configure(
         self, config: SGRQConfig, ratio: Ratio | Mapping[str, float] | None = None, budget: Budget | None = None
     ) -> SGRQConfig:
@@ -178,12 +189,7 @@ class Saliency:
             ValueError: If the config targets none of the layers, or an argument cannot be used; it is unchanged then.
         """
         chosen = self._targeted_by(config)
-        selection = chosen.select(
-            config.ratio if ratio is None else ratio,
-            config.ratio_pattern,
-            config.budget if budget is None else budget,
-            bytes_per_scale=2 if config.adapter_dtype == "bfloat16" else 4,
-        )
+        selection = chosen.selection_for(config, ratio, budget)
         if ratio is not None and not isinstance(ratio, Mapping):
             config.ratio = ratio
         if budget is not None:

@@ -148,7 +148,7 @@ def ratios_on(
         counts = torch.tensor(list(choices[name]))
         masks = (ranks < counts.unsqueeze(1)).float().unsqueeze(2 - layer.unit.dim)
         options[name] = Options(masks.to(scaled_weights[name].device), (counts * layer.scales_per_group).numpy())
-    total = sum(layer.selectable * layer.scales_per_group for layer in saliency.layers.values())
+    total = sum(layer.scales for layer in saliency.layers.values())
     limit = budget_in_scales(
         config.budget if budget is None else budget, total, 2 if config.adapter_dtype == "bfloat16" else 4
     )

@@ -85,10 +85,9 @@ def _draw_curves(axes: Any, report: Report, saliency: Saliency) -> None:
 def _draw_ratios(figure: Any, axes: Any, report: Report) -> None:
     known = all(layer["ratio"] is not None for layer in report.layers)
     blocks, kinds, means = report.grid("ratio" if known else "scales")
-    values = torch.tensor([[torch.nan if value is None else value for value in row] for row in means]).T
-    image = axes.imshow(
-        values * (100 if known else 1), cmap="cividis", vmin=0, vmax=100 if known else None, aspect="auto"
-    )
+    factor = 100 if known else 1
+    values = torch.tensor([[torch.nan if value is None else factor * value for value in row] for row in means]).T
+    image = axes.imshow(values.numpy(), cmap="cividis", vmin=0, vmax=100 if known else None, aspect="auto")
     axes.set_yticks(range(len(kinds)), kinds, fontsize=9)
     shown = range(0, len(blocks), -(-len(blocks) // 32))
     axes.set_xticks(shown, ["other" if blocks[at] is None else str(blocks[at]) for at in shown], fontsize=8)

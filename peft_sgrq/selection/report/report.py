@@ -10,16 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from peft_sgrq.adapter.stored import read_adapter
 from peft_sgrq.choices import DEFAULT_BUDGET, Budget, Ratio
-from peft_sgrq.config import SGRQConfig
-from peft_sgrq.layer.masks import unpack_mask
+from peft_sgrq.files.sources import find_folder
 from peft_sgrq.selection.layer_saliency import LayerSaliency
 from peft_sgrq.selection.ratio import knee
 from peft_sgrq.selection.saliency import Saliency
 
 RATIOS: tuple[Ratio, ...] = (0.05, 0.1, 0.2, 0.4, 1.0, "knee", "global")
 _NUMBERED = re.compile(r"(.*?\.)??(\d+)\.(.+)")
-_WEIGHT = re.compile(r"base_model\.model\.(.+)\.sgrq_delta\.weight")
 
 
 class Report(NamedTuple):
@@ -111,7 +110,7 @@ def _size(saliency: Saliency, ratio: Ratio, budget: Budget) -> dict[str, Any]:
     counts = saliency.counts(ratio, budget=budget)
     layers = saliency.layers
     scales = sum(layer.scales_per_group * counts[name] for name, layer in layers.items())
-    total = sum(layer.scales_per_group * layer.selectable for layer in layers.values())
+    total = sum(layer.scales for layer in layers.values())
     held = [share_held(layer, counts[name]) for name, layer in layers.items()]
     shapes = {
         name: (layer.unit.delta_shape(counts[name], layer.scales_shape), layer.selectable)
@@ -162,26 +161,16 @@ def report_adapter(adapter: str | os.PathLike[str], saliency: Saliency | None = 
     Raises:
         ValueError: If it is no SGRQ adapter, or the saliency is that of another base.
     """
-    from peft import PeftConfig, load_peft_weights
-
-    config = PeftConfig.from_pretrained(os.fspath(adapter))
-    if not isinstance(config, SGRQConfig):
-        raise ValueError(
-            f"{os.fspath(adapter)} is an adapter of type {config.peft_type}, expected one of SGRQ; inspect one that "
-            "peft_sgrq made."
-        )
-    tensors = load_peft_weights(os.fspath(adapter), device="cpu")
-    deltas = {match[1]: key for key in tensors if (match := _WEIGHT.fullmatch(key))}
-    if not deltas:
+    stored = read_adapter(find_folder(adapter, "adapter"))
+    if not stored.deltas:
         raise ValueError(f"{os.fspath(adapter)} holds no deltas, expected some for each adapted layer; save it again.")
-    fingerprints = config.base_fingerprint or {}
+    config, fingerprints = stored.config, stored.config.base_fingerprint or {}
     layers = []
-    for name, key in deltas.items():
-        delta, groups = tensors[key].double(), unpack_mask(tensors[key.removesuffix("weight") + "selection"])
+    for name, (delta, groups) in stored.deltas.items():
         known = None if saliency is None else _same_layer(name, saliency, fingerprints.get(name))
         held = None if known is None else share_held(known, 0, groups)
         row = _row(name, len(groups), delta.numel(), known, held)
-        layers.append(row | {"change": float(delta.square().mean().sqrt())})
+        layers.append(row | {"change": float(delta.double().square().mean().sqrt())})
     facts = {name: getattr(config, name) for name in ("criterion", "ratio", "adapter_dtype")}
     formats = sorted({text.partition(":")[0] for text in fingerprints.values()})
     base = config.base_model_name_or_path
