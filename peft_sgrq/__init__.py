@@ -5,6 +5,7 @@ Importing this package registers the tuner type SGRQ with PEFT.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from peft_sgrq.checkpoint.verify import VerifyReport as VerifyReport
     from peft_sgrq.checkpoint.verify import verify_checkpoint as verify_checkpoint
     from peft_sgrq.config import SGRQConfig as SGRQConfig
+    from peft_sgrq.formats.gguf.loading import load_gguf as load_gguf
+    from peft_sgrq.formats.gguf.quantizer import SGRQGgufConfig as SGRQGgufConfig
+    from peft_sgrq.formats.gguf.saving import save_gguf as save_gguf
     from peft_sgrq.layer.linear import SGRQLinear as SGRQLinear
     from peft_sgrq.model import SGRQModel as SGRQModel
     from peft_sgrq.plugin.registration import register as register
@@ -35,6 +39,7 @@ _HOMES = {  # public name -> the module it is imported from when it is asked for
     "MergeReport": "checkpoint.merge",
     "Recovery": "recovery.recover",
     "SGRQConfig": "config",
+    "SGRQGgufConfig": "formats.gguf.quantizer",
     "SGRQLinear": "layer.linear",
     "SGRQModel": "model",
     "Saliency": "selection.saliency",
@@ -42,10 +47,12 @@ _HOMES = {  # public name -> the module it is imported from when it is asked for
     "allocate_ratios": "selection.layerwise.allocate_ratios",
     "allow_quantized_training": "base.workarounds.trainer_refusal",
     "calibrate": "selection.calibrate",
+    "load_gguf": "formats.gguf.loading",
     "merge_checkpoint": "checkpoint.merge",
     "recover": "recovery.recover",
     "register": "plugin.registration",
     "restore_codes": "base.restore",
+    "save_gguf": "formats.gguf.saving",
     "split_groups": "base.split",
     "verify_checkpoint": "checkpoint.verify",
 }
@@ -62,6 +69,11 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+def _is_command() -> bool:
+    return os.path.splitext(os.path.basename((getattr(sys, "argv", None) or [""])[0]))[0] == "peft-sgrq"
+
+
 # While bitsandbytes is being imported it is its entry point that imports this package; `plugin.autoload` decides then.
-if not getattr(getattr(sys.modules.get("bitsandbytes"), "__spec__", None), "_initializing", False):
+# The command registers when it knows what to do: `--help` is at once.
+if not (getattr(getattr(sys.modules.get("bitsandbytes"), "__spec__", None), "_initializing", False) or _is_command()):
     import_module(f"{__name__}.plugin.registration").register()

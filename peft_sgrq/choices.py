@@ -1,4 +1,4 @@
-"""What a config may say: ratios, budgets and criteria by name, and the checks of them."""
+"""What a config may say: ratios, budgets, criteria and names of layers, and the checks of them."""
 
 from __future__ import annotations
 
@@ -91,3 +91,8 @@ def check_criterion(criterion: object) -> None:
         raise ValueError(
             f"`criterion` is {criterion!r}, expected one of {known}; give a function of your own to `calibrate`."
         )
+
+
+def without_wrapper_names(name: str) -> str:
+    """The name of a layer as it is in a model that `torch.compile` has not wrapped."""
+    return name.replace("_orig_mod.", "")

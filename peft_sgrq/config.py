@@ -18,6 +18,7 @@ from peft_sgrq.choices import (
     check_criterion,
     check_ratio,
     check_ratio_pattern,
+    without_wrapper_names,
 )
 
 FORMAT_VERSION = 1
@@ -40,6 +41,9 @@ class SGRQConfig(PeftConfig):
             gains most; 0.4, the share of the SGR-Q paper, makes adapter and optimizer less than half as large.
             `"knee"` takes the share of each layer's columns above its mean saliency, `"global"` one threshold over all
             layers at which `budget` is spent, `"layerwise"` what calibration finds best by measuring the loss.
+        zero_points (`bool`): Also train the zero points, of all groups, where the format stores them as floats (GGUF's
+            Q4_1, Q5_1, Q4_K and Q5_K, HQQ, quanto's int4 and int2, torchao's int4). With `ratio=0` they alone are
+            trained, at next to no cost.
         ratio_pattern (`dict[str, float | "knee"]`): Module name, its end, or a pattern of it -> ratio, overruling
             `ratio` there; matched like PEFT's `rank_pattern`.
         budget (`float`, `int` or `str`): What `"global"` and `"layerwise"` may spend: a share of all scales (`float`),
@@ -80,6 +84,7 @@ class SGRQConfig(PeftConfig):
         default=DEFAULT_RATIO,
         metadata={"help": "Share of the groups trained, in (0, 1], or knee, global or layerwise."},
     )
+    zero_points: bool = field(default=False, metadata={"help": "Also train zero points that are stored as floats."})
     ratio_pattern: dict[str, float | str] = field(
         default_factory=dict, metadata={"help": "Module name or pattern -> ratio, overruling `ratio`."}
     )
@@ -110,6 +115,15 @@ class SGRQConfig(PeftConfig):
         # PEFT's matching expects sets; its save_pretrained turns them into lists.
         self.target_modules = _as_set(self.target_modules)
         self.exclude_modules = _as_set(self.exclude_modules)
+        for field_name in ("selection", "base_fingerprint"):
+            value = getattr(self, field_name)
+            if isinstance(value, dict):
+                plain = {
+                    without_wrapper_names(key) if isinstance(key, str) else key: item for key, item in value.items()
+                }
+                setattr(self, field_name, plain)
+        # Names of layers in the file of the adapter -> in the model it was loaded on, where they differ; not a field.
+        self.renamed_layers: dict[str, str] = {}
         self._check_version()
         self._check_targets()
         self._check_numbers()
@@ -160,7 +174,10 @@ class SGRQConfig(PeftConfig):
             )
 
     def _check_numbers(self) -> None:
-        check_ratio(self.ratio)
+        if not isinstance(self.zero_points, bool):
+            raise TypeError(f"`zero_points` is {self.zero_points!r}, expected True or False.")
+        if not (self.zero_points and self.ratio == 0 and not isinstance(self.ratio, (bool, str))):
+            check_ratio(self.ratio)
         check_ratio_pattern(self.ratio_pattern)
         check_budget(self.budget)
         if self.criterion is not None:
@@ -199,13 +216,17 @@ class SGRQConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes `adapter_config.json`, and, beside saved adapter weights, the model card `README.md`."""
+        if self.auto_mapping is not None:
+            kwargs["auto_mapping_dict"] = None  # PEFT's own names the class, and not what else loading takes
         super().save_pretrained(save_directory, **kwargs)
         for write in self.written_beside:
             write(save_directory, self)
 
 
 def _as_set(names: Any) -> Any:
-    return set(names) if isinstance(names, (list, tuple)) else names
+    if not isinstance(names, (list, tuple)):
+        return names
+    return {without_wrapper_names(name) if isinstance(name, str) else name for name in names}
 
 
 def _check_string_dict(name: str, value: Any, what: str) -> None:

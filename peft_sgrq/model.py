@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from peft.utils.peft_types import TaskType
 from torch import nn
 
 from peft_sgrq.adapter.file import check_adapter_file
+from peft_sgrq.adapter.renamed_layers import rename_layers, rename_tensors
 from peft_sgrq.adapter.starting_point import StartingPoint
 from peft_sgrq.adapter.state import in_adapter_dtype, take_over
 from peft_sgrq.adapter.targets import (
@@ -22,18 +23,26 @@ from peft_sgrq.adapter.targets import (
     check_gradient_paths,
     check_group_sizes,
     check_modules_to_save,
+    check_zero_points,
     find_targets,
     supported_layers,
+    warn_of_dense_base,
     warn_of_fused_experts,
 )
 from peft_sgrq.adapter.weighted_sum import check_sum, config_of_sum
 from peft_sgrq.base.check import check_base, describe_quantization
+from peft_sgrq.base.loading import describe_class
 from peft_sgrq.base.prepare import prepare_base, writing_scales
+from peft_sgrq.base.workarounds.compiled_modules import compiled_in_place
+from peft_sgrq.base.workarounds.loading_attributes import forget_loading_attributes
+from peft_sgrq.base.workarounds.tied_merges import separate_rows, separate_untied, ties
+from peft_sgrq.choices import without_wrapper_names
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.bnb_4bit.nesting import nested_layers
 from peft_sgrq.formats.compressed_tensors.weight import keep_compressed
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.base_layers import base_layer_of, scaled_weight_of
+from peft_sgrq.layer.first_gradients import FirstGradients
 from peft_sgrq.layer.linear import SGRQLinear
 from peft_sgrq.layer.masks import decode_mask, encode_mask
 from peft_sgrq.layer.mixed_batch import adapter_names_for, check_adapter_names
@@ -70,19 +79,36 @@ class SGRQModel(BaseTuner):
     prefix = "sgrq_"
     tuner_layer_cls = SGRQLinear
     target_module_mapping: dict[str, list[str]] = {}
+    _starting_point: StartingPoint | None = None  # of the adapter that is being injected
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(compiled_in_place(model), *args, **kwargs)
+
+    @property
+    def _first_gradients(self) -> FirstGradients:
+        # PEFT injects the first adapter while it makes the tuner.
+        return self.__dict__.setdefault("first_gradients", FirstGradients())
 
     # injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # The selection and the fingerprint are written into a copy, so that one config can serve several models.
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        if config.base_model_name_or_path is None:  # PEFT does not find it in a compiled model
+            config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
         # For these tasks PEFT names the heads in the config of the caller, and only after the injection.
         if config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
             heads = TASK_HEADS[config.task_type]
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if isinstance(config.init_weights, str):
-            StartingPoint(config.init_weights).write(model, adapter_name)
+        # Read once, so that what is checked is what is written.
+        start = StartingPoint(config.init_weights) if isinstance(config.init_weights, str) else None
+        self._starting_point = start
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self._starting_point = None
+        if start is not None:
+            start.write(model, adapter_name)
             config.init_weights = True  # where it is saved, its own deltas say where it is
 
     def _prepare_adapter_config(self, peft_config: SGRQConfig, model_config: dict[str, Any]) -> SGRQConfig:
@@ -92,19 +118,26 @@ class SGRQModel(BaseTuner):
         return _maybe_include_all_linear_layers(peft_config, self.model)
 
     def _prepare_model(self, peft_config: SGRQConfig, model: nn.Module) -> None:
+        peft_config.renamed_layers = rename_layers(peft_config, model)
         # Everything that can be wrong is found here, before the first layer is replaced.
         if peft_config.loaded_from is not None:
             check_adapter_file(peft_config.loaded_from)
         check_modules_to_save(model, peft_config)
         scaled_weights = find_targets(model, peft_config, self._check_target_module_exists)
+        if peft_config.auto_mapping is None:
+            peft_config.auto_mapping = describe_class(model)
         check_group_sizes(model, scaled_weights)
         check_gradient_paths(model, scaled_weights, peft_config)
-        if isinstance(peft_config.init_weights, str):
-            StartingPoint(peft_config.init_weights).configure(peft_config, scaled_weights)
+        check_zero_points(scaled_weights, peft_config)
+        if self._starting_point is not None:
+            self._starting_point.configure(peft_config, scaled_weights)
         prepare_base(model)
         with _original_scales(model):  # whatever is merged into the base
             self._complete_config(peft_config, model, scaled_weights)
         keep_compressed(model)
+        forget_loading_attributes(model)
+        if not peft_config.inference_mode:
+            warn_of_dense_base(model)
 
     def _complete_config(
         self, peft_config: SGRQConfig, model: nn.Module, scaled_weights: dict[str, ScaledWeight]
@@ -144,7 +177,7 @@ class SGRQModel(BaseTuner):
                     "found; load the weights first, or give a config whose `selection` names the layer."
                 )
             try:
-                decode_mask(selection[name], scaled_weight.selectable)
+                decode_mask(selection[name], scaled_weight.selectable, none=peft_config.zero_points)
             except ValueError as error:
                 raise ValueError(f"Layer {name!r} does not fit the adapter: {error}.") from None
 
@@ -162,11 +195,12 @@ class SGRQModel(BaseTuner):
         selection = peft_config.selection = peft_config.selection or {}
         if current_key not in selection:  # only when the layers are those of a state dict, not of the config
             selection |= select_without_data({current_key: scaled_weight}, peft_config)
-        groups = decode_mask(selection[current_key], scaled_weight.selectable)
+        groups = decode_mask(selection[current_key], scaled_weight.selectable, none=peft_config.zero_points)
         if isinstance(target, SGRQLinear):
             target.update_layer(adapter_name, config=peft_config, groups=groups)
             return
         layer = SGRQLinear(target, adapter_name, peft_config, groups)
+        layer.watch_gradients(current_key, self._first_gradients)
         layer.train(target.training)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is made active
@@ -181,6 +215,7 @@ class SGRQModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         if safe_merge:
             self._check_finite(adapter_names)
+        separate_rows(self.model)
         super().merge_adapter(adapter_names=adapter_names)
 
     def _unload_and_optionally_merge(  # type: ignore[override]
@@ -194,11 +229,19 @@ class SGRQModel(BaseTuner):
             self._check_finite(adapter_names)
         with _original_scales(self.model):
             nested = nested_layers(self.model)
+        groups, tied = (
+            ties(self.model),
+            bool(getattr(getattr(self.model, "config", None), "tie_word_embeddings", False)),
+        )
+        if merge:
+            separate_rows(self.model)
         saved_by = {layer.scaled_weight.saved_by for layer in self._layers()} - {None}
         with writing_scales(self.model, "Merging", nested):
             model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
                 merge=merge, progressbar=progressbar, adapter_names=adapter_names
             )
+        if merge:
+            separate_untied(model, groups.values(), tied)
         for how in saved_by if merge else ():
             logger.warning("`save_pretrained` cannot save this merged model so that it loads again; use %s.", how)
         return model
@@ -226,7 +269,9 @@ class SGRQModel(BaseTuner):
         """
         check_sum(self.peft_config, adapters, weights, adapter_name)
         selection = self._union_of_selections(adapters)
-        self.peft_config[adapter_name] = config_of_sum(self.peft_config[adapters[0]], selection)
+        config = config_of_sum(self.peft_config[adapters[0]], selection)
+        config.zero_points = any(self.peft_config[adapter].zero_points for adapter in adapters)
+        self.peft_config[adapter_name] = config
         try:
             self.inject_adapter(self.model, adapter_name)
         except Exception:
@@ -249,7 +294,9 @@ class SGRQModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.get("adapter_names")
         if names is None:
-            yield
+            trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            with self._first_gradients.forward_pass() if trains else nullcontext():
+                yield
             return
         check_adapter_names(names, list(self.peft_config), self.training)
         layers = [module for module in self.modules() if isinstance(module, (SGRQLinear, AuxiliaryTrainingWrapper))]
@@ -279,7 +326,9 @@ class SGRQModel(BaseTuner):
         Raises:
             ValueError: If a tensor does not fit the layer it is for, before any of them is loaded.
         """
-        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        plain = {without_wrapper_names(key): tensor for key, tensor in state_dict.items()}
+        tensors = rename_tensors(plain, config.renamed_layers)
+        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
         return take_over(model, config, renamed, f".{cls.prefix}delta.{adapter_name}")
 
 

@@ -8,12 +8,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run on the CPU; read when triton is imported
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with two cores GPTQModel loads no model otherwise
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from support.bases import BASES, Base, save_tiny_gpt2, save_tiny_llama
-from support.checkpoints import DENSE_FILES, NF4_NESTED_FILES, base_and_adapter
+from filelock import FileLock
+from support.asked_for import asked_for
+from support.bases import BASES, Base, save_small_llama, save_tiny_gpt2, save_tiny_llama
+from support.packed_checkpoints import CHECKPOINTS, make
+from support.quantized_checkpoints import DENSE_FILES, NF4_NESTED_FILES, base_and_adapter
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m "not slow"` files that are slow as a whole are not even imported: theirs are the heavy libraries."""
+    if config.option.markexpr != "not slow" or not collection_path.match("test_*.py"):
+        return None
+    return True if "\npytestmark = pytest.mark.slow\n" in collection_path.read_text() else None
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +46,7 @@ def gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=BASES, ids=lambda base: base.name)
 def base(request: pytest.FixtureRequest) -> Base:
-    """Every base: nf4 and fp4, nested or not, int8 and dense, in float32 and bfloat16."""
+    """Each base: nf4 and fp4, nested or not, int8 and dense, in float32 or bfloat16."""
     return request.param
 
 
@@ -55,3 +66,22 @@ def nested(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The same, not quantized, in float32."""
     return base_and_adapter(DENSE_FILES, tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="session")
+def packed_checkpoints(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of the GPTQ, AWQ and AutoRound checkpoints that the selected tests ask for, by name.
+
+    Not to be written to: they are made once for all processes of pytest-xdist, as quantizing takes long.
+    """
+    names = {value.name for name in ("checkpoint", "split_kind") for value in asked_for(request, name)}
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root
+    scratch, made = root / "packed", root / "packed.json"
+    with FileLock(root / "packed.lock"):
+        if not made.exists():
+            scratch.mkdir()
+            base = save_small_llama(scratch / "base")
+            found = make([checkpoint for checkpoint in CHECKPOINTS if checkpoint.name in names], base, scratch)
+            made.write_text(json.dumps({name: str(path) for name, path in found.items()}))
+    return {name: Path(path) for name, path in json.loads(made.read_text()).items()}

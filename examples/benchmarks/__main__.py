@@ -25,20 +25,24 @@ from typing import Any
 import torch
 
 from examples.benchmarks import layers, report, startup, training
+from examples.benchmarks.measure import cpu
 from examples.benchmarks.methods import RATIOS, sgrq_name
+from peft_sgrq.files.output import written
 
+LIMITS = ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA")  # make a CPU do without its newer instructions
 PACKAGES = ("torch", "bitsandbytes", "peft", "transformers", "trl", "peft_sgrq")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Where it was measured."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    extensions = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in flags]
+    model, extensions = cpu()
     return {
         "device": name,
-        "CPU": next((line.split(":")[1].strip() for line in flags.splitlines() if "model name" in line), ""),
+        "CPU": model,
         "CPU extensions": extensions,
+        "CPU capability": torch.backends.cpu.get_cpu_capability(),  # lower where ATEN_CPU_CAPABILITY says so
+        "limits": {name: os.environ[name] for name in LIMITS if name in os.environ},
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "date": date.today().isoformat(),
@@ -53,12 +57,19 @@ def run_layers(args: argparse.Namespace, device: torch.device) -> tuple[Any, str
     for shape in args.shapes:
         for tokens in args.tokens:
             size = layers.SHAPES.get(shape) or tuple(int(part) for part in shape.split("x"))
-            result = layers.measure_layer(size, tokens, device, args.repeats, args.quant)
+            result = layers.measure_layer(size, tokens, device, args.repeats, args.quant, getattr(torch, args.dtype))
             floors = {}
-            if args.quant == "nf4":
+            if args.quant == "nf4" and args.dtype == "bfloat16":  # the ceilings are those of bfloat16
                 floors = {"base": layers.floor(size, tokens, 0.0, reached)}
                 floors |= {sgrq_name(ratio): layers.floor(size, tokens, ratio, reached) for ratio in RATIOS}
-            entry = {"shape": shape, "tokens": tokens, "quant": args.quant, "floors": floors, "result": result}
+            entry = {
+                "shape": shape,
+                "tokens": tokens,
+                "quant": args.quant,
+                "dtype": args.dtype,
+                "floors": floors,
+                "result": result,
+            }
             entries.append(entry)
             texts.append(f"{shape}, {tokens} tokens, {args.quant}\n\n{report.layer_table(entry)}\n")
             print(texts[-1], flush=True)
@@ -69,9 +80,9 @@ def run_layers(args: argparse.Namespace, device: torch.device) -> tuple[Any, str
 
 def run_training(args: argparse.Namespace, device: torch.device) -> tuple[Any, str]:
     result = training.measure_training(
-        args.model, device, args.repeats, args.batch, args.tokens[0], args.checkpointing
+        args.model, device, args.repeats, args.batch, args.tokens[0], args.checkpointing, getattr(torch, args.dtype)
     )
-    return {"model": training.local(args.model), "result": result}, report.training_table(result)
+    return {"model": training.local(args.model), "dtype": args.dtype, "result": result}, report.training_table(result)
 
 
 def run_decoding(args: argparse.Namespace, device: torch.device) -> tuple[Any, str]:
@@ -96,6 +107,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["2048x2048", "4096x11008"], help=f"of {list(layers.SHAPES)}")
     parser.add_argument("--tokens", nargs="+", type=int, default=[512])
     parser.add_argument("--quant", choices=("nf4", "int8"), default="nf4")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of `layers`, `training`")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--model", default="examples/demo_model")
     parser.add_argument("--batch", type=int, default=8)
@@ -121,9 +133,8 @@ def main() -> None:
     known = json.loads(out.read_text()) if out.exists() else {}
     known[args.name or args.what] = {"what": args.what, "machine": machine(device), "results": results}
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_suffix(".tmp")
-    beside.write_text(json.dumps(known, indent=1) + "\n")
-    beside.replace(out)
+    with written(out) as file:
+        Path(file).write_text(json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":

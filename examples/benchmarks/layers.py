@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from examples.benchmarks.measure import clock, in_turn, kept_bytes, peak_bytes
-from examples.benchmarks.methods import LORA, adapters, linear_4bit, linear_8bit, one_layer
+from examples.benchmarks.methods import LORA, LORA_16BIT, adapters, linear_4bit, linear_8bit, one_layer
 
 # rows x columns: the two of the targets, then layers of models of 1, 8 and 70 billion parameters
 SHAPES = {
@@ -25,7 +25,12 @@ SHAPES = {
 
 
 def measure_layer(
-    shape: tuple[int, int], tokens: int, device: torch.device, repeats: int, quant: str = "nf4"
+    shape: tuple[int, int],
+    tokens: int,
+    device: torch.device,
+    repeats: int,
+    quant: str = "nf4",
+    dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Any]:
     """Times forward and backward pass of one layer with each method, in turn, and what they keep and take.
 
@@ -35,6 +40,7 @@ def measure_layer(
         device (`torch.device`): Where.
         repeats (`int`): Steps of each method.
         quant (`str`): `"nf4"` or `"int8"`.
+        dtype (`torch.dtype`): Of input and arithmetic; in float32 there is no LoRA of 16 bits.
 
     Returns:
         method -> `forward`, `step` (seconds: median, low, high), `kept`, `peak` (bytes), `parameters`.
@@ -43,12 +49,16 @@ def measure_layer(
     make = (
         (lambda: linear_8bit(rows, columns, device))
         if quant == "int8"
-        else (lambda: linear_4bit(rows, columns, device))
+        else (lambda: linear_4bit(rows, columns, device, dtype=dtype))
     )
     models = {"base": one_layer(make())}
-    models |= {name: adapt(one_layer(make())) for name, adapt in adapters(["linear"]).items()}
-    x = torch.randn(tokens, columns, dtype=torch.bfloat16, device=device)
-    dy = torch.randn(tokens, rows, dtype=torch.bfloat16, device=device)
+    models |= {
+        name: adapt(one_layer(make()))
+        for name, adapt in adapters(["linear"]).items()
+        if dtype == torch.bfloat16 or name != LORA_16BIT
+    }
+    x = torch.randn(tokens, columns, dtype=dtype, device=device)
+    dy = torch.randn(tokens, rows, dtype=dtype, device=device)
     seconds = clock(device)
 
     def step(model: nn.Module) -> Mapping[str, float]:

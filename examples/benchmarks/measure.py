@@ -6,10 +6,18 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+
+def cpu() -> tuple[str, list[str]]:
+    """The CPU's name, and which of the instructions it has that decide how fast products are."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = next((line.split(":")[1].strip() for line in text.splitlines() if "model name" in line), "")
+    return name, [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in text]
 
 
 def clock(device: torch.device) -> Callable[[], float]:

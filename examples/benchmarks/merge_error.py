@@ -31,6 +31,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from peft_sgrq import SGRQConfig, SGRQLinear
+from peft_sgrq.files.output import written
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("peft", "torch", "transformers", "bitsandbytes", "torchao", "hqq", "optimum-quanto", "compressed-tensors")
@@ -187,9 +188,8 @@ def main() -> None:
             for method in ("LoRA", "SGRQ")
             for size in arguments.sizes
         }
-        partial = arguments.output.with_suffix(".partial")
-        partial.write_text(json.dumps(results, indent=2))
-        partial.replace(arguments.output)
+        with written(arguments.output) as file:
+            Path(file).write_text(json.dumps(results, indent=2))
     print_table(results, arguments.sizes)
     print("\n" + versions())
 

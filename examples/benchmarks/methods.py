@@ -49,12 +49,16 @@ def adapters(targets: list[str] | str | None, ratios: tuple[float, ...] = RATIOS
     return made
 
 
-def linear_4bit(rows: int, columns: int, device: torch.device, quant_type: str = "nf4") -> bnb.nn.Linear4bit:
-    """A bitsandbytes layer with random codes and scales, made without quantizing anything; it computes in bfloat16."""
+def linear_4bit(
+    rows: int,
+    columns: int,
+    device: torch.device,
+    quant_type: str = "nf4",
+    dtype: torch.dtype = torch.bfloat16,
+) -> bnb.nn.Linear4bit:
+    """A bitsandbytes layer with random codes and scales, made without quantizing, that computes in `dtype`."""
     block = 64
-    layer = bnb.nn.Linear4bit(
-        columns, rows, bias=False, compute_dtype=torch.bfloat16, quant_type=quant_type, device="meta"
-    )
+    layer = bnb.nn.Linear4bit(columns, rows, bias=False, compute_dtype=dtype, quant_type=quant_type, device="meta")
     generator = torch.Generator(device).manual_seed(rows + columns)
     codes = torch.randint(0, 256, (rows * columns // 2, 1), dtype=torch.uint8, device=device, generator=generator)
     scales = torch.rand(rows * columns // block, device=device, generator=generator) * 0.05 + 0.01
@@ -64,7 +68,7 @@ def linear_4bit(rows: int, columns: int, device: torch.device, quant_type: str =
         code=bnb.functional.get_4bit_type(quant_type, device=device),
         blocksize=block,
         quant_type=quant_type,
-        dtype=torch.bfloat16,
+        dtype=dtype,
     )
     layer.weight = bnb.nn.Params4bit(
         codes,

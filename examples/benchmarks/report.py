@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.benchmarks.layers import ratios
+from examples.benchmarks.methods import LORA, LORA_16BIT, sgrq_name
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -52,11 +53,12 @@ def layer_table(entry: Mapping[str, Any]) -> str:
 
 
 def training_table(result: Mapping[str, Any]) -> str:
-    lora = result["LoRA r=16"]
+    lora, base = result["LoRA r=16"], result.get("base")
     rows = [
         [
             name,
             milliseconds(values["step"]),
+            f"{values['step']['median'] / base['step']['median']:.2f}" if base else "",
             f"{values['step']['median'] / lora['step']['median']:.2f}",
             megabytes(values["kept"]),
             megabytes(values["kept by the adapter"]),
@@ -66,9 +68,22 @@ def training_table(result: Mapping[str, Any]) -> str:
             megabytes(values["optimizer state"]),
         ]
         for name, values in result.items()
+        if name != "base"
     ]
     return table(
-        ["", "step ms", "/ LoRA", "kept MB", "by the adapter", "/ LoRA", "peak MB", "/ LoRA", "optimizer MB"], rows
+        [
+            "",
+            "step ms",
+            "/ base",
+            "/ LoRA",
+            "kept MB",
+            "by the adapter",
+            "/ LoRA",
+            "peak MB",
+            "/ LoRA",
+            "optimizer MB",
+        ],
+        rows,
     )
 
 
@@ -92,7 +107,41 @@ def startup_table(result: Mapping[str, Any]) -> str:
     return table(["", "", "seconds", "CPU seconds", "peak MB", "of the model"], rows)
 
 
+HEAD_MARKS = ("<!-- head: made by `python -m examples.benchmarks tables` -->", "<!-- end of head -->")
 MARK = "<!-- tables: made by `python -m examples.benchmarks tables` -->\n"
+
+
+def head_table(known: Mapping[str, Any]) -> str:
+    """The first thing to know: time of a training step over the bare base's, by layer or model and by CPU.
+
+    Of layers in nf4 and of whole steps. LoRA is the one of 16 bits where the arithmetic has 16 bits, as TRL makes it.
+    """
+    rows = []
+    for measured in known.values():
+        results = measured["results"]
+        entries = results.get("entries", [])
+        if measured["what"] == "training" and "base" in results["result"]:
+            entries = [{"shape": f"{results['model']}, SFTTrainer", "tokens": None, **results}]
+        for entry in entries:
+            found = entry["result"]
+            if entry.get("quant", "nf4") != "nf4":
+                continue
+            lora = found.get(LORA_16BIT, found[LORA])["step"]["median"]
+            base = found["base"]["step"]["median"]
+            steps = [found[sgrq_name(ratio)]["step"]["median"] for ratio in (1.0, 0.4)]
+            what = entry["shape"] + (f", {entry['tokens']} tokens" if entry["tokens"] else "")
+            cells = [what, _arithmetic(measured["machine"], entry.get("dtype", "bfloat16"))]
+            over = [f"{step / base:.2f}" for step in (lora, *steps)]
+            rows.append([*cells, *over, *(f"{step / lora:.2f}" for step in steps)])
+    compared = ("LoRA r=16", "SGRQ 1.0", "SGRQ 0.4")
+    heads = [f"{name} / base" for name in compared] + [f"{name} / LoRA" for name in compared[1:]]
+    return table(["step of", "arithmetic", *heads], rows)
+
+
+def _arithmetic(where: Mapping[str, Any], dtype: str) -> str:
+    limits = where.get("limits")
+    extensions = ["avx2"] if limits else where["CPU extensions"]
+    return f"{dtype}, {extensions[0]}{' (newer instructions off)' if limits else ''}"
 
 
 def sections(known: Mapping[str, Any]) -> str:
@@ -124,8 +173,9 @@ def sections(known: Mapping[str, Any]) -> str:
                 f"`import peft_sgrq` after `import peft`: {results['import']['seconds']:.3f} s.\n"
             )
         versions = ", ".join(f"{package} {number}" for package, number in where["versions"].items())
+        limits = "".join(f"{name}={value} " for name, value in where.get("limits", {}).items())
         parts.append(
-            f"`{where['command']}`; {where['CPU'] or where['device']}"
+            f"`{limits}{where['command']}`; {where['CPU'] or where['device']}"
             f"{' (' + ', '.join(where['CPU extensions']) + ')' if where['device'] == 'x86_64' else ''}, "
             f"{where['threads']} thread; {versions}; {where['date']}.\n"
         )
@@ -136,9 +186,15 @@ def update(page: Path, known: Mapping[str, Any]) -> None:
     """Writes the tables into a page, below its mark."""
     text = page.read_text(encoding="utf-8")
     head, mark, _ = text.partition(MARK)
-    if not mark:
-        raise ValueError(f"{page} has no line {MARK.strip()!r}, expected one where the tables go; add it.")
-    page.write_text(f"{head}{mark}\n{sections(known)}", encoding="utf-8")
+    before, start, rest = head.partition(HEAD_MARKS[0])
+    _, end, after = rest.partition(HEAD_MARKS[1])
+    if not (mark and start and end):
+        raise ValueError(
+            f"{page} lacks one of the lines {(*HEAD_MARKS, MARK.strip())}, expected them where the tables go; add it."
+        )
+    page.write_text(
+        f"{before}{start}\n\n{head_table(known)}\n\n{end}{after}{mark}\n{sections(known)}", encoding="utf-8"
+    )
 
 
 def plot(layers: list[Mapping[str, Any]], path: Path) -> None:

@@ -31,6 +31,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from peft_sgrq import SGRQConfig, SGRQLinear
+from peft_sgrq.files.output import written
 from peft_sgrq.layer.functional import effective_scales
 
 HERE = Path(__file__).resolve().parent
@@ -221,9 +222,8 @@ def main() -> None:
             torch.manual_seed(0)
             measured = kept(rate, arguments) if part == "kept" else with_and_without(part, rate, arguments)
             results.setdefault(part, {})[str(rate)] = measured
-            partial = arguments.output.with_suffix(".partial")
-            partial.write_text(json.dumps(results, indent=2))
-            partial.replace(arguments.output)
+            with written(arguments.output) as file:
+                Path(file).write_text(json.dumps(results, indent=2))
     print_tables(results)
     print(f"\n{arguments.steps} steps of {arguments.batch_size} x {arguments.length} tokens; {versions()}")
 

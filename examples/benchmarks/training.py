@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,13 @@ def random_llama(width: int) -> str:
     return directory
 
 
-def load(model: str, device: torch.device) -> Any:
-    """The model in NF4, computing in bfloat16; `random-2048` is a random one of that width."""
+def load(model: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The model in NF4, computing in `dtype`; `random-2048` is a random one of that width."""
     if model.startswith("random-"):
         model = random_llama(int(model.removeprefix("random-")))
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-    )
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     loaded = AutoModelForCausalLM.from_pretrained(
-        model, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": device}
+        model, quantization_config=quantization, dtype=dtype, device_map={"": device}
     )
     disable_cpu_packing(loaded)  # the bare base as well: repacked it could not be compared
     return loaded
@@ -59,9 +57,17 @@ def texts(tokenizer: Any, count: int, tokens: int) -> Dataset:
 
 
 def measure_training(
-    model: str, device: torch.device, repeats: int, batch: int, tokens: int, checkpointing: bool
+    model: str,
+    device: torch.device,
+    repeats: int,
+    batch: int,
+    tokens: int,
+    checkpointing: bool,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Any]:
     """Times SFTTrainer's training step and the optimizer's, method by method in turn.
+
+    The base is the model of the first trainer with its adapter off, and gradients of its inputs: what all share.
 
     Args:
         model (`str`): Directory or Hub name.
@@ -69,6 +75,7 @@ def measure_training(
         repeats (`int`): Steps of each method.
         batch, tokens (`int`): Sequences a step, and their length.
         checkpointing (`bool`): Whether activations are checkpointed, TRL's default.
+        dtype (`torch.dtype`): What is computed in.
 
     Returns:
         method -> `forward and backward`, `optimizer`, `step` (seconds), `kept`, `kept by the adapter`, `peak`,
@@ -85,13 +92,13 @@ def measure_training(
             per_device_train_batch_size=batch,
             max_length=tokens,
             gradient_checkpointing=checkpointing,
-            bf16=True,
+            bf16=dtype == torch.bfloat16,
             report_to="none",
             use_cpu=device.type == "cpu",
             learning_rate=1e-4,
         )
         trainers[name] = SFTTrainer(
-            adapt(load(model, device)), settings, train_dataset=data, processing_class=tokenizer
+            adapt(load(model, device, dtype)), settings, train_dataset=data, processing_class=tokenizer
         )
         trainers[name].create_optimizer()
         trainers[name].current_gradient_accumulation_steps = 1  # set by `train()`, which is not called here
@@ -109,8 +116,24 @@ def measure_training(
         end = seconds()
         return {"forward and backward": middle - start, "optimizer": end - middle, "step": end - start}
 
-    result: dict[str, Any] = in_turn({name: (lambda name=name: step(name)) for name in trainers}, repeats)
     some = next(iter(trainers.values()))
+
+    def base_step() -> Mapping[str, float]:
+        inputs = {key: value.to(device) for key, value in next(iter(batches.values())).items()}
+        some.model.train()
+        some.model.enable_input_require_grads()
+        with some.model.disable_adapter():
+            start = seconds()
+            with some.compute_loss_context_manager():
+                loss = some.compute_loss(some.model, inputs)
+            loss.backward()
+            end = seconds()
+        some.model.disable_input_require_grads()
+        return {"step": end - start}
+
+    jobs: dict[str, Callable[[], Mapping[str, float]]] = {"base": base_step}
+    jobs |= {name: (lambda name=name: step(name)) for name in trainers}
+    result: dict[str, Any] = in_turn(jobs, repeats)
     inputs = {key: value.to(device) for key, value in next(iter(batches.values())).items()}
     some.model.enable_input_require_grads()
     with some.compute_loss_context_manager(), some.model.disable_adapter():

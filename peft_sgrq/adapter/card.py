@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from peft_sgrq.base.check import auto_class, loading_code, quantization_code
+from peft_sgrq.base.loading import loading_code
+from peft_sgrq.files.output import written
+from peft_sgrq.formats.loading import quantization_code
 
 if TYPE_CHECKING:
     from peft_sgrq.config import SGRQConfig
@@ -24,7 +26,7 @@ _TEXT = """\
 {begin}
 # {title}
 
-An adapter of `peft_sgrq`, saliency-guided scale tuning: it changes {share}scales of the layers below and
+An adapter of `peft_sgrq`, saliency-guided scale tuning: it changes {share}scales of {layers} layers and
 nothing else of the base model. Merged into the base it gives a model of the same format whose outputs are those of the
 adapter, bit for bit.
 
@@ -41,12 +43,9 @@ adapter, bit for bit.
 ## Load
 
 ```python
-# pip install peft-sgrq
 import peft_sgrq  # registers SGRQ with PEFT
 from peft import PeftModel
-from transformers import {auto_class}, BitsAndBytesConfig
-
-base = {loading}
+{loading}
 model = PeftModel.from_pretrained(base, "path or Hub name of this adapter")
 ```
 
@@ -55,11 +54,13 @@ The adapter fits this base and this quantization of it only; another one is refu
 ## Merge
 
 ```python
-merged = model.merge_and_unload()
-merged.save_pretrained("merged")  # {merged_format}; loads without peft_sgrq
+{merging}
 ```
-{end}
+{saving}{end}
 """
+
+
+_SAVING = "\n`save_pretrained` cannot save a model of this format so that it loads again; use {}.\n"
 
 
 def write_model_card(directory: str, config: SGRQConfig) -> None:
@@ -84,9 +85,8 @@ def write_model_card(directory: str, config: SGRQConfig) -> None:
     tags = {"sgrq", "quantization"} | ({f"base_model:adapter:{base}"} if base and not os.path.isdir(base) else set())
     card.data["tags"] = sorted(tags | set(card.data.get("tags") or ()))
     card.text = _with_section(card.text, _section(weights, config))
-    beside = path.with_name(".README.md.partial")
-    card.save(beside)
-    os.replace(beside, path)
+    with written(path) as file:
+        card.save(file)
 
 
 def _with_section(text: str, section: str) -> str:
@@ -107,7 +107,7 @@ def _section(weights: str, config: SGRQConfig) -> str:
         end=_END,
         title=f"SGRQ adapter for {Path(base).name}",
         base=base,
-        quantization=f"`{quantization_code(quantization)}`" if quantization else "none (dense)",
+        quantization=f"`{_quantized_by(quantization)}`" if quantization else "none (dense)",
         share=_share(config),
         ratio=config.ratio if isinstance(config.ratio, str) else f"{config.ratio:g}",
         criterion=config.criterion or ("magnitude" if _share(config) else "none, all are trained"),
@@ -115,10 +115,21 @@ def _section(weights: str, config: SGRQConfig) -> str:
         parameters=_count_parameters(weights),
         adapter_dtype=config.adapter_dtype,
         size=f"{os.path.getsize(weights) / 1e6:.2f} MB",
-        auto_class=auto_class(config),
-        loading=loading_code(config),
-        merged_format="quantized as the base is" if quantization else "dense, as the base is",
+        loading=loading_code(config).block(),
+        merging="\n".join(_merging(quantization)),
+        saving=_SAVING.format(saved_by) if (saved_by := (quantization or {}).get("saved_by")) else "",
     )
+
+
+def _merging(quantization: dict[str, Any] | None) -> list[str]:
+    form = "quantized as the base is" if quantization else "dense, as the base is"
+    save = [] if quantization and quantization.get("saved_by") else ['merged.save_pretrained("merged")']
+    *lines, last = ["merged = model.merge_and_unload()", *save]
+    return [*lines, f"{last}  # {form}; {'loads' if save else 'computes'} without peft_sgrq"]
+
+
+def _quantized_by(quantization: dict[str, Any]) -> str:
+    return str(quantization_code({**quantization, "pre_quantized": False})) or str(quantization.get("quant_method"))
 
 
 def _share(config: SGRQConfig) -> str:

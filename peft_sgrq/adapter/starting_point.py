@@ -30,8 +30,9 @@ class StartingPoint:
 
     def __init__(self, source: str) -> None:
         self._source = source
-        self._config, self._deltas, whole, rows = read_adapter(find_folder(source, "adapter of `init_weights`"))
-        if whole or rows:
+        adapter = read_adapter(find_folder(source, "adapter of `init_weights`"))
+        self._config, self._deltas = adapter.config, adapter.deltas
+        if adapter.whole or adapter.rows:
             raise ValueError(
                 f"The adapter {source!r} of `init_weights` has modules or embedding rows trained whole, expected "
                 "scales alone; load it with `PeftModel.from_pretrained(..., is_trainable=True)` to go on training it."
@@ -65,11 +66,13 @@ class StartingPoint:
                 )
             config.ratio, config.ratio_pattern = self._config.ratio, dict(self._config.ratio_pattern)
             config.criterion = self._config.criterion
+        config.zero_points = config.zero_points or self._config.zero_points
         selection = dict(config.selection or {})
         for name, delta in self._deltas.items():
             scaled_weight = scaled_weights[name]
             expected = scaled_weight.delta_shape(len(delta.groups))
-            fits = tuple(delta.values.shape) == expected and int(delta.groups.max()) < scaled_weight.selectable
+            last = int(delta.groups[-1]) if len(delta.groups) else -1
+            fits = tuple(delta.values.shape) == expected and last < scaled_weight.selectable
             if scaled_weight.quantization() is None:
                 fits = fits and config.group_size == self._config.group_size
             if not fits:
@@ -111,3 +114,5 @@ class StartingPoint:
             dim = layer.scaled_weight.unit.dim
             kept = stored.values.index_select(dim, rows.nonzero().flatten()).to(delta.weight.device)
             delta.weight.index_copy_(dim, places.to(delta.weight.device), kept)
+            if stored.zero_points is not None and adapter_name in layer.sgrq_zero_points:
+                layer._zero_points(adapter_name).weight.copy_(stored.zero_points)

@@ -54,7 +54,12 @@ def take_over(
     deltas = {
         name: module for name, module in model.named_modules() if isinstance(module, Delta) and name.endswith(suffix)
     }
-    errors = [error for name, delta in deltas.items() for error in delta.find_errors(tensors, name + ".")]
+    moves = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Delta) and name.endswith(suffix.replace("sgrq_delta", "sgrq_zero_points"))
+    }
+    errors = [error for name, delta in {**deltas, **moves}.items() for error in delta.find_errors(tensors, name + ".")]
     if errors:
         raise ValueError(f"The adapter file does not fit ({len(errors)} tensors, the first:) {errors[0]}")
     converted = dict(tensors)
@@ -70,4 +75,6 @@ def take_over(
         if weight is not None and str(weight.dtype).removeprefix("torch.") in ADAPTER_DTYPES:
             delta.dtype = weight.dtype
             config.adapter_dtype = str(weight.dtype).removeprefix("torch.")
+    for move in moves.values():
+        move.dtype = getattr(torch, config.adapter_dtype)
     return converted

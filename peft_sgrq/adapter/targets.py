@@ -12,10 +12,12 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.peft_types import TaskType
 from torch import nn
 
+from peft_sgrq.adapter.gradient_paths import check_gradient_paths as check_paths
 from peft_sgrq.config import SGRQConfig
-from peft_sgrq.formats.registry import is_quantized, is_supported, resolve_weight
+from peft_sgrq.formats.dense.weight import DenseWeight
+from peft_sgrq.formats.registry import is_quantized, is_supported
 from peft_sgrq.formats.scaled_weight import ScaledWeight
-from peft_sgrq.layer.base_layers import named_base_layers, scaled_weight_of
+from peft_sgrq.layer.base_layers import base_layer_of, named_base_layers, scaled_weight_of
 from peft_sgrq.layer.linear import SGRQLinear
 
 # The heads PEFT trains whole for a task.
@@ -58,41 +60,50 @@ def check_group_sizes(model: nn.Module, scaled_weights: Mapping[str, ScaledWeigh
                 )
 
 
+def check_zero_points(scaled_weights: Mapping[str, ScaledWeight], config: SGRQConfig) -> None:
+    """Refuses to move zero points where no layer stores them as floats.
+
+    Raises:
+        ValueError: If none does; the sentence says what the layers are.
+    """
+    if (
+        not config.zero_points
+        or not scaled_weights
+        or any(scaled_weight.movable_zero_points for scaled_weight in scaled_weights.values())
+    ):
+        return
+    found = ", ".join(sorted({scaled_weight.name for scaled_weight in scaled_weights.values()})[:4])
+    raise ValueError(
+        f"`zero_points` is True and the targeted layers are {found}, which store no zero points as floats, expected "
+        "GGUF's Q4_1, Q5_1, Q4_K or Q5_K, HQQ, quanto's int4 or int2, or torchao's int4; leave `zero_points` out. The "
+        "model was not changed."
+    )
+
+
 def check_gradient_paths(model: nn.Module, scaled_weights: Mapping[str, ScaledWeight], config: SGRQConfig) -> None:
     """Refuses to train around layers that lose the gradient of their input: those before them would learn nothing.
 
     Raises:
         ValueError: If a layer that quantizes its activations has no adapter; the sentence names it.
     """
-    if config.inference_mode:
-        return
-    for name, layer in named_base_layers(model):
-        if name in scaled_weights or not is_quantized(layer):
-            continue
-        try:
-            lost = resolve_weight(layer, config.group_size).drops_input_gradient
-        except ValueError:
-            continue
-        if lost:
-            raise ValueError(
-                f"Layer {name!r} quantizes its activations and is not targeted, so training would lose the gradient "
-                "there without a word, expected every such layer to have an adapter, which passes it on; use "
-                "target_modules=None, or a `ratio` that makes the adapter small. The model was not changed."
-            )
+    if not config.inference_mode:
+        check_paths(dict(named_base_layers(model)), scaled_weights, config.group_size)
 
 
 def supported_layers(model: nn.Module, config: SGRQConfig) -> set[str]:
-    """The names `target_modules=None` stands for: all quantized layers, or all dense ones but the output head.
+    """The names `target_modules=None` stands for: all quantized layers, or all dense ones; never the output head.
 
     Raises:
         ValueError: If the model has neither.
     """
     layers = dict(named_base_layers(model))
-    names = {name for name, layer in layers.items() if is_quantized(layer)}
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = base_layer_of(get_head()) if callable(get_head) else None
+    # TRL's trainers multiply by the head's weight themselves and refuse an adapter on it.
+    names = {name for name, layer in layers.items() if is_quantized(layer) and layer is not head}
     if not names:
-        get_head = getattr(model, "get_output_embeddings", None)
-        head = get_head() if callable(get_head) else None
         names = {name for name, layer in layers.items() if name and is_supported(layer) and layer is not head}
+        _warn_of_own_forwards(layers)
         whole = (*TASK_HEADS.get(config.task_type or "", ()), *(config.modules_to_save or ()))
         names = {name for name in names if not any(_is_within(name, module) for module in whole)}
     if names and config.layers_to_transform is not None:
@@ -107,6 +118,34 @@ def supported_layers(model: nn.Module, config: SGRQConfig) -> set[str]:
             "quantize it, e.g. with a BitsAndBytesConfig, or name its layers in `target_modules`."
         )
     return names
+
+
+def _warn_of_own_forwards(layers: Mapping[str, nn.Module]) -> None:
+    """Says which linear layers of a dense model are left alone because they do not compute as linear layers do."""
+    obstacles = {name: DenseWeight.obstacle(layer) for name, layer in layers.items() if DenseWeight.matches(layer)}
+    found = {name: obstacle for name, obstacle in obstacles.items() if obstacle is not None}
+    if found:
+        name, obstacle = next(iter(found.items()))
+        warnings.warn(f"{len(found)} linear layers are left as they are (the first: {name!r}): {obstacle}.")
+
+
+def warn_of_dense_base(model: nn.Module) -> None:
+    """Says that a model has no quantized layer, as one has that was to be quantized and was not."""
+    layers = [layer for _, layer in named_base_layers(model)]
+    if any(map(is_quantized, layers)) or any(isinstance(module, SGRQLinear) for module in model.modules()):
+        return
+    found: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    undone = ""
+    if found is not None:  # transformers dequantizes fp8 where it cannot compute in it
+        undone = (
+            " Its checkpoint is, and was dequantized while loading: `peft_sgrq.restore_codes` puts fp8 codes back."
+        )
+    warnings.warn(
+        f"The base is not quantized: found no quantized layer, so scales of its dense weights are tuned, and the "
+        f"merged model is as large as the base.{undone} To tune a quantized model, load it with quantization_config="
+        'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), in scripts that take TRL\'s arguments with '
+        "--load_in_4bit, or load a checkpoint that is quantized already."
+    )
 
 
 def warn_of_fused_experts(model: nn.Module) -> None:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.utils.peft_types import TaskType
 from torch import nn
 
-from peft_sgrq.base.split import split_size
-from peft_sgrq.formats.loading import kernel_is_chosen, loading_expression, spoken
+from peft_sgrq.base.loading import loading_code
+from peft_sgrq.base.split import SPLIT, split_size
+from peft_sgrq.base.workarounds.loading_attributes import FIELDS
+from peft_sgrq.formats.loading import kernel_is_chosen, spoken
+from peft_sgrq.formats.registry import is_quantized
+from peft_sgrq.formats.scale_matrix import ScaleMatrix
 from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.layer.base_layers import named_base_layers
 
 if TYPE_CHECKING:
     from peft_sgrq.config import SGRQConfig
-
-_AUTO_CLASSES: dict[str, str] = {
-    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
-    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
-    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
-    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
-    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
-}
 
 
 def describe_quantization(model: nn.Module, scaled_weights: Mapping[str, ScaledWeight]) -> dict[str, Any] | None:
@@ -40,11 +36,26 @@ def describe_quantization(model: nn.Module, scaled_weights: Mapping[str, ScaledW
     own: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     if own is not None:
         fields = own if isinstance(own, dict) else own.to_dict()
-        found |= {key: value for key, value in fields.items() if _is_json(value) and key != "quant_method"}
+        own_fields = ("quant_method", *FIELDS)
+        found |= {key: value for key, value in fields.items() if _is_json(value) and key not in own_fields}
         # The layers tell the packing; the method, where it is another, is what the checkpoint is loaded by.
         method = getattr(fields.get("quant_method"), "value", fields.get("quant_method"))
         if kernel_is_chosen({"quant_method": method}):
             found["quant_method"] = method
+    else:
+        # Quantized by the library of the format itself, which has to be told what to leave alone.
+        dense = [
+            name
+            for name, module in named_base_layers(model)
+            if isinstance(module, nn.Linear) and not is_quantized(module)
+        ]
+        found |= {"modules_to_not_convert": dense} if dense else {}
+    if size := getattr(model, SPLIT, None):
+        found["split_groups"] = size
+    if saved_by := next(
+        (scaled_weight.saved_by for scaled_weight in scaled_weights.values() if scaled_weight.saved_by), None
+    ):
+        found["saved_by"] = saved_by
     dtype = getattr(model, "dtype", None)
     if isinstance(dtype, torch.dtype):
         found["dtype"] = str(dtype).removeprefix("torch.")
@@ -53,39 +64,14 @@ def describe_quantization(model: nn.Module, scaled_weights: Mapping[str, ScaledW
     return found
 
 
-def loading_code(config: SGRQConfig) -> str:
-    """The Python expression that loads the base an adapter was trained on."""
-    fields = [repr(config.base_model_name_or_path or "the base model")]
-    quantization = config.base_quantization or {}
-    if quantization.get("dtype"):
-        fields.append(f"dtype={quantization['dtype']!r}")
-
-    def load(*more: str) -> str:
-        arguments = [*fields, *more, *([f"revision={config.revision!r}"] if config.revision else [])]
-        return f"{auto_class(config)}.from_pretrained({', '.join(arguments)})"
-
-    return loading_expression(load, quantization)
-
-
-def auto_class(config: SGRQConfig) -> str:
-    """The transformers class that loads a base for the adapter's task."""
-    return _AUTO_CLASSES.get(config.task_type or TaskType.CAUSAL_LM, "AutoModel")
-
-
-def quantization_code(quantization: Mapping[str, Any]) -> str:
-    """A recorded quantization as the Python expression of its config, or of what quantizes the model."""
-    code = loading_expression(lambda *arguments: ", ".join(arguments), {**quantization, "pre_quantized": False})
-    return code.removeprefix("quantization_config=") or str(quantization.get("quant_method"))
-
-
-def check_base(config: SGRQConfig, fingerprints: Mapping[str, str], known: Collection[str]) -> None:
+def check_base(config: SGRQConfig, fingerprints: Mapping[str, str], known: Mapping[str, ScaleMatrix]) -> None:
     """Compares the layers of a model with the fingerprints an adapter carries.
 
     Args:
         config (`SGRQConfig`): The adapter's config, with its `base_fingerprint`.
         fingerprints (`dict[str, str]`): Layer name -> fingerprint of the model, for the targeted layers that have
             their weights.
-        known (`Collection[str]`): Names of all targeted layers of the model.
+        known (`Mapping[str, ScaleMatrix]`): All targeted layers of the model, by name.
 
     Raises:
         ValueError: If a layer is missing, of another format, or has other codes or scales.
@@ -96,7 +82,7 @@ def check_base(config: SGRQConfig, fingerprints: Mapping[str, str], known: Colle
         raise ValueError(
             f"The adapter changes {len(missing)} layers that this model does not have or does not target (the first: "
             f"{missing[0]!r}), expected all {len(expected)} of them; load it on the base it was trained on: "
-            f"{loading_code(config)}."
+            f"{loading_code(config).clause()}."
         )
     differing = [name for name in expected if expected[name] != fingerprints.get(name, expected[name])]
     if not differing:
@@ -115,14 +101,30 @@ def check_base(config: SGRQConfig, fingerprints: Mapping[str, str], known: Colle
     elif old_codes != new_codes:
         reason = f"layer {name!r} has other weights than the one the adapter was trained on (or another dtype of them)"
     else:
-        reason = (
-            f"layer {name!r} has the codes but not the scales the adapter was trained on: the base has an adapter "
-            "merged into it already, or was quantized on another device or from another dtype"
+        why = _other_nesting(config, known[name]) or (
+            "the base has an adapter merged into it already, or was quantized on another device or from another dtype"
         )
+        reason = f"layer {name!r} has the codes but not the scales the adapter was trained on: {why}"
     raise ValueError(
         f"The adapter does not fit this base: {reason} ({len(differing)} of {len(expected)} layers differ). Scale "
-        f"changes mean nothing on other codes; load the base with {loading_code(config)}{mend}. To use the adapter "
-        "here all the same, set `config.base_fingerprint = None` on its SGRQConfig and pass that as `config=`."
+        f"changes mean nothing on other codes; load the base with {loading_code(config).clause()}{mend}. To use the "
+        "adapter here all the same, set `config.base_fingerprint = None` on its SGRQConfig and pass that as `config=`."
+    )
+
+
+def _other_nesting(config: SGRQConfig, layer: ScaleMatrix) -> str | None:
+    """How the scales of a layer are stored, if the adapter was trained on scales stored otherwise."""
+    trained_on = (config.base_quantization or {}).get("bnb_4bit_use_double_quant")
+    if layer.is_nested is None or trained_on is None or layer.is_nested == bool(trained_on):
+        return None
+    if layer.is_nested:
+        return (
+            "they are double-quantized here (bnb_4bit_use_double_quant=True), which rounds them, expected plain "
+            "float32 ones"
+        )
+    return (
+        "they are plain float32 here, expected double-quantized ones (bnb_4bit_use_double_quant=True); the base was "
+        "quantized without that, or has an adapter merged into it already, which writes plain ones"
     )
 
 

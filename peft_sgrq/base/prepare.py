@@ -10,6 +10,7 @@ from torch import nn
 from peft_sgrq.base.workarounds.awq_scale_dtype import keep_awq_scales
 from peft_sgrq.base.workarounds.bnb_cpu_packing import disable_cpu_packing
 from peft_sgrq.base.workarounds.gptq_zero_points import save_zero_points_as_loaded
+from peft_sgrq.base.workarounds.loading_attributes import forget_loading_attributes
 from peft_sgrq.base.workarounds.transformers_save import drop_irreversible_conversions
 from peft_sgrq.formats.bnb_4bit.nesting import nested_layers, note_unnested
 
@@ -32,5 +33,6 @@ def writing_scales(model: nn.Module, what: str, nested: Mapping[str, int] | None
     before = nested_layers(model) if nested is None else dict(nested)
     yield
     note_unnested(model, before, what)
+    forget_loading_attributes(model)
     drop_irreversible_conversions(model)
     save_zero_points_as_loaded(model)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_sgrq.files.architecture import renamed_as_loaded
 from peft_sgrq.files.folder import CheckpointFolder
 from peft_sgrq.files.names import Names
 from peft_sgrq.files.sources import find_folder
@@ -36,19 +37,8 @@ def restore_codes(model: nn.Module, checkpoint: str | os.PathLike[str] | None = 
             make. The model is as it was then.
     """
     source: Any = checkpoint or getattr(model, "name_or_path", "")
-    folder = CheckpointFolder(find_folder(source, "checkpoint"))
-    if folder.quantization.get("quant_method") != "fp8":
-        raise ValueError(
-            f"{folder.path} has the quantization method {folder.quantization.get('quant_method')!r}, expected 'fp8'; "
-            "other formats keep their codes when they are loaded, add the adapter right away."
-        )
-    names = Names({key.removesuffix(_SCALE) for key in folder if key.endswith(_SCALE)})
-    block = folder.quantization.get("weight_block_size")
-    replaced: dict[str, Fp8BlockLinear] = {}
-    for name, module in model.named_modules():
-        prefix = names.find(name) if type(module) is nn.Linear else None
-        if prefix is not None:
-            replaced[name] = _restored(name, module, folder, prefix, block)
+    with CheckpointFolder(find_folder(source, "checkpoint")) as folder:
+        replaced = _layers_of(model, folder)
     if not replaced:
         raise ValueError(
             f"None of the model's layers is a dequantized one of {folder.path}, expected nn.Linear layers that it has "
@@ -62,6 +52,37 @@ def restore_codes(model: nn.Module, checkpoint: str | os.PathLike[str] | None = 
         config.quantization_config = dict(folder.quantization)
     _drop_dequantization(model)
     return len(replaced)
+
+
+def _layers_of(model: nn.Module, folder: CheckpointFolder) -> dict[str, Fp8BlockLinear]:
+    if folder.quantization.get("quant_method") != "fp8":
+        raise ValueError(
+            f"{folder.path} has the quantization method {folder.quantization.get('quant_method')!r}, expected 'fp8'; "
+            "other formats keep their codes when they are loaded, add the adapter right away."
+        )
+    prefixes = {key.removesuffix(_SCALE) for key in folder if key.endswith(_SCALE)}
+    names = Names(prefixes, lambda: {name: prefix for prefix, name in _in_memory(model, prefixes).items()})
+    block = folder.quantization.get("weight_block_size")
+    restored: dict[str, Fp8BlockLinear] = {}
+    for name, module in model.named_modules():
+        if type(module) is not nn.Linear:
+            continue
+
+        def is_right(prefix: str, name: str = name, module: nn.Linear = module) -> bool:
+            try:
+                return _restored(name, module, folder, prefix, block) is not None
+            except ValueError:
+                return False
+
+        prefix = names.find(name, is_right)
+        if prefix is not None:
+            restored[name] = _restored(name, module, folder, prefix, block)
+    return restored
+
+
+def _in_memory(model: nn.Module, prefixes: set[str]) -> dict[str, str]:
+    found = renamed_as_loaded(model, [f"{prefix}.weight" for prefix in prefixes])
+    return {key.removesuffix(".weight"): name.removesuffix(".weight") for key, name in found.items()}
 
 
 def _restored(

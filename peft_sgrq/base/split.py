@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from peft_sgrq.formats.registry import is_quantized, resolve_weight
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.base_layers import refuse_adapters
 
+SPLIT = "_sgrq_split_groups"  # attribute of a split model: its group size, until it is loaded from a file of its own
 SPLITTABLE = "bitsandbytes nf4 and fp4, GPTQ, AWQ, AutoRound, and HQQ with axis=1"
 
 _SPLITTABLE_NAME = re.compile(r"(bnb-(?:nf4|fp4)-|(?:gptq|awq|autoround)-w\d+g|hqq-[\d.]+bit-axis1-)(\d+)")
@@ -32,7 +34,8 @@ def split_groups(model: Model, group_size: int) -> Model:
     Args:
         model (`nn.Module`): A quantized model without an adapter.
         group_size (`int`): Columns per scale to have, a divisor of what the layers have. bitsandbytes computes with
-            32 or more, GPTQModel with 16, 32, 64, 128, ...
+            32 or more, GPTQModel with 16, 32, 64, 128, ... Of GPTQ and AutoRound servers take 32 or more, which a
+            warning says.
 
     Returns:
         `nn.Module`: The same model.
@@ -76,6 +79,8 @@ def split_groups(model: Model, group_size: int) -> Model:
                 scaled_weight.split(group_size)
         for config in configs:
             _set_group_size(config, group_size)
+    _warn_of_servers(list(scaled_weights.values()), group_size)
+    setattr(model, SPLIT, group_size)
     return model
 
 
@@ -121,6 +126,15 @@ def _obstacle(scaled_weight: ScaledWeight, group_size: int) -> str | None:
             f"{scaled_weight.group_size}"
         )
     return None if scaled_weight.group_size == group_size else scaled_weight.split_obstacle(group_size)
+
+
+def _warn_of_servers(scaled_weights: list[ScaledWeight], group_size: int) -> None:
+    smallest, name = max((scaled_weight.smallest_served, scaled_weight.name) for scaled_weight in scaled_weights)
+    if group_size < smallest:
+        warnings.warn(
+            f"Groups of {group_size} can be trained, merged and loaded by transformers, but no server takes them in "
+            f"this format ({name}): vLLM's kernels start at {smallest}. Pass that where the model is to be served."
+        )
 
 
 # what the model says of itself

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from peft_sgrq.checkpoint.gguf import find_gguf_base, plan_gguf_merge, write_gguf_merge
 from peft_sgrq.checkpoint.plan import MergePlan, plan_merge
 from peft_sgrq.files.folder import INDEX, write_json
+from peft_sgrq.files.output import check_output, check_output_folder
 from peft_sgrq.files.sources import find_folder, name_of_base, other_files
 
 logger = logging.getLogger(__name__)
@@ -40,20 +43,23 @@ def merge_checkpoint(
     revision: str | None = None,
     overwrite: bool = False,
     check_base: bool = True,
+    name: str | None = None,
 ) -> MergeReport:
     """Merges an adapter into a checkpoint on the disk: only scale tensors change, all other bytes are copied.
 
     The scales are those `merge_and_unload` writes in memory. Shards, index, config, tokenizer and all other files
-    are carried over. The result is written beside `out` and renamed, so `out` is whole or not there.
+    are carried over. The result is written beside `out` and renamed, so `out` is whole or not there. A base that is a
+    GGUF file makes a GGUF file.
 
     Args:
         base (`str`, path or `None`): Folder or Hub id of the base the adapter was trained on, in safetensors; `None`
-            takes the one the adapter names.
+            takes the one the adapter names. Or a GGUF file.
         adapter (`str` or path): Folder or Hub id of the adapter.
-        out (`str` or path): Folder to make.
+        out (`str` or path): Folder to make, or GGUF file.
         revision (`str` or `None`): Revision of the base on the Hub; the one the adapter names if not given.
         overwrite (`bool`): Replace `out` if it exists.
         check_base (`bool`): Refuse a base that is not the one the adapter was trained on.
+        name (`str` or `None`): Of a GGUF file: the `general.name` to write; its header stays as it is if not given.
 
     Returns:
         `MergeReport`: What was written.
@@ -69,18 +75,38 @@ def merge_checkpoint(
         ```
     """
     out = Path(out)
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} exists already, expected a folder to be made; choose another, or pass `overwrite`.")
+    gguf_base = find_gguf_base(base, find_folder(adapter, "adapter"), revision)
+    if gguf_base is not None:
+        gguf_plan = plan_gguf_merge(gguf_base, find_folder(adapter, "adapter"), check=check_base)
+        return MergeReport(out, len(gguf_plan.weights), write_gguf_merge(gguf_plan, out, overwrite, name), [])
+    if name is not None:
+        raise ValueError(f"`name` is {name!r} and the base no GGUF file, expected one; leave it out.")
+    target = _checked(out, overwrite)
     adapter_folder = find_folder(adapter, "adapter")
     if base is None:
         base, named_revision = name_of_base(adapter_folder)
         revision = revision or named_revision
     base_folder = find_folder(base, "base model", revision)
     for path, what in ((base_folder, "base"), (adapter_folder, "adapter")):
-        if path.resolve().is_relative_to(out.resolve()):
+        if path.resolve().is_relative_to(target):
             raise ValueError(f"{out} holds the {what}, expected another folder: the {what} would be lost.")
     plan = plan_merge(base_folder, adapter_folder, check=check_base)
-    return _write(plan, out)
+    with plan.base:
+        return _write(plan, target)._replace(out=out)
+
+
+def _checked(out: Path, overwrite: bool) -> Path:
+    """Where the folder is to be, links followed; nothing but a folder is ever replaced."""
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists already, expected a folder to be made; choose another, or pass `overwrite`.")
+    target = Path(os.path.realpath(out))
+    if os.path.lexists(target):
+        if not target.is_dir():
+            raise ValueError(f"{out} is no folder, expected one to be replaced, or none; choose another.")
+    else:
+        check_output_folder(target)
+    check_output(target.parent / "probe")  # the merged folder is renamed there
+    return target
 
 
 def _write(plan: MergePlan, out: Path) -> MergeReport:
@@ -89,7 +115,8 @@ def _write(plan: MergePlan, out: Path) -> MergeReport:
     carried = [path for path in carried if not (base.path / path).resolve().is_relative_to(out.resolve())]
     out.parent.mkdir(parents=True, exist_ok=True)
     _check_space(plan, out.parent)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{out.name}.tmp-", dir=out.parent))
+    scratch = out.parent / f"{out.name}.tmp-{secrets.token_hex(4)}"
+    scratch.mkdir()  # with the permissions of a folder made by hand, unlike a folder of tempfile
     try:
         for path in carried:
             (scratch / path).parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +124,6 @@ def _write(plan: MergePlan, out: Path) -> MergeReport:
         if plan.config is not None:
             write_json(scratch / "config.json", plan.config)
         changed = base.write(scratch, plan.changes)
-        scratch.chmod(0o777 & ~_umask())
         _rename(scratch, out)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -130,9 +156,3 @@ def _check_space(plan: MergePlan, place: Path) -> None:
             f"{place} has {free / 1e9:.1f} GB free, expected at least {needed / 1e9:.1f} GB for the merged "
             "checkpoint; choose another disk. Nothing was written."
         )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

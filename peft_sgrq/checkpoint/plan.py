@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +11,11 @@ import torch
 
 from peft_sgrq.adapter.stored import StoredAdapter, StoredDelta, read_adapter
 from peft_sgrq.base.check import check_base
-from peft_sgrq.files.folder import Change, Changes, CheckpointFolder
-from peft_sgrq.files.names import Names
+from peft_sgrq.checkpoint.stored_names import StoredNames
+from peft_sgrq.checkpoint.whole_tensors import WholeTensors
+from peft_sgrq.files.folder import Changes, CheckpointFolder
 from peft_sgrq.formats.registry import find_layer, stored_formats
+from peft_sgrq.formats.scale_matrix import ScaleMatrix
 from peft_sgrq.formats.stored_weight import StoredWeight
 from peft_sgrq.layer.functional import effective_scales
 
@@ -22,71 +24,103 @@ class MergePlan(NamedTuple):
     """The changes of a merge.
 
     Attributes:
-        base (`CheckpointFolder`): What is merged into.
+        base (`CheckpointFolder`): What is merged into; to be closed by who asked for the plan.
+        names (`StoredNames`): Its names, and those in memory.
         layers (`dict[str, StoredWeight]`): The layers whose scales change, by their names in memory.
         changes (`Changes`): Tensors to write or to drop, by name.
         config (`dict` or `None`): The changed `config.json`, `None` if it stays as it is.
+        untied (`bool`): Whether tensors that the base ties differ from each other.
+        brought (`bool`): Whether the adapter brings tensors that the base does not have, or has in another shape.
     """
 
     base: CheckpointFolder
+    names: StoredNames
     layers: dict[str, StoredWeight]
     changes: Changes
     config: dict[str, Any] | None
+    untied: bool
+    brought: bool
 
 
-def plan_merge(base: Path, adapter: Path, check: bool = True) -> MergePlan:
+def plan_merge(base: Path, adapter: Path, check: bool = True, merged: CheckpointFolder | None = None) -> MergePlan:
     """Reads an adapter and the headers of a checkpoint, checks that they belong together, and plans the changes.
 
     Args:
         base (`Path`): The folder of the base.
         adapter (`Path`): The folder of the adapter.
         check (`bool`): Compare the base with the fingerprints of the adapter.
+        merged (`CheckpointFolder` or `None`): A checkpoint that was merged already, in memory perhaps. What it should
+            be is planned, which may be what only a merge in memory can write: a new head, a resized vocabulary.
 
     Raises:
         ValueError: If either is broken, or the adapter does not fit the base.
     """
     stored, folder = read_adapter(adapter), CheckpointFolder(base)
+    try:
+        return _plan(folder, stored, adapter, check, merged)
+    except BaseException:
+        folder.close()
+        raise
+
+
+def _plan(
+    folder: CheckpointFolder, stored: StoredAdapter, adapter: Path, check: bool, merged: CheckpointFolder | None
+) -> MergePlan:
     if not stored.deltas:
         raise ValueError(f"{adapter} changes no scales, expected the deltas of at least one layer; nothing to merge.")
-    layers = _find_layers(folder, stored)
+    names = StoredNames(folder, stored, () if merged is None else merged.config.get("architectures") or ())
+    layers = _find_layers(folder, names, stored)
     if check and stored.config.base_fingerprint is not None:
-        _check_fingerprints(stored, layers)
-    changes: Changes = {}
+        check_fingerprints(stored, layers)
+    whole = WholeTensors(folder, names, stored, in_memory=merged is not None)
     for name, layer in layers.items():
-        changes |= _scale_changes(name, layer, stored.deltas[name])
-    changes |= _whole_changes(folder, stored, changes)
-    return MergePlan(folder, layers, changes, _changed_config(folder, changes))
+        whole.add_layer(name, layer, layer.changes(changed_scales(name, layer, stored.deltas[name])))
+    changes, config = whole.plan()
+    changed = _changed_config(folder, changes, config)
+    return MergePlan(folder, names, layers, changes, changed, whole.untied, whole.brought)
 
 
-def _find_layers(folder: CheckpointFolder, stored: StoredAdapter) -> dict[str, StoredWeight]:
-    prefixes = {name.rpartition(".")[0] for name in folder} | {name.rpartition(".weight.")[0] for name in folder}
-    names = Names(prefixes - {""})
-    layers = {}
+def _find_layers(folder: CheckpointFolder, names: StoredNames, stored: StoredAdapter) -> dict[str, StoredWeight]:
+    layers: dict[str, StoredWeight] = {}
+    later = []
     for name in stored.deltas:
         try:
-            prefix = names.find(name)
-            layer = None if prefix is None else find_layer(folder, prefix, stored.config)
-            if layer is None:
-                raise ValueError(_why_missing(folder, name))
-            if name.rpartition(".")[2] == "lm_head" and _is_tied(folder):
-                raise ValueError(
-                    "the checkpoint ties it to the input embedding, which its scales must not change; save the base "
-                    "with `tie_word_embeddings=False`, or train without it"
-                )
+            layers[name] = _find_layer(folder, names, stored, name)
+        except ValueError:
+            later.append(name)  # what is found of others may tell
+    for name in later:
+        try:
+            layers[name] = _find_layer(folder, names, stored, name)
         except ValueError as error:
             raise ValueError(
                 f"Layer {name!r} cannot be merged in {folder.path}: {error}. Nothing was written."
             ) from None
-        layers[name] = layer
-    return layers
+    return {name: layers[name] for name in stored.deltas}
 
 
-def _why_missing(folder: CheckpointFolder, name: str) -> str:
-    tied = " (it may be tied to the input embedding)" if name.rpartition(".")[2] == "lm_head" else ""
-    return (
-        f"the checkpoint has no weights for it in a format peft-sgrq knows{tied}, expected those of the base the "
-        "adapter names; or load the model, and merge in memory with `merge_and_unload`"
-    )
+def _find_layer(folder: CheckpointFolder, names: StoredNames, stored: StoredAdapter, name: str) -> StoredWeight:
+    expected = (stored.config.base_fingerprint or {}).get(name)
+
+    def is_right(prefix: str) -> bool:
+        try:
+            layer = find_layer(folder, prefix, stored.config)
+        except ValueError:
+            return False
+        return layer is not None and layer.fingerprint() == expected
+
+    prefix = names.layers.find(name, is_right if expected else None)
+    if prefix is None:
+        held = names.of_group(names.ties.get(f"{name}.weight", ()))
+        prefix = held[0].removesuffix(".weight") if held else None
+    layer = None if prefix is None else find_layer(folder, prefix, stored.config)
+    if layer is None:
+        raise ValueError(_why_missing(name))
+    if name.rpartition(".")[2] == "lm_head" and _is_tied(folder) and names.architecture is None:
+        raise ValueError(
+            "the checkpoint ties it to the input embedding, which its scales must not change; save the base "
+            "with `tie_word_embeddings=False`, or train without it"
+        )
+    return layer
 
 
 def _is_tied(folder: CheckpointFolder) -> bool:
@@ -94,7 +128,20 @@ def _is_tied(folder: CheckpointFolder) -> bool:
     return bool(config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings", False)))
 
 
-def _check_fingerprints(stored: StoredAdapter, layers: dict[str, StoredWeight]) -> None:
+def _why_missing(name: str) -> str:
+    tied = " (it may be tied to the input embedding)" if name.rpartition(".")[2] == "lm_head" else ""
+    return (
+        f"the checkpoint has no weights for it in a format peft-sgrq knows{tied}, expected those of the base the "
+        "adapter names; or load the model, and merge in memory with `merge_and_unload`"
+    )
+
+
+def check_fingerprints(stored: StoredAdapter, layers: Mapping[str, ScaleMatrix]) -> None:
+    """Compares layers on the disk with the fingerprints an adapter carries.
+
+    Raises:
+        ValueError: If they are not those of the base it was trained on.
+    """
     expected = stored.config.base_fingerprint or {}
     found = {name: layer.fingerprint() for name, layer in layers.items()}
     for name, digest in found.items():
@@ -111,20 +158,33 @@ def _check_fingerprints(stored: StoredAdapter, layers: dict[str, StoredWeight]) 
         raise ValueError(f"{error} (On files: `check_base=False`, or `--no-check`.) Nothing was written.") from None
 
 
-def _scale_changes(name: str, layer: StoredWeight, delta: StoredDelta) -> Changes:
+def changed_scales(name: str, layer: ScaleMatrix, delta: StoredDelta) -> Callable[[], torch.Tensor]:
+    """What makes the scales of a layer with the deltas of an adapter; that they fit is checked at once.
+
+    Raises:
+        ValueError: If the deltas have another shape; when called, if they make scales that are not finite.
+    """
     count = len(delta.groups)
     shape = tuple(delta.values.shape)
-    fits = count and int(delta.groups[-1]) < layer.selectable and shape == layer.delta_shape(count)
+    moves = delta.zero_points
+    last = int(delta.groups[-1]) if count else -1  # none are selected where zero points alone are trained
+    fits = last < layer.selectable and shape == layer.delta_shape(count)
     if not fits:
         raise ValueError(
             f"The deltas of layer {name!r} have shape {shape} for {count} selected groups, expected "
             f"{layer.delta_shape(count)} for a layer of {layer.name} with {layer.selectable} of them; the adapter was "
             "made for another base. Nothing was written."
         )
+    if moves is not None and (not layer.movable_zero_points or tuple(moves.shape) != layer.scales_shape):
+        raise ValueError(
+            f"The adapter moves {tuple(moves.shape)} zero points of layer {name!r}, which cannot be written into "
+            f"{layer.name} with {layer.scales_shape} scales on the disk; load the model, and merge in memory with "
+            "`merge_and_unload`. Nothing was written."
+        )
     groups = None if count == layer.selectable else delta.groups
 
     def scales() -> torch.Tensor:
-        made = effective_scales(layer, delta.values, groups)
+        made = effective_scales(layer, delta.values, groups, zero_points=moves)
         if not torch.isfinite(made).all():
             raise ValueError(
                 f"Merging would write NaN or infinite scales for layer {name!r}, expected finite ones: the adapter "
@@ -132,57 +192,12 @@ def _scale_changes(name: str, layer: StoredWeight, delta: StoredDelta) -> Change
             )
         return made
 
-    return layer.changes(scales)
+    return scales
 
 
-def _whole_changes(folder: CheckpointFolder, stored: StoredAdapter, taken: Changes) -> Changes:
-    names = Names(folder.where)
-    changes: Changes = {}
-    for name, tensor in stored.whole.items():
-        key = _existing(names, name, taken)
-        shape = folder.entry(key).shape
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"The adapter brings {name!r} of shape {tuple(tensor.shape)}, the checkpoint has {shape} (a resized "
-                "vocabulary?); load the model, and merge in memory with `merge_and_unload`. Nothing was written."
-            )
-        changes[key] = Change(tensor.dtype, shape, _constant(tensor))
-    for name, (indices, rows) in stored.rows.items():
-        key = _existing(names, name, taken)
-        weight = folder.tensor(key)
-        if len(indices) != len(rows) or rows.shape[1:] != weight.shape[1:]:
-            raise ValueError(
-                f"The adapter brings {len(rows)} rows of {name!r} for {len(indices)} `trainable_token_indices`, "
-                "expected one for each; save the adapter again. Nothing was written."
-            )
-        changes[key] = Change(weight.dtype, tuple(weight.shape), _with_rows(weight, indices, rows))
-    return changes
-
-
-def _constant(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-    return lambda: tensor
-
-
-def _with_rows(weight: torch.Tensor, indices: list[int], rows: torch.Tensor) -> Callable[[], torch.Tensor]:
-    return lambda: weight.clone().index_copy_(0, torch.tensor(indices), rows.to(weight.dtype))
-
-
-def _existing(names: Names, name: str, taken: Changes) -> str:
-    try:
-        key = names.find(name)
-    except ValueError as error:
-        raise ValueError(f"The adapter brings {name!r}; {error}. Nothing was written.") from None
-    if key is None or key in taken:
-        raise ValueError(
-            f"The adapter brings {name!r} (`modules_to_save`), which the checkpoint does not have (a new task head, "
-            "or a tied output head); load the model, and merge in memory with `merge_and_unload`. Nothing was written."
-        )
-    return key
-
-
-def _changed_config(folder: CheckpointFolder, changes: Changes) -> dict[str, Any] | None:
+def _changed_config(folder: CheckpointFolder, changes: Changes, config: dict[str, Any]) -> dict[str, Any] | None:
     names = {name for name in folder if changes.get(name, True)}
-    config = copy.deepcopy(folder.config)
+    config = copy.deepcopy(config)
     for layout in stored_formats():
         layout.adjust_config(config, names)
     return None if config == folder.config else config

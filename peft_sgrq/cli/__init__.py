@@ -7,11 +7,13 @@ imports torch and the like inside `run`, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS: tuple[str, ...] = ("calibrate", "inspect", "merge", "recover", "verify")
+_BY_SIGNAL = 128
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,14 +33,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Args:
-        argv (`Sequence[str]` or `None`): The arguments; those of the process if not given.
+        argv (`Sequence[str]` or `None`): The arguments; those of the process if not given, which then is what Ctrl-C
+            ends. A caller that gives some gets the KeyboardInterrupt.
 
     Returns:
-        `int`: The exit status: 0, 1 if a check said no, 2 for a mistake in the arguments or the files.
+        `int`: The exit status: 0, 1 if a check said no, 2 for a mistake in the arguments or the files, 130 if it was
+        interrupted (Ctrl-C), 141 if what it printed to was closed.
     """
-    args = build_parser().parse_args(argv)
     try:
+        status = _run(argv)
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:  # by `| head`, which has what it wants
+        _leave_closed_pipes()
+        return _BY_SIGNAL + 13  # SIGPIPE, as a shell tells it
+    return status
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        try:
+            args = build_parser().parse_args(argv)
+        except SystemExit as end:
+            return int(end.code or 0)
+        import_module("peft_sgrq.plugin.registration").register()
         return args.run(args)
+    except KeyboardInterrupt:
+        if argv is not None:
+            raise
+        print("peft-sgrq: interrupted", file=sys.stderr)
+        return _BY_SIGNAL + 2  # SIGINT
+    except BrokenPipeError:
+        raise
     except (ValueError, TypeError, OSError) as error:
         print(f"peft-sgrq: error: {error}", file=sys.stderr)
         return 2
+
+
+def _leave_closed_pipes() -> None:
+    """Has what is still to be printed into a pipe that nobody reads go nowhere, or Python complains when it ends."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except (AttributeError, ValueError):  # there is none, or it is closed
+            pass

@@ -7,6 +7,7 @@ selection, and `peft-sgrq inspect` shows what ratios would give.
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -24,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Those that `load_model` and a config take."""
-    parser.add_argument("model", metavar="MODEL", help="a causal language model: a directory or a name on the Hub")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a causal language model: a directory, a name on the Hub, or a .gguf file"
+    )
     parser.add_argument("--target-modules", nargs="+", metavar="NAME", help="layers (default: all quantized ones)")
     parser.add_argument("--group-size", type=int, default=64, help="columns per scale where nothing is quantized")
     parser.add_argument("--quantize", choices=("nf4", "fp4", "int8"), help="quantize the model by bitsandbytes first")
@@ -44,19 +47,21 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from transformers import AutoTokenizer
+    from peft_sgrq.files.output import check_output, is_standard_output
 
+    check_output(args.output)
+    check_sources(args, model=args.model, original=args.original)
     from peft_sgrq.config import SGRQConfig
     from peft_sgrq.selection.calibrate import calibrate
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    data = load_data(args, tokenizer)
     # A ratio is chosen when the file is used; the scores are the same at any.
     config = SGRQConfig(
         target_modules=args.target_modules, group_size=args.group_size, criterion=args.criterion, ratio=0.4
     )
+    model, tokenizer = load_model(args)
+    data = load_data(args, tokenizer)
     saliency = calibrate(
-        load_model(args),
+        model,
         config,
         data,
         tokenizer,
@@ -72,9 +77,20 @@ def run(args: argparse.Namespace) -> int:
     saliency.save(args.output)
     print(
         f"{args.output}: {saliency.criterion} of {len(saliency.layers)} layers on {saliency.tokens:,} tokens, "
-        f"{saliency.seconds['total']:.1f} s"
+        f"{saliency.seconds['total']:.1f} s",
+        file=sys.stderr if is_standard_output(args.output) else None,
     )
     return 0
+
+
+def check_sources(args: argparse.Namespace, **models: str | None) -> None:
+    """Refuses names of models and of data that are neither here nor on the Hub, before anything is loaded."""
+    from peft_sgrq.files.hub import check_source
+
+    for what, name in models.items():
+        if name is not None:
+            check_source(name, what)
+    check_source(args.data, "data", kind="dataset")
 
 
 def load_data(args: argparse.Namespace, tokenizer: Any) -> Any:
@@ -97,11 +113,21 @@ def load_data(args: argparse.Namespace, tokenizer: Any) -> Any:
     return [{"input_ids": ids[start : start + args.max_length]} for start in range(0, len(ids), args.max_length)]
 
 
-def load_model(args: argparse.Namespace) -> Any:
-    """The model, quantized if asked for, on the GPU if there is one."""
+def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model, quantized if asked for, on the GPU if there is one, and its tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+    if args.model.endswith(".gguf"):
+        from peft_sgrq.formats.gguf.loading import load_gguf
+
+        if args.quantize:
+            raise ValueError(
+                f"--quantize is {args.quantize} and {args.model} a GGUF file, quantized already; leave --quantize out."
+            )
+        place = "auto" if torch.cuda.is_available() else None
+        return load_gguf(args.model, dtype=None if args.dtype == "auto" else args.dtype, device_map=place)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
     kwargs: dict[str, Any] = {"dtype": args.dtype, "device_map": "auto" if torch.cuda.is_available() else None}
     if args.quantize == "int8":
         kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
@@ -112,4 +138,4 @@ def load_model(args: argparse.Namespace) -> Any:
             bnb_4bit_use_double_quant=args.double_quant,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-    return AutoModelForCausalLM.from_pretrained(args.model, **kwargs)
+    return AutoModelForCausalLM.from_pretrained(args.model, **kwargs), tokenizer

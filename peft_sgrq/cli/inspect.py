@@ -1,4 +1,4 @@
-"""Show what an adapter or a saliency file selects: ratio by layer, share of saliency held, sizes.
+"""Show what an adapter or a saliency file selects (ratios, saliency held, sizes), or what a .gguf file holds.
 
 A saliency file also says what adapters of several ratios would take. The layers are shown as a grid, a row for each
 block and a column for each kind of layer; `--json` lists them one by one.
@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from peft_sgrq.choices import DEFAULT_BUDGET, NAMED_RATIOS
 
 if TYPE_CHECKING:
+    from peft_sgrq.formats.gguf.report import FileReport
     from peft_sgrq.selection.report.report import Report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="ADAPTER|SALIENCY", help="a saved adapter, or a saliency file of `calibrate`")
+    parser.add_argument(
+        "path", metavar="ADAPTER|SALIENCY|GGUF", help="a saved adapter, a saliency file, or a .gguf file"
+    )
     parser.add_argument("--ratio", type=_ratio, help="of a saliency: the ratio to show by layer (default: knee)")
     parser.add_argument(
         "--budget", type=_budget, default=DEFAULT_BUDGET, help='of ratio "global": a share, a number, or "20MB"'
@@ -31,6 +35,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import os
 
+    from peft_sgrq.files.hub import check_source
+    from peft_sgrq.files.output import is_standard_output
+
+    check_source(args.path, "adapter or saliency file")
+    if args.path.endswith(".gguf"):
+        from peft_sgrq.formats.gguf.report import report_file
+
+        file = report_file(args.path)
+        print(json.dumps(file.as_dict(), indent=1) if args.json else describe_file(file))
+        return 0
+    if args.plot:
+        from peft_sgrq.selection.report.plot import check_picture
+
+        try:
+            check_picture(args.plot)
+        except ImportError as error:
+            raise ValueError(str(error)) from error
     from peft_sgrq.selection.report.report import report_adapter, report_saliency
     from peft_sgrq.selection.saliency import Saliency
 
@@ -52,17 +73,19 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         from peft_sgrq.selection.report.plot import plot_report
 
-        try:
-            plot_report(report, args.plot, saliency)
-        except ImportError as error:
-            raise ValueError(str(error)) from error
+        plot_report(report, args.plot, saliency)
     found = {**report.facts, "layers": report.layers, "sizes": report.sizes}
-    print(json.dumps(found, indent=1) if args.json else describe(report))
+    text = json.dumps(found, indent=1) if args.json else describe(report)
+    print(text, file=sys.stderr if args.plot and is_standard_output(args.plot) else None)
     return 0
 
 
 def _ratio(text: str) -> float | str:
-    return text if text in NAMED_RATIOS else float(text)
+    try:
+        return text if text in NAMED_RATIOS else float(text)
+    except ValueError:
+        known = ", ".join(NAMED_RATIOS)
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number in (0, 1] or one of {known}") from None
 
 
 def _budget(text: str) -> float | int | str:
@@ -89,6 +112,26 @@ def describe(report: Report) -> str:
         head = ["ratio", "scales", "of all", "saliency held", "float32", "bfloat16"]
         parts.append("Adapters to come\n" + _table(head, [_size_row(size) for size in report.sizes]))
     return "\n\n".join(part for part in parts if part)
+
+
+def describe_file(report: FileReport) -> str:
+    """A GGUF file as a table of the types of its tensors."""
+    rows = [
+        [
+            entry.name,
+            str(entry.tensors),
+            f"{entry.weights:,}",
+            f"{entry.bytes / 1e6:.2f} MB",
+            str(entry.group_size or ""),
+            f"{entry.scales:,}" if entry.group_size else "",
+        ]
+        for entry in report.types
+    ]
+    head = f"{report.path}: {report.model or 'a model'}, architecture {report.architecture}"
+    tied = ", output head tied to the embedding" if report.tied else ""
+    total = sum(entry.scales for entry in report.types)
+    table = _table(["type", "tensors", "weights", "size", "columns a scale", "scales to train"], rows)
+    return f"{head}{tied}\n{total:,} scales to train\n\n{table}"
 
 
 def _spell(value: Any) -> str:

@@ -7,10 +7,13 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id of the adapter")
-    parser.add_argument("out", metavar="OUT", help="folder to make")
-    parser.add_argument("--base", help="folder or Hub id of the base; the one the adapter names if not given")
+    parser.add_argument("out", metavar="OUT", help="folder to make; a file if the base is a .gguf file")
+    parser.add_argument("--base", help="folder, Hub id or .gguf file of the base; the adapter names it, too")
     parser.add_argument("--revision", help="revision of the base on the Hub")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument(
+        "--name", help="of a .gguf file: the general.name to write into its header (default: as it is)"
+    )
     parser.add_argument("--no-check", action="store_true", help="merge even if the base is not the adapter's")
 
 
@@ -24,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
         revision=args.revision,
         overwrite=args.overwrite,
         check_base=not args.no_check,
+        name=args.name,
     )
     print(f"{report.out}: {report.layers} layers merged, {report.bytes_changed / 1e6:.2f} MB of scales written")
     return 0

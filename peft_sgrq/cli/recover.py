@@ -7,8 +7,14 @@ The adapter is an ordinary one: `peft-sgrq merge` writes a better checkpoint of 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
 
-from peft_sgrq.cli.calibrate import add_data_arguments, add_model_arguments, load_data, load_model
+from peft_sgrq.cli.calibrate import add_data_arguments, add_model_arguments, check_sources, load_data, load_model
+
+if TYPE_CHECKING:
+    from peft_sgrq.recovery.recover import Recovery
 
 _OPTIONS = (
     "epochs",
@@ -39,23 +45,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import os
+    from peft_sgrq.files.output import check_output_folder
 
-    from transformers import AutoTokenizer
+    output = check_output_folder(args.output)
+    check_sources(args, model=args.model, reference=args.reference)
+    from peft_sgrq.recovery.progress import check_progress_file
 
+    progress_file = args.progress_file or f"{os.path.normpath(args.output)}.progress"
+    check_progress_file(progress_file)
+    if os.path.exists(progress_file):
+        print(f"{progress_file} is there: going on from the blocks in it", file=sys.stderr)
+    try:
+        found = _recover(args, progress_file)
+    except KeyboardInterrupt:
+        if os.path.exists(progress_file):
+            print(f"The finished blocks are in {progress_file}: the same command goes on from it.", file=sys.stderr)
+        raise
+    found.model.save_pretrained(output)
+    if os.path.exists(progress_file):
+        os.remove(os.path.realpath(progress_file))
+    for block in found.blocks:
+        print(f"{block.name}: error {block.before:.4g} -> {block.after:.4g}, {block.seconds:.1f} s")
+    if found.distillation:
+        print(f"divergence {found.distillation.before:.4g} -> {found.distillation.after:.4g} nats a token")
+    print(f"{args.output}: recovered in {found.seconds:.1f} s")
+    return 0
+
+
+def _recover(args: argparse.Namespace, progress_file: str) -> Recovery:
     from peft_sgrq.config import SGRQConfig
     from peft_sgrq.recovery.recover import recover
 
-    if os.path.exists(args.output) and (not os.path.isdir(args.output) or os.listdir(args.output)):
-        raise ValueError(f"{args.output} exists already, expected a new folder; delete it, or name another one.")
-    os.makedirs(args.output, exist_ok=True)  # that it can be written is to be known before the work
-    progress_file = args.progress_file or f"{os.path.normpath(args.output)}.progress"
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model, tokenizer = load_model(args)
     config = SGRQConfig(
         ratio=args.ratio, target_modules=args.target_modules, group_size=args.group_size, task_type="CAUSAL_LM"
     )
-    found = recover(
-        load_model(args),
+    return recover(
+        model,
         args.reference,
         load_data(args, tokenizer),
         config,
@@ -69,12 +95,3 @@ def run(args: argparse.Namespace) -> int:
         progress=not args.quiet,
         **{name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None},
     )
-    found.model.save_pretrained(args.output)
-    if os.path.exists(progress_file):
-        os.remove(progress_file)
-    for block in found.blocks:
-        print(f"{block.name}: error {block.before:.4g} -> {block.after:.4g}, {block.seconds:.1f} s")
-    if found.distillation:
-        print(f"divergence {found.distillation.before:.4g} -> {found.distillation.after:.4g} nats a token")
-    print(f"{args.output}: recovered in {found.seconds:.1f} s")
-    return 0

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -40,11 +41,16 @@ class Entry(NamedTuple):
 
 
 class Change(NamedTuple):
-    """A tensor to be written in place of a stored one: what it will be, and how to make it when its turn comes."""
+    """A tensor to be written: what it will be, and how to make it when its turn comes.
+
+    It takes the place of the stored one of its name. If there is none, `beside` names the stored tensor in whose file
+    it goes.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     make: Callable[[], torch.Tensor]
+    beside: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -132,6 +138,18 @@ class CheckpointFolder:
                 "all of them; copy or download the checkpoint again."
             )
         self._open: dict[str, Any] = {}
+        self._files = ExitStack()
+
+    def __enter__(self) -> CheckpointFolder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the files that tensors were read from; they are opened again when they are needed."""
+        self._open.clear()
+        self._files.close()
 
     @property
     def quantization(self) -> dict[str, Any]:
@@ -157,7 +175,7 @@ class CheckpointFolder:
         """A tensor, mapped from its file."""
         shard = self.where[name]
         if shard not in self._open:
-            self._open[shard] = safe_open(self.path / shard, framework="pt")
+            self._open[shard] = self._files.enter_context(safe_open(self.path / shard, framework="pt"))
         return self._open[shard].get_tensor(name)
 
     def chunks(self, name: str) -> Iterator[bytes]:
@@ -173,12 +191,13 @@ class CheckpointFolder:
                 left -= len(piece)
                 yield piece
 
-    def same_bytes(self, name: str, other: CheckpointFolder) -> bool:
-        """Whether a tensor has the same dtype, shape and bytes in another checkpoint."""
-        mine, theirs = self.entry(name), other.entry(name)
+    def same_bytes(self, name: str, other: CheckpointFolder, other_name: str | None = None) -> bool:
+        """Whether a tensor has the dtype, shape and bytes of one in another checkpoint, of its name if not told."""
+        other_name = name if other_name is None else other_name
+        mine, theirs = self.entry(name), other.entry(other_name)
         if mine[:2] != theirs[:2]:
             return False
-        return all(a == b for a, b in zip(self.chunks(name), other.chunks(name), strict=True))
+        return all(a == b for a, b in zip(self.chunks(name), other.chunks(other_name), strict=True))
 
     def has(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether the stored tensor is this one: dtype, shape and bytes."""
@@ -193,7 +212,7 @@ class CheckpointFolder:
         return True
 
     def write(self, out: Path, changes: Mapping[str, Change | None]) -> int:
-        """Writes the weights files and the index with some tensors replaced or dropped; all other bytes are copied.
+        """Writes the weights files and the index with tensors replaced, added or dropped; other bytes are copied.
 
         Args:
             out (`Path`): An existing folder.
@@ -210,7 +229,7 @@ class CheckpointFolder:
             index = dict(self.index)
             index["weight_map"] = {
                 tensor: shard for tensor, shard in self.index["weight_map"].items() if changes.get(tensor, True)
-            }
+            } | {tensor: shard for shard in self.shards for tensor in self._added(shard, changes)}
             metadata = dict(self.index.get("metadata") or {})
             if "total_size" in metadata:
                 metadata["total_size"] += self._growth(changes)
@@ -221,29 +240,39 @@ class CheckpointFolder:
     def _growth(self, changes: Mapping[str, Change | None]) -> int:
         growth = 0
         for name, change in changes.items():
-            entry = self.entry(name)
-            growth += (0 if change is None else change.nbytes) - (entry.end - entry.start)
+            entry = self.entry(name) if name in self else None
+            growth += (0 if change is None else change.nbytes) - (0 if entry is None else entry.end - entry.start)
         return growth
+
+    def _added(self, shard: str, changes: Mapping[str, Change | None]) -> list[str]:
+        return [
+            name
+            for name, change in changes.items()
+            if name not in self and change is not None and change.beside and self.where[change.beside] == shard
+        ]
 
     def _write_shard(self, name: str, target: Path, changes: Mapping[str, Change | None]) -> int:
         shard = self.shards[name]
-        if not any(tensor in changes for tensor in shard.entries):
+        added = self._added(name, changes)
+        if not added and not any(tensor in changes for tensor in shard.entries):
             with open(target, "wb") as file, open(shard.path, "rb") as source:
                 while piece := source.read(_CHUNK):
                     file.write(piece)
                 _sync(file)
             return 0
         planned: list[tuple[int, str, str, tuple[int, ...], int]] = []
-        for tensor, entry in shard.entries.items():
+        for tensor, entry in [*shard.entries.items(), *((tensor, None) for tensor in added)]:
             change = changes.get(tensor)
             if change is not None:
                 planned.append((change.dtype.itemsize, tensor, _NAMES[change.dtype], change.shape, change.nbytes))
-            elif tensor not in changes:
+            elif entry is not None and tensor not in changes:
                 size = entry.end - entry.start
                 planned.append((size // max(1, math.prod(entry.shape)), tensor, entry.dtype, entry.shape, size))
         # The order of the safetensors library: wide dtypes first, so that every tensor is aligned.
         planned.sort(key=lambda item: (-item[0], item[1]))
-        header: dict[str, Any] = {"__metadata__": shard.metadata} if shard.metadata else {}
+        # Some writers note there which tensors they left out, being the same as others.
+        metadata = {key: value for key, value in shard.metadata.items() if key not in added}
+        header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
         offset = 0
         for _, tensor, dtype, shape, size in planned:
             header[tensor] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
+
+from peft_sgrq.files.hub import check_source
 
 # Weights in other forms would hold the unmerged model, or are not needed beside safetensors.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")
@@ -25,6 +28,9 @@ def find_folder(name: str | os.PathLike[str], what: str, revision: str | None = 
     path = Path(name)
     if path.is_dir():
         return path
+    if path.exists():
+        raise ValueError(f"The {what} {str(name)!r} is a file, expected a folder; give the one it is in.")
+    check_source(name, what, revision)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -45,12 +51,17 @@ def name_of_base(adapter: Path) -> tuple[str, str | None]:
     Raises:
         ValueError: If it names none.
     """
-    path = adapter / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = adapter_fields(adapter)
     name = config.get("base_model_name_or_path")
     if not name:
         raise ValueError(f"{adapter} does not name its base; give the folder or the Hub id of the base (`--base`).")
     return name, config.get("revision")
+
+
+def adapter_fields(adapter: Path) -> dict[str, Any]:
+    """The fields of an adapter's config as they stand in its file; none if there is no such file."""
+    path = adapter / "adapter_config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def other_files(folder: Path, weights: set[str]) -> tuple[list[Path], list[Path]]:

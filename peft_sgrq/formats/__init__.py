@@ -1,1 +1,1 @@
-"""A weight as codes and scales, in memory and on the disk: a folder for each format."""
+"""Weight formats, a folder each."""

@@ -1,35 +1,35 @@
-"""How a base of each format is loaded, as Python code for error messages and model cards."""
+"""How a base is quantized again as an adapter's config records it, as Python code, and what its format is called."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from peft_sgrq.formats.bnb_4bit import weight as bnb_4bit
+from peft_sgrq.formats.code import Code
 from peft_sgrq.formats.hqq import weight as hqq
-from peft_sgrq.formats.int32_packed import autoround, awq, gptq
 from peft_sgrq.formats.quanto import weight as quanto
 from peft_sgrq.formats.torchao import weight as torchao
 
-Load = Callable[..., str]  # renders `from_pretrained(...)` with further arguments
-
-_CODE: dict[str, Callable[[Load, Mapping[str, Any]], str]] = {
-    "bitsandbytes": bnb_4bit.loading_code,
-    "hqq": hqq.loading_code,
-    "quanto": quanto.loading_code,
-    "torchao": torchao.loading_code,
+# Formats whose kernel is chosen at loading, so that a quantized checkpoint, too, needs an argument; these are the
+# kernels that can be trained through.
+_KERNELS: dict[str, tuple[str, str]] = {
+    "auto-round": ("AutoRoundConfig", 'backend="torch"'),
+    "awq": ("AwqConfig", 'bits={bits}, backend="torch_awq"'),
+    "gptq": ("GPTQConfig", 'bits={bits}, backend="torch"'),
 }
-# Formats whose kernel is chosen at loading, so that a quantized checkpoint, too, needs an argument.
-_KERNEL_CODE: dict[str, Callable[[Load, Mapping[str, Any]], str]] = {
-    "auto-round": autoround.loading_code,
-    "awq": awq.loading_code,
-    "gptq": gptq.loading_code,
+# Formats that their own library may have put into a loaded model.
+_QUANTIZED_AFTER: dict[str, Callable[[Mapping[str, Any]], Code | None]] = {
+    "hqq": hqq.quantizing_code,
+    "quanto": quanto.quantizing_code,
+    "torchao": torchao.quantizing_code,
 }
 _NAMES = {
     "autoround": "AutoRound",
     "awq": "AWQ",
     "bnb": "bitsandbytes",
     "ct": "compressed-tensors",
+    "gguf": "GGUF",
     "gptq": "GPTQ",
     "hqq": "HQQ",
 }  # by the first word of a format's name
@@ -37,23 +37,49 @@ _NAMES = {
 
 def kernel_is_chosen(quantization: Mapping[str, Any]) -> bool:
     """Whether loading a quantized checkpoint of this method needs an argument that chooses the kernel."""
-    return quantization.get("quant_method") in _KERNEL_CODE
+    return quantization.get("quant_method") in _KERNELS
 
 
-def loading_expression(load: Load, quantization: Mapping[str, Any] | None) -> str:
-    """The Python code that loads a base and quantizes it as recorded.
+def quantization_code(quantization: Mapping[str, Any]) -> Code:
+    """The Python code that quantizes a base as recorded; empty where it is loaded as it is.
 
     Args:
-        load (`Callable`): Renders `from_pretrained(...)` with the arguments given as strings.
         quantization (`Mapping`): What `ScaledWeight.quantization` and the config of the model said.
     """
-    method = str((quantization or {}).get("quant_method"))
-    if quantization is not None and method in _KERNEL_CODE:
-        return _KERNEL_CODE[method](load, quantization)
-    code = _CODE.get(method)
-    if quantization is None or quantization.get("pre_quantized") or code is None:
-        return load()
-    return code(load, quantization)
+    method = str(quantization.get("quant_method"))
+    code = Code()
+    if method in _KERNELS:
+        name, arguments = _KERNELS[method]
+        code = Code({"transformers": {name}}, f"{name}({arguments.format(bits=quantization.get('bits'))})")
+    elif not quantization.get("pre_quantized"):
+        after = _QUANTIZED_AFTER.get(method)
+        code = (after and after(quantization)) or _config_code(method, quantization)
+    if method == "gguf":
+        fields = "" if quantization.get("sub_blocks", True) else "sub_blocks=False"
+        code = Code({"peft_sgrq": {"SGRQGgufConfig"}}, f"SGRQGgufConfig({fields})")
+    if quantization.get("restored_codes"):
+        code = code.then({"peft_sgrq": {"restore_codes"}}, "restore_codes(base)")
+    if size := quantization.get("split_groups"):
+        code = code.then({"peft_sgrq": {"split_groups"}}, f"split_groups(base, {size})")
+    return code
+
+
+def _config_code(method: str, quantization: Mapping[str, Any]) -> Code:
+    """transformers' quantization config, with the fields that are not what they are by default."""
+    from transformers import BitsAndBytesConfig, QuantoConfig, TorchAoConfig
+
+    if method == "torchao":
+        given = set(inspect.signature(TorchAoConfig).parameters)
+        fields = {key: value for key, value in quantization.items() if key in given and value}
+        return Code({"transformers": {"TorchAoConfig"}}, f"TorchAoConfig.from_dict({fields!r})")
+    cls: Any = {"bitsandbytes": BitsAndBytesConfig, "quanto": QuantoConfig}.get(method)
+    if cls is None:
+        return Code()
+    known, default = list(inspect.signature(cls).parameters), cls().to_dict()
+    set_keys = [key for key, value in quantization.items() if key in known and value != default.get(key)]
+    set_keys.sort(key=lambda key: ("dtype" in key or "storage" in key, known.index(key)))  # dtypes are the details
+    arguments = ", ".join(f"{key}={quantization[key]!r}" for key in set_keys)
+    return Code({"transformers": {cls.__name__}}, f"{cls.__name__}({arguments})")
 
 
 def spoken(name: str) -> str:

@@ -26,12 +26,13 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "torchao": ("torchao",),
     "hqq": ("hqq",),
     "quanto": ("optimum",),
+    "gguf": ("peft_sgrq.formats.gguf.layers",),
     "dense": ("torch",),
 }
 SUPPORTED_LAYERS = (
     "torch.nn.Linear (dense, or with a torchao weight), transformers' Conv1D, bitsandbytes' Linear4bit and "
     "Linear8bitLt, the GPTQ and AWQ layers of GPTQModel, AutoRound's QuantLinear, HQQLinear, quanto's QLinear, "
-    "compressed-tensors' layers and fine-grained fp8"
+    "compressed-tensors' layers, fine-grained fp8 and GGUF layers loaded by peft_sgrq"
 )
 
 
@@ -58,7 +59,8 @@ def is_quantized(module: nn.Module) -> bool:
 
 def is_supported(module: nn.Module) -> bool:
     """Whether a module is a layer of any supported format, quantized or dense."""
-    return _class_of(module) is not None
+    found = _class_of(module)
+    return found is not None and (found.quantized or found.obstacle(module) is None)
 
 
 def resolve_weight(module: nn.Module, group_size: int) -> ScaledWeight:
@@ -78,7 +80,11 @@ def resolve_weight(module: nn.Module, group_size: int) -> ScaledWeight:
             f"it is a {type(module).__module__}.{type(module).__qualname__}, expected one of {SUPPORTED_LAYERS}; name "
             "only such layers in `target_modules`, or list this one in `exclude_modules`"
         )
-    return found.of(module, group_size)
+    scaled_weight = found.of(module, group_size)
+    obstacle = found.obstacle(module)
+    if obstacle is not None:
+        raise ValueError(obstacle)
+    return scaled_weight
 
 
 def stored_formats() -> Iterator[type[StoredWeight]]:

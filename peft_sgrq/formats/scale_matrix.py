@@ -38,9 +38,13 @@ class ScaleMatrix(ABC):
         group_size (`int`): Columns per scale, `g`. The last group may hold fewer.
         rows_per_scale (`int`): Rows per scale: 1, or the height of a block. The last block may hold fewer.
         storage_dtype (`torch.dtype`): The dtype the format stores its scales in (a dense layer: its weight).
+        is_nested (`bool` or `None`): Whether the scales are quantized themselves; `None` in formats without such.
+        movable_zero_points (`bool`): Whether the format stores an offset or a zero point for each scale as a float, so
+            that it can be moved by parts of a step.
     """
 
     unit: SelectableUnit = SelectableUnit.GROUP
+    movable_zero_points: bool = False
 
     name: str
     in_features: int
@@ -76,6 +80,11 @@ class ScaleMatrix(ABC):
     def storage_dtype(self) -> torch.dtype:
         """The dtype the format stores its scales in; for a dense layer, the dtype of its weight."""
 
+    @property
+    def is_nested(self) -> bool | None:
+        """Whether the scales are quantized themselves (double quantization); `None` in formats without such."""
+        return None
+
     @abstractmethod
     def scales(self) -> torch.Tensor:
         """The scales `S`, float32 `[rows, groups]`. Not to be written to."""
@@ -92,6 +101,18 @@ class ScaleMatrix(ABC):
         """A cheap digest of the layer, `format:codes:scales`, from samples of the stored bytes."""
         codes, scales = self.fingerprint_tensors()
         return f"{self.name}:{_digest(codes, self.out_features, self.in_features)}:{_digest(scales)}"
+
+
+def split_zero_points(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `effective_scales` returns, apart: scales `[rows, groups]`, and by how many steps zero points are moved.
+
+    Args:
+        scales (`torch.Tensor`): float32 `[rows, groups]`, or both stacked, `[2, rows, groups]`.
+
+    Returns:
+        The scales, and the moves `e` of `W' = S' (C + e)`, or `None`: both float32 `[rows, groups]`.
+    """
+    return (scales, None) if scales.dim() == 2 else (scales[0], scales[1])
 
 
 def _digest(tensor: torch.Tensor, *shape: int) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from peft_sgrq.formats.kernels import group_reduce
+from peft_sgrq.formats.own_forward import forward_obstacle
 from peft_sgrq.formats.scale_matrix import ScaleMatrix
 from peft_sgrq.formats.selectable_unit import SelectableUnit
 
@@ -26,6 +27,7 @@ class ScaledWeight(ScaleMatrix):
         module (`nn.Module`): The wrapped layer.
         quantized (`bool`): Whether the format is one of quantized weights.
         in_parts (`bool`): Whether rows of the codes and columns of the weight can be made without making all of them.
+        smallest_served (`int`): The smallest group size that a server takes.
         saved_by (`str` or `None`): What saves a model of this format, where `save_pretrained` does not.
         splittable (`bool`): Whether `split` can give the layer smaller groups.
     """
@@ -33,6 +35,7 @@ class ScaledWeight(ScaleMatrix):
     quantized: ClassVar[bool] = True
     in_parts: ClassVar[bool] = False
     saved_by: str | None = None
+    smallest_served: int = 1
     splittable: bool = False
 
     def __init__(self, module: nn.Module) -> None:
@@ -48,10 +51,10 @@ class ScaledWeight(ScaleMatrix):
     def matches(module: nn.Module) -> bool:
         """Whether a module is a layer of this format. Imports nothing: a library not imported has no layers."""
 
-    @property
-    def consecutive(self) -> bool:
-        """Whether group `k` is the columns from `k * group_size` on; GPTQ's activation order assigns them freely."""
-        return True
+    @staticmethod
+    @abstractmethod
+    def known_class(module: nn.Module) -> type[nn.Module]:
+        """The class whose forward pass `linear` stands for, of a module that matches."""
 
     def select_columns(self, x: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
         """Columns of the selected groups, `[..., K]` -> `[T, n * group_size]`; a partial group is padded by zeros."""
@@ -90,6 +93,11 @@ class ScaledWeight(ScaleMatrix):
         groups[slots[filled] - 1] = filled // self.group_size
         return groups
 
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        """Sums the input over the columns of each group, `[..., K]` -> float32 `[T, groups]`."""
+        columns = self.select_columns(self.computed_input(x), None)  # (T, G * g)
+        return columns.unflatten(1, (-1, self.group_size)).sum(-1, dtype=torch.float32)
+
     def reduce_rows(self, sums: torch.Tensor) -> torch.Tensor:
         """Adds up the rows that share a scale, `[N, n]` -> `[rows, n]`; the sums themselves where none do.
 
@@ -106,6 +114,11 @@ class ScaledWeight(ScaleMatrix):
         return x
 
     # numbers
+
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str | None:
+        """Why a layer of this format does not compute as its class does, as a clause; `None` if it does."""
+        return forward_obstacle(module, cls.known_class(module))
 
     @property
     def device(self) -> torch.device:
@@ -156,6 +169,11 @@ class ScaledWeight(ScaleMatrix):
         return scales
 
     @property
+    def rounds_input(self) -> bool:
+        """Whether `cast_input` does more than change the dtype, so that layers with one input compute with several."""
+        return False
+
+    @property
     def drops_input_gradient(self) -> bool:
         """Whether the module's own forward pass, without an adapter, loses the gradient of its input."""
         return False
@@ -197,7 +215,8 @@ class ScaledWeight(ScaleMatrix):
         """Replaces the stored scales, and nothing else.
 
         Args:
-            scales (`torch.Tensor`): float32 `[rows, groups]`, as `effective_scales` returns them.
+            scales (`torch.Tensor`): float32 `[rows, groups]`, or with moves of zero points `[2, rows, groups]`, as
+                `effective_scales` returns them.
 
         Returns:
             What `restore_scales` needs to put the replaced tensors back: the same tensors, not equal ones.
@@ -230,8 +249,10 @@ class ScaledWeight(ScaleMatrix):
         """How a base of this format is loaded: `quant_method` and other fields of its config; `None` if dense."""
 
 
-def rescaled_offset(offset: torch.Tensor, scales: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
-    """What becomes of a stored offset, which is zero point times scale, when the scale changes.
+def rescaled_offset(
+    offset: torch.Tensor, scales: torch.Tensor, original: torch.Tensor, moves: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What becomes of a stored offset, which is zero point times scale, when the scale changes, or the zero point.
 
     In `W = q * S + offset` the offset belongs to the scale: only if both change alike is `W'` the weight times
     `1 + delta`, with the zero point where it was, as in all other formats. Where the scale is the same, so is the
@@ -241,8 +262,10 @@ def rescaled_offset(offset: torch.Tensor, scales: torch.Tensor, original: torch.
         offset (`torch.Tensor`): Stored offsets, float32.
         scales (`torch.Tensor`): The new scales, same shape.
         original (`torch.Tensor`): The stored scales, same shape.
+        moves (`torch.Tensor` or `None`): By how many steps the zero point moves, same shape.
     """
-    return torch.where(original == 0, offset, offset * (scales / original))
+    changed = torch.where(original == 0, offset, offset * (scales / original))
+    return changed if moves is None else torch.where(moves == 0, changed, changed + scales * moves)
 
 
 def gather_groups(values: torch.Tensor, groups: torch.Tensor | None, count: int, size: int) -> torch.Tensor:

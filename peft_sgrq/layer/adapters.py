@@ -16,6 +16,8 @@ from peft_sgrq.formats.registry import resolve_weight
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.decoding import Decoder
 from peft_sgrq.layer.delta import Delta
+from peft_sgrq.layer.first_gradients import FirstGradients
+from peft_sgrq.layer.functional import effective_scales
 from peft_sgrq.layer.prepared import PreparedScales
 
 
@@ -34,7 +36,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         groups (`torch.Tensor`): The groups it selects, int64 `[n]`, ascending.
     """
 
-    adapter_layer_names = ("sgrq_delta",)
+    adapter_layer_names = ("sgrq_delta", "sgrq_zero_points")
     other_param_names = ()
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: SGRQConfig, groups: torch.Tensor) -> None:
@@ -45,6 +47,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self._scaled_weight = resolve_weight(base_layer, config.group_size)
         self.in_features, self.out_features = self.scaled_weight.in_features, self.scaled_weight.out_features
         self.sgrq_delta = nn.ModuleDict()
+        self.sgrq_zero_points = nn.ModuleDict()  # of adapters that move zero points, all of them
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
@@ -52,15 +55,25 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self._prepared = PreparedScales()
         self._decoder: Decoder | None = None
         self._unions: dict[tuple[str, ...], torch.Tensor | None] = {}
+        self._name = ""
+        self._first_gradients: FirstGradients | None = None
         self.update_layer(adapter_name, config=config, groups=groups)
 
     @property
     def scaled_weight(self) -> ScaledWeight:
-        """The base layer seen as codes and scales; always that of the module which is `base_layer` now."""
-        if self._scaled_weight.module is not self.base_layer:
-            self._scaled_weight = resolve_weight(self.base_layer, self._scaled_weight.group_size)
-            self._forget()
+        """The base layer seen as codes and scales."""
         return self._scaled_weight
+
+    def watch_gradients(self, name: str, first_gradients: FirstGradients) -> None:
+        """Has the first gradients of the deltas checked, under the layer's name in its model."""
+        self._name, self._first_gradients = name, first_gradients
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Another module put in place of the base layer is the one that computes from then on.
+        if name == "base_layer" and "_scaled_weight" in self.__dict__:
+            self.__dict__["_scaled_weight"] = resolve_weight(value, self._scaled_weight.group_size)
+            self._forget()
+        super().__setattr__(name, value)
 
     # adapters
 
@@ -90,6 +103,16 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             zero=config.init_weights is not False,
             device=scaled_weight.device,
         )
+        if config.zero_points and scaled_weight.movable_zero_points:
+            everything = torch.arange(scaled_weight.selectable)
+            self.sgrq_zero_points[adapter_name] = Delta(
+                scaled_weight.scales_shape,
+                everything,
+                scaled_weight.selectable,
+                dtype,
+                zero=config.init_weights is not False,
+                device=scaled_weight.device,
+            )
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -109,6 +132,30 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def _delta(self, name: str) -> Delta:
         return self.sgrq_delta[name]  # type: ignore[return-value]
+
+    def _zero_points(self, name: str) -> Delta:
+        return self.sgrq_zero_points[name]  # type: ignore[return-value]
+
+    def _trained(self, name: str) -> list[Delta]:
+        """What an adapter trains here: deltas of scales, and of zero points if it moves them."""
+        return [self._delta(name), *([self._zero_points(name)] if name in self.sgrq_zero_points else [])]
+
+    def _weights(self, name: str) -> list[torch.Tensor]:
+        return [trained.weight for trained in self._trained(name)]
+
+    def _accept(self, name: str) -> None:
+        for trained in self._trained(name):
+            trained.accept()
+
+    def combined_zero_points(self, adapter_names: tuple[str, ...]) -> torch.Tensor | None:
+        """The sum of the moves of zero points of some adapters, float32 `[rows, groups]`; `None` if none moves any."""
+        moves = [self._zero_points(name).values() for name in adapter_names if name in self.sgrq_zero_points]
+        return sum(moves[1:], moves[0]) if moves else None
+
+    def effective_scales(self, adapter_names: tuple[str, ...]) -> torch.Tensor:
+        """The scales the layer computes with, as `functional.effective_scales` makes them, for some adapters."""
+        moves = self.combined_zero_points(adapter_names)
+        return effective_scales(self.scaled_weight, *self.combined_delta(adapter_names), zero_points=moves)
 
     def combined_delta(self, adapter_names: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The sum of the deltas of some adapters, differentiable.
@@ -152,7 +199,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def train(self, mode: bool = True) -> AdaptedLayer:
         self._forget_prepared()
         for name in self.sgrq_delta:
-            self._delta(name).accept()
+            self._accept(name)
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -172,9 +219,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own also casts to the dtype the base computes in; deltas stay float32.
         if adapter_name in self.sgrq_delta:
-            delta = self._delta(adapter_name)
-            if not delta.weight.is_meta:
-                delta.to(device or self.scaled_weight.device)
+            for trained in self._trained(adapter_name):
+                if not trained.weight.is_meta:
+                    trained.to(device or self.scaled_weight.device)
 
     def scale_layer(self, scale: float) -> None:
         if scale != 1:

@@ -30,11 +30,11 @@ class DeltaParameter(nn.Parameter):
     """
 
     def __new__(cls, data: torch.Tensor, requires_grad: bool = True) -> DeltaParameter:
-        return super().__new__(cls, data.detach().float(), requires_grad)  # type: ignore[no-any-return, call-arg]
+        return super().__new__(cls, data.detach().float(), requires_grad)
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
-        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined, no-any-return]
+    def data(self) -> torch.Tensor:
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
@@ -84,6 +84,7 @@ class Delta(nn.Module):
         self.dtype = dtype
         self._sharded = False
         self._is_checked = True
+        self.has_had_gradient = False  # since it was made; `FirstGradients` watches it until then
         weight = torch.zeros(shape, dtype=torch.float32, device=device)
         if not zero:
             weight.normal_(std=_RANDOM_STD)
@@ -110,8 +111,7 @@ class Delta(nn.Module):
         # transformers and PEFT (with `low_cpu_mem_usage`) load adapters by putting new tensors into the module. FSDP2
         # puts in its shards first, and then at every forward pass a parameter of its own, which must stay that one.
         if name == "selection":
-            self._raise_on({"selection": value.detach()})
-            self.groups = read_mask(value.detach(), self.selectable).to(self.groups.device)
+            self._select(value)
             return
         if name == "weight":
             if isinstance(value, DTensor):
@@ -123,6 +123,10 @@ class Delta(nn.Module):
                     value = wrapped
                 self._is_checked = False
         super().__setattr__(name, value)
+
+    def _select(self, mask: torch.Tensor) -> None:
+        self._raise_on({"selection": mask.detach()})
+        self.groups = read_mask(mask.detach(), self.selectable).to(self.groups.device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -160,7 +164,7 @@ class Delta(nn.Module):
         result = super()._apply(move, recurse)
         self._keep_class()  # torch puts a new parameter in where it cannot change the old one
         self.accept()
-        return result  # type: ignore[return-value]
+        return result
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -184,7 +188,7 @@ class Delta(nn.Module):
         own = {name: value for name, value in state_dict.items() if name.startswith(prefix) and name != key}
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if key in state_dict:
-            self.selection = state_dict[key]
+            self._select(state_dict[key])
         elif strict:
             missing_keys.append(key)
         self._is_checked = True

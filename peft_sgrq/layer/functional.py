@@ -10,11 +10,18 @@ scales, and `r`, `k` the maps from rows and columns to rows and groups of `S`::
     dL/ddelta[r, k] = S[r, k] * sum_{o in r, c in k} C[o, c] (dy^T x)[o, c]
 
 The rounding is straight-through: its derivative is taken as one. The sum needs `x` only at the selected columns, so
-only those are kept for the backward pass, once for all layers with the same `x` (`saved_inputs.py`). Where there is
+only those are kept for the backward pass, and `x` itself where all are selected (`saved_inputs.py`). Where there is
 one scale per output row, the sum over all columns is the product the forward pass has made already and, without a
 bias, no second product is needed::
 
     dL/ddelta[o] = sum_t dy[t, o] y[t, o] S[o] / S'[o]
+
+Zero points that a format stores as floats can be moved, too, by `e` steps. The gradient of `e` needs the input summed
+over the columns of a group, `pool_k(x) = sum_{c in k} x[c]`, and no codes::
+
+    W'       = S' (C + e)
+    dL/de[r, k]     = S'[r, k] * sum_{o in r} (dy^T pool_k(x))[o]
+    dL/ddelta[r, k] = S[r, k] * (what stands above + e[r, k] * sum_{o in r} (dy^T pool_k(x))[o])
 
 Training all scales is PEQA (Kim et al. 2023, arXiv 2305.14152); selecting salient columns is SGR-Q.
 """
@@ -29,17 +36,26 @@ from torch.autograd.function import once_differentiable
 from peft_sgrq.formats.scale_matrix import ScaleMatrix
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.formats.selectable_unit import SelectableUnit
-from peft_sgrq.layer.saved_inputs import SavedInput, columns_of
+from peft_sgrq.layer.saved_inputs import SavedInput
 
 # On CPUs the backward pass makes its large temporaries, the dequantized weight and the product `dy^T x`, a part of
 # this size at a time. Fresh memory costs page faults, which take as long as dequantizing does; small memory is reused.
 _TEMPORARY_BYTES = 16 << 20
 
+# What is trained is `e / 4`: a quarter of the range of 4-bit codes. The learning rate that suits scales suits it then.
+ZERO_POINT_UNIT = 4.0
+
 
 def effective_scales(
-    scaled_weight: ScaleMatrix, delta: torch.Tensor, groups: torch.Tensor | None, scales: torch.Tensor | None = None
+    scaled_weight: ScaleMatrix,
+    delta: torch.Tensor,
+    groups: torch.Tensor | None,
+    scales: torch.Tensor | None = None,
+    zero_points: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The scales a layer computes with: `round_to_storage(S * (1 + delta))` at the selected groups, `S` elsewhere.
+
+    With moved zero points these stand beside them, in steps; formats take both apart by `split_zero_points`.
 
     Args:
         scaled_weight (`ScaleMatrix`): Owner of the scales `S`, float32 `[rows, groups]`.
@@ -48,16 +64,29 @@ def effective_scales(
         groups (`torch.Tensor` or `None`): Indices of the selected groups (rows in a row format), int64 `[n]`,
             ascending; `None` selects all of them.
         scales (`torch.Tensor` or `None`): `scaled_weight.scales()`, if the caller has them already.
+        zero_points (`torch.Tensor` or `None`): Moves of the zero points as they are trained, float32 `[rows, groups]`.
 
     Returns:
-        `torch.Tensor`: float32 `[rows, groups]`, every value representable in the format's storage dtype.
+        `torch.Tensor`: float32 `[rows, groups]`, every value representable in the format's storage dtype; with
+        `zero_points` float32 `[2, rows, groups]`.
     """
     scales = scaled_weight.scales() if scales is None else scales  # (R, G)
+    changed = _changed_scales(scaled_weight, delta, groups, scales)
+    return changed if zero_points is None else torch.stack((changed, ZERO_POINT_UNIT * zero_points))
+
+
+def _changed_scales(
+    scaled_weight: ScaleMatrix, delta: torch.Tensor, groups: torch.Tensor | None, scales: torch.Tensor
+) -> torch.Tensor:
     if groups is None:
         return scaled_weight.round_to_storage(scales * (1 + delta))
+    if not groups.shape[0]:
+        return scales
     dim = scaled_weight.unit.dim
     changed = scales.index_select(dim, groups) * (1 + delta)
-    return scales.index_copy(dim, groups, scaled_weight.round_to_storage(changed))
+    return scaled_weight.round_to_storage(
+        scales.index_copy(dim, groups, changed)
+    )  # a format may round scales together
 
 
 def _select(values: torch.Tensor, groups: torch.Tensor | None, dim: int) -> torch.Tensor:
@@ -129,41 +158,35 @@ class _GroupScaledLinear(torch.autograd.Function):
         groups: torch.Tensor | None,
         scaled_weight: ScaledWeight,
         saved_input: SavedInput,
+        zero_points: torch.Tensor | None,
     ) -> torch.Tensor:
-        y = scaled_weight.linear(x, scaled_weight.prepare(effective_scales(scaled_weight, delta, groups)))  # (..., N)
-        pieces: list[torch.Tensor] = []
-        ctx.parts = ()
-        if ctx.needs_input_grad[1]:
-            pieces, ctx.parts = saved_input.save(x, groups, scaled_weight, y.dtype)
-        ctx.save_for_backward(delta, groups, *pieces)
+        changed = effective_scales(scaled_weight, delta, groups, zero_points=zero_points)
+        y = scaled_weight.linear(x, scaled_weight.prepare(changed))  # (..., N)
+        trained = ctx.needs_input_grad[1] and bool(delta.numel())
+        saved = saved_input.save(x, groups, scaled_weight, y.dtype) if trained else None
+        ctx.save_for_backward(saved, delta, groups, zero_points)
         ctx.scaled_weight = scaled_weight
         ctx.x_shape = x.shape
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
-        delta, groups, *pieces = ctx.saved_tensors
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        saved, delta, groups, zero_points = ctx.saved_tensors
         scaled_weight: ScaledWeight = ctx.scaled_weight
         scales = scaled_weight.scales()  # (R, G)
         dy = grads[0].reshape(-1, grads[0].shape[-1])  # (T, N)
         dx = ddelta = None
         if ctx.needs_input_grad[0]:
-            changed = effective_scales(scaled_weight, delta, groups, scales)
+            changed = effective_scales(scaled_weight, delta, groups, scales, zero_points)
             dx = _input_gradient(dy, changed, scaled_weight).reshape(ctx.x_shape)
-        for part in ctx.parts:
-            sums = _unit_gradient(dy, columns_of(part, pieces[part.piece], scaled_weight), part.groups, scaled_weight)
-            sums = scaled_weight.reduce_rows(sums)  # (R, n)
-            if part.targets is None:
-                ddelta = sums
-            else:
-                ddelta = delta.new_empty(delta.shape) if ddelta is None else ddelta
-                ddelta.index_copy_(1, part.targets, sums)
-        if ddelta is not None:
-            ddelta = ddelta * _select(scales, groups, 1)
+        if ctx.needs_input_grad[1] and delta.numel():
+            columns = scaled_weight.select_columns(saved, None) if groups is None else saved  # (T, n * g)
+            sums = scaled_weight.reduce_rows(_unit_gradient(dy, columns, groups, scaled_weight))  # (R, n)
+            ddelta = sums * _select(scales, groups, 1)
         elif ctx.needs_input_grad[1]:  # nothing is selected
             ddelta = torch.zeros_like(delta)
-        return dx, ddelta, None, None, None
+        return dx, ddelta, None, None, None, None
 
 
 class _RowScaledLinear(torch.autograd.Function):
@@ -175,31 +198,31 @@ class _RowScaledLinear(torch.autograd.Function):
         groups: torch.Tensor | None,
         scaled_weight: ScaledWeight,
         saved_input: SavedInput,
+        zero_points: torch.Tensor | None,
     ) -> torch.Tensor:
         own = x.clone() if scaled_weight.writes_to_input else x
-        y = scaled_weight.linear(
-            own, scaled_weight.prepare(effective_scales(scaled_weight, delta, groups))
-        )  # (..., N)
-        # A bias much larger than the product would leave few digits of y - b.
-        ctx.product_known = scaled_weight.bias is None
+        changed = effective_scales(scaled_weight, delta, groups, zero_points=zero_points)
+        y = scaled_weight.linear(own, scaled_weight.prepare(changed))  # (..., N)
+        # A bias much larger than the product would leave few digits of y - b, and so would a moved zero point.
+        ctx.product_known = scaled_weight.bias is None and zero_points is None
         saved = None
         if ctx.needs_input_grad[1]:
             saved = _select(y.reshape(-1, y.shape[-1]), groups, 1) if ctx.product_known else x  # (T, n) or (..., K)
-        ctx.save_for_backward(saved, delta, groups)
+        ctx.save_for_backward(saved, delta, groups, zero_points)
         ctx.scaled_weight = scaled_weight
         ctx.x_shape = x.shape
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
-        saved, delta, groups = ctx.saved_tensors
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        saved, delta, groups, zero_points = ctx.saved_tensors
         scaled_weight: ScaledWeight = ctx.scaled_weight
         scales = scaled_weight.scales()  # (R, G)
         dy = grads[0].reshape(-1, grads[0].shape[-1])  # (T, N)
         dx = ddelta = None
         if ctx.needs_input_grad[0]:
-            changed = effective_scales(scaled_weight, delta, groups, scales)
+            changed = effective_scales(scaled_weight, delta, groups, scales, zero_points)
             dx = _input_gradient(dy, changed, scaled_weight).reshape(ctx.x_shape)
         if ctx.needs_input_grad[1]:
             dy_rows = _select(dy, groups, 1)  # (T, n)
@@ -212,7 +235,39 @@ class _RowScaledLinear(torch.autograd.Function):
                 x = scaled_weight.computed_input(saved).reshape(-1, saved.shape[-1]).to(dy.dtype)  # (T, K)
                 ddelta = _unit_gradient(dy_rows, x, groups, scaled_weight)
                 ddelta = ddelta * _select(scales, groups, 0)
-        return dx, ddelta, None, None, None
+        return dx, ddelta, None, None, None, None
+
+
+class _ZeroPointGradient(torch.autograd.Function):
+    """Passes an output through, and gives its gradient to moves of zero points, and to deltas what these add to it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        delta: torch.Tensor,
+        zero_points: torch.Tensor,
+        groups: torch.Tensor | None,
+        scaled_weight: ScaledWeight,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(scaled_weight.pool(x), delta, zero_points, groups)
+        ctx.scaled_weight = scaled_weight
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        pooled, delta, zero_points, groups = ctx.saved_tensors
+        scaled_weight: ScaledWeight = ctx.scaled_weight
+        dy = grads[0].reshape(-1, grads[0].shape[-1])  # (T, N)
+        sums = scaled_weight.reduce_rows((dy.t() @ pooled.to(dy.dtype)).float())  # (R, G)
+        scales = scaled_weight.scales()
+        ddelta = None
+        if ctx.needs_input_grad[2] and delta.numel():
+            ddelta = _select(scales * (ZERO_POINT_UNIT * zero_points) * sums, groups, scaled_weight.unit.dim)
+        dzero = ZERO_POINT_UNIT * _changed_scales(scaled_weight, delta, groups, scales) * sums
+        return grads[0], None, ddelta, dzero, None, None
 
 
 def scaled_linear(
@@ -221,6 +276,7 @@ def scaled_linear(
     groups: torch.Tensor | None,
     scaled_weight: ScaledWeight,
     saved_input: SavedInput | None = None,
+    zero_points: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The layer's output with its scales changed by `delta`, differentiable in `x` and `delta`.
 
@@ -231,10 +287,13 @@ def scaled_linear(
         delta (`torch.Tensor`): Relative scale changes, float32, shaped as in `effective_scales`.
         groups (`torch.Tensor` or `None`): Selected groups or rows, int64 `[n]`; `None` for all.
         scaled_weight (`ScaledWeight`): The quantized (or dense) layer.
-        saved_input (`SavedInput` or `None`): What other layers with the same input have saved of it.
+        saved_input (`SavedInput` or `None`): The input before its cast, which other layers may have saved already.
+        zero_points (`torch.Tensor` or `None`): Moves of zero points as they are trained, float32 `[rows, groups]`.
 
     Returns:
         `torch.Tensor`: `[..., out_features]`, the bias included.
     """
     function = _RowScaledLinear if scaled_weight.unit is SelectableUnit.ROW else _GroupScaledLinear
-    return function.apply(x, delta, groups, scaled_weight, saved_input or SavedInput())
+    fixed = None if zero_points is None else zero_points.detach()
+    y = function.apply(x, delta, groups, scaled_weight, saved_input or SavedInput(), fixed)
+    return y if zero_points is None else _ZeroPointGradient.apply(y, x, delta, zero_points, groups, scaled_weight)

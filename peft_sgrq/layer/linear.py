@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
 
+from peft_sgrq.formats.own_forward import call_as, forward_obstacle, has_hooks
+from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.adapters import AdaptedLayer
 from peft_sgrq.layer.decoding import Decoder, is_one_token
-from peft_sgrq.layer.functional import effective_scales, scaled_linear
+from peft_sgrq.layer.functional import scaled_linear
 from peft_sgrq.layer.mixed_batch import check_rows, forward_mixed
 from peft_sgrq.layer.saved_inputs import SavedInput
 
@@ -32,7 +35,7 @@ class SGRQLinear(AdaptedLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         decoder = self._decoder
         if decoder is not None:
-            if not kwargs and is_one_token(self, x) and decoder.is_current(*self._decoding_state()):
+            if not (args or kwargs) and is_one_token(self, x) and decoder.is_current(*self._decoding_state()):
                 return decoder.run(x)
             self._decoder = None
         adapter_names = kwargs.pop("adapter_names", None)
@@ -42,59 +45,83 @@ class SGRQLinear(AdaptedLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        _refuse_extra(self.base_layer, args, kwargs)
         if adapter_names is not None:
             return forward_mixed(adapter_names, x, self._present, self._adapted)
         if self.merged:
-            return self.base_layer(x, *args, **kwargs)
+            return self.base_layer(x)
         return self._adapted(x, self._present(self.active_adapters), plain=True)
 
     def _adapted(self, x: torch.Tensor, names: tuple[str, ...], plain: bool = False) -> torch.Tensor:
         if not names:
             return self.base_layer(x)
-        # The base layer's own forward is not called, so its accelerate hook (offloading, device maps) is.
-        hook = getattr(self.base_layer, "_hf_hook", None)
-        if hook is not None:
-            (x, *_), _ = hook.pre_forward(self.base_layer, x)
+        base, scaled_weight = self.base_layer, self.scaled_weight
+        if "forward" in base.__dict__:
+            obstacle = forward_obstacle(base, scaled_weight.known_class(base))
+            if obstacle is not None:
+                raise RuntimeError(f"A layer with an adapter cannot compute as its base does: {obstacle}.")
+        decodes = plain and not has_hooks(base) and "_hf_hook" not in base.__dict__
+
+        def compute(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            _refuse_extra(base, args, kwargs)
+            return self._compute(x, names, scaled_weight, decodes)
+
+        return call_as(base, compute, x)
+
+    def _compute(
+        self, x: torch.Tensor, names: tuple[str, ...], scaled_weight: ScaledWeight, decodes: bool
+    ) -> torch.Tensor:
+        """The forward pass with some adapters, at least one, in place of the base layer's own."""
         if not torch.compiler.is_compiling():
             for name in names:
-                self._delta(name).accept()
-        scaled_weight = self.scaled_weight
+                self._accept(name)
         x_cast = scaled_weight.cast_input(x)
-        if self._needs_grad(x_cast, names):
+        recorded = self._needs_grad(x_cast, names)
+        if self.training and not torch.compiler.is_compiling():
+            self._expect_gradients(names, recorded)
+        if recorded:
             self._forget_prepared()
-            y = scaled_linear(x_cast, *self.combined_delta(names), scaled_weight, SavedInput.of(x))
+            moves = self.combined_zero_points(names)
+            y = scaled_linear(x_cast, *self.combined_delta(names), scaled_weight, SavedInput(x), moves)
         else:
             with torch.no_grad():
                 prepared = self._prepared_scales(names, x_cast)
                 y = scaled_weight.linear(x_cast, prepared)
-            if plain and hook is None and is_one_token(self, x):  # not for some rows of a mixed batch
+            if decodes and is_one_token(self, x):  # not for some rows of a mixed batch
                 self._decoder = Decoder.of(scaled_weight.bind(prepared), *self._decoding_state())
         y = scaled_weight.cast_output(y, x)
         bias = scaled_weight.bias
         if bias is not None and bias.requires_grad and torch.is_grad_enabled():
             y = y + (bias - bias.detach()).to(y.dtype)  # zero: the kernel has added the bias, this is its gradient
-        return y if hook is None else hook.post_forward(self.base_layer, y)
+        return y
+
+    def _expect_gradients(self, names: tuple[str, ...], recorded: bool) -> None:
+        for name in names:
+            delta = self._delta(name)
+            if not delta.has_had_gradient and delta.weight.requires_grad and self._first_gradients is not None:
+                self._first_gradients.expect(self._name, name, delta, recorded)
 
     def _decoding_state(self) -> tuple[tuple[object, ...], list[torch.Tensor]]:
         """All that decides what a forward pass computes, as `Decoder` compares it."""
         module = self.base_layer
         active = self._active_adapter if isinstance(self._active_adapter, str) else tuple(self._active_adapter)
-        state = (module, active, self._disable_adapters, len(self.merged_adapters), hasattr(module, "_hf_hook"))
-        weights = [self._delta(name).weight for name in self.sgrq_delta]
+        replaced = (module.__dict__.get("forward"), module.__dict__.get("_hf_hook"), has_hooks(module))
+        state = (module, active, self._disable_adapters, len(self.merged_adapters), replaced)
+        weights = [weight for name in self.sgrq_delta for weight in self._weights(name)]
         return state, [*weights, *self._scaled_weight.sources()]
 
     def _needs_grad(self, x: torch.Tensor, names: tuple[str, ...]) -> bool:
         if not torch.is_grad_enabled():
             return False
-        return x.requires_grad or any(self._delta(name).weight.requires_grad for name in names)
+        return x.requires_grad or any(weight.requires_grad for name in names for weight in self._weights(name))
 
     def _prepared_scales(self, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
         def prepare() -> torch.Tensor:
-            return self.scaled_weight.prepare(effective_scales(self.scaled_weight, *self.combined_delta(names)))
+            return self.scaled_weight.prepare(self.effective_scales(names))
 
         if self.training or torch.compiler.is_compiling():
             return prepare()
-        sources = [self._delta(name).weight for name in names] + self.scaled_weight.sources()
+        sources = [weight for name in names for weight in self._weights(name)] + self.scaled_weight.sources()
         # A sequence makes them anew, its further tokens reuse them: a change through `.data` goes unseen only between
         # two inputs of one token each, with no training step and no `train()` or `eval()` between them.
         decoding = x.dim() > 1 and x.shape[-2] == 1
@@ -111,6 +138,9 @@ class SGRQLinear(AdaptedLayer):
                 positions = torch.searchsorted(target.groups, self._delta(name).groups)
                 values = self._delta(name).values() * weight
                 target.weight.index_add_(self.scaled_weight.unit.dim, positions, values)
+            if name in self.sgrq_zero_points:
+                moves = self._zero_points(name).values() * weight
+                self._zero_points(adapter_name).weight.add_(moves)
         self._forget_prepared()
 
     def check_finite(self, adapter_names: list[str] | None = None) -> None:
@@ -120,7 +150,7 @@ class SGRQLinear(AdaptedLayer):
             [*((name,) for name in names), *([names] if names else [])]
         ):  # each, and their sum
             with self.original_scales():
-                scales = effective_scales(self.scaled_weight, *self.combined_delta(checked))
+                scales = self.effective_scales(checked)
             if not torch.isfinite(scales).all():
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {', '.join(checked)} seems to be broken: its "
@@ -146,13 +176,13 @@ class SGRQLinear(AdaptedLayer):
         if not names:
             return
         for name in names:
-            self._delta(name).accept()
+            self._accept(name)
         if safe_merge:
             self.check_finite(names)
         merged = [*self.merged_adapters, *names]
         before = [self.scaled_weight.restore_scales(stored) for stored in self._unmerged_scales]
         try:
-            scales = effective_scales(self.scaled_weight, *self.combined_delta(self._present(merged)))
+            scales = self.effective_scales(self._present(merged))
             self._unmerged_scales = (self.scaled_weight.write_scales(scales),)
         except Exception:
             for stored in before:
@@ -187,6 +217,16 @@ class SGRQLinear(AdaptedLayer):
         """The change an adapter makes to the weight of the base, float32 `[out_features, in_features]`."""
         scaled_weight = self.scaled_weight
         with self.original_scales():
-            scales = effective_scales(scaled_weight, *self.combined_delta((adapter,)))
+            scales = self.effective_scales((adapter,))
             changed = scaled_weight.dequantize(scales, torch.float32)
             return changed - scaled_weight.dequantize(scaled_weight.scales(), torch.float32)
+
+
+def _refuse_extra(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises a TypeError if there is more than the input, as the base layer itself would: none takes more."""
+    if args or kwargs:
+        found = [f"{len(args)} positional"] * bool(args) + [f"{name!r}" for name in kwargs]
+        raise TypeError(
+            f"{type(module).__name__} was given more arguments than its input ({', '.join(found)}), expected none: "
+            "linear layers take no others; pass them to the module that uses them."
+        )

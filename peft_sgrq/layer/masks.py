@@ -64,8 +64,8 @@ def encode_mask(groups: torch.Tensor, selectable: int) -> str:
     return bytes(pack_mask(groups, selectable).tolist()).hex()
 
 
-def decode_mask(text: str, selectable: int) -> torch.Tensor:
-    """Indices of the groups a hexadecimal mask selects, ascending, int64.
+def decode_mask(text: str, selectable: int, none: bool = False) -> torch.Tensor:
+    """Indices of the groups a hexadecimal mask selects, ascending, int64; with `none` it may select none.
 
     Raises:
         ValueError: If the mask is not one over `selectable` groups, or selects none. The sentence is a clause about
@@ -74,7 +74,7 @@ def decode_mask(text: str, selectable: int) -> torch.Tensor:
     expected = -(-selectable // 8)
     mask = torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
     groups = unpack_mask(mask)
-    if len(mask) != expected or not len(groups) or int(groups[-1]) >= selectable:
+    if len(mask) != expected or not (none or len(groups)) or (len(groups) and int(groups[-1]) >= selectable):
         raise ValueError(
             f"its selection {text!r} is not a mask over {selectable} groups (expected {expected} bytes with at least "
             "one bit set); the adapter was made for a layer of another shape or group size, load the base it names"

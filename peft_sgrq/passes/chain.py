@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_sgrq.formats.own_forward import forward_replaced
 from peft_sgrq.passes.data import Batch
-from peft_sgrq.passes.running import forward_replaced
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
 

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from peft_sgrq.formats.compressed_tensors.weight import pass_gradients
+from peft_sgrq.formats.own_forward import forward_replaced
 from peft_sgrq.passes.data import IGNORED, Batch
-from peft_sgrq.passes.running import forward_replaced, loss_of
+from peft_sgrq.passes.running import loss_of
 
 
 class _Observed(torch.autograd.Function):
@@ -75,6 +77,7 @@ def observe_gradients(
         return receive
 
     anchor = torch.zeros((), requires_grad=True)
+    pass_gradients(model)
     with torch.enable_grad(), ExitStack() as stack:
         for name, (module, forward) in layers.items():
             stack.enter_context(forward_replaced(module, _observed(forward, anchor, taker(name))))

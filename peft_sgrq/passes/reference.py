@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import align_module_device  # type: ignore[import-untyped]
 from torch import nn
 
+from peft_sgrq.files.hub import check_source
 from peft_sgrq.formats.registry import resolve_weight
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.passes.data import Batch
@@ -50,13 +51,13 @@ class Reference:
         scaled_weights: Mapping[str, ScaledWeight],
         argument: str = "reference",
     ) -> None:
-        title = "The reference" if argument == "reference" else f"`{argument}`"
+        title = _title(argument)
         self.source: list[Any] | None = None
         if isinstance(reference, (str, os.PathLike)):
             folder = tempfile.mkdtemp(prefix="sgrq-")  # for checkpoints that are not safetensors
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
             self.source = _describe_files(os.fspath(reference))
-            reference = _load_streamed(os.fspath(reference), model, stack, folder, title)
+            reference = _load_streamed(os.fspath(reference), model, stack, folder, argument)
         elif isinstance(reference, nn.Module) and any(parameter.is_meta for parameter in reference.parameters()):
             raise ValueError(
                 f"{title} is on the meta device or offloaded, expected one with weights; load it, or give its "
@@ -96,15 +97,21 @@ class Reference:
             return weight.dequantize(weight.scales(), torch.float32).to(like.device)
 
 
-def _load_streamed(path: str, model: nn.Module, stack: str | None, folder: str, title: str) -> nn.Module:
-    cls: Any = type(model)
-    if not hasattr(cls, "from_pretrained"):
-        raise TypeError(
-            f"{title} is a path and the model a {cls.__name__}, which cannot be loaded from one, expected a class "
-            "with `from_pretrained`; give the model before quantization itself."
-        )
+def _title(argument: str) -> str:
+    """The model before quantization in a sentence, by what the user gave it as."""
+    return "The reference" if argument == "reference" else f"`{argument}`"
+
+
+def read_config(path: str, argument: str = "reference") -> Any:
+    """The config of the model before quantization, of a folder or a name on the Hub.
+
+    Raises:
+        ValueError: If it cannot be read, or is that of a quantized model.
+    """
     from transformers import AutoConfig
 
+    check_source(path, argument)
+    title = _title(argument)
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -117,7 +124,17 @@ def _load_streamed(path: str, model: nn.Module, stack: str | None, folder: str, 
             f"{title} {path!r} is quantized itself, found a `quantization_config`, expected the model before "
             "quantization; give that checkpoint, or load this one and give the model."
         )
-    device = next(iter(model.parameters())).device
+    return config
+
+
+def _load_streamed(path: str, model: nn.Module, stack: str | None, folder: str, argument: str) -> nn.Module:
+    cls: Any = type(model)
+    if not hasattr(cls, "from_pretrained"):
+        raise TypeError(
+            f"{_title(argument)} is a path and the model a {cls.__name__}, which cannot be loaded from one, expected "
+            "a class with `from_pretrained`; give the model before quantization itself."
+        )
+    config, device = read_config(path, argument), next(iter(model.parameters())).device
     with torch.device("meta"):
         devices = _device_map(cls(config), stack, str(device) if device.index is None else device.index)
     loaded, info = cls.from_pretrained(
@@ -126,7 +143,7 @@ def _load_streamed(path: str, model: nn.Module, stack: str | None, folder: str, 
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
-            f"{title} {path!r} lacks {len(missing)} tensors (the first: {missing[0]!r}), expected all of a "
+            f"{_title(argument)} {path!r} lacks {len(missing)} tensors (the first: {missing[0]!r}), expected all of a "
             f"{cls.__name__}; give the whole checkpoint of the model that was quantized."
         )
     return loaded
@@ -188,6 +205,28 @@ def _check_vocabulary(reference: nn.Module, model: nn.Module, title: str) -> Non
             f"{title} has a vocabulary of {sizes[0]} tokens and the model of {sizes[1]}, expected the same; "
             "give the model that was quantized, or resize its embeddings alike."
         )
+
+
+def refuse_unquantized(reference: Reference, scaled_weights: Mapping[str, ScaledWeight]) -> None:
+    """Refuses a model without quantized layers whose weights are those of the reference, perhaps in another dtype.
+
+    Dense weights that were rounded to few bits by other means differ, and can be recovered.
+
+    Raises:
+        ValueError: If all weights are the same.
+    """
+    for name, scaled_weight in scaled_weights.items():
+        before = reference.weight(name, scaled_weight)
+        found = scaled_weight.dequantize(scaled_weight.scales(), torch.float32)
+        dtypes: list[Any] = [layer.weight.dtype for layer in (reference.layers[name], scaled_weight.module)]
+        # Either may have been cast from the other's dtype.
+        if not any(torch.equal(found.to(dtype), before.to(dtype)) for dtype in dtypes):
+            return
+    raise ValueError(
+        f"The model is not quantized: found the weights of the reference in all {len(scaled_weights)} layers, expected"
+        " some that quantization has changed, or there is nothing to recover; load it with quantization_config="
+        'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), on the command line with `--quantize nf4`.'
+    )
 
 
 def check_tokenizer(tokenizer: Any, reference: Any) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import nn
 
+from peft_sgrq.formats.own_forward import within_accelerate
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.functional import scaled_linear
 from peft_sgrq.passes.data import Batch
-
-_MISSING = object()
 
 
 def longest(model: nn.Module, max_length: int) -> int:
@@ -52,32 +50,12 @@ def loss_of(output: Any, inputs: Collection[str]) -> torch.Tensor:
     return loss
 
 
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
-    """While this is open the module's `forward` is another."""
-    own = module.__dict__.get("forward", _MISSING)  # accelerate puts one there
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is _MISSING:
-            del module.forward
-        else:
-            module.forward = own
-
-
 def tuned_forward(
     scaled_weight: ScaledWeight, delta: torch.Tensor, groups: torch.Tensor | None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """The forward pass of a layer as if an adapter had these deltas, see `scaled_linear`."""
-    module = scaled_weight.module
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        # As in SGRQLinear: the layer's own forward, which accelerate would hook into, is not called.
-        hook = getattr(module, "_hf_hook", None)
-        if hook is not None:
-            (x, *_), _ = hook.pre_forward(module, x)
-        y = scaled_weight.cast_output(scaled_linear(scaled_weight.cast_input(x), delta, groups, scaled_weight), x)
-        return y if hook is None else hook.post_forward(module, y)
+        return scaled_weight.cast_output(scaled_linear(scaled_weight.cast_input(x), delta, groups, scaled_weight), x)
 
-    return forward
+    return within_accelerate(scaled_weight.module, forward)

@@ -20,11 +20,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from peft_sgrq.formats.own_forward import forward_replaced
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.passes.data import Batch
 from peft_sgrq.passes.gradients import observe_gradients
 from peft_sgrq.passes.reference import Reference
-from peft_sgrq.passes.running import forward_replaced
 
 IMPORTANCES = ("fisher", "magnitude")
 

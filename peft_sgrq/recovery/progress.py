@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from peft_sgrq.config import SGRQConfig
+from peft_sgrq.files.output import check_output, written
 from peft_sgrq.layer.delta import Delta
 from peft_sgrq.recovery.job import Job
 from peft_sgrq.recovery.preservation import Pull
@@ -70,6 +71,20 @@ def _digest(tensors: Iterable[tuple[str, torch.Tensor]], samples: int | None = N
     return digest.hexdigest()
 
 
+def check_progress_file(path: str | os.PathLike[str]) -> None:
+    """Refuses a path that the progress of a recovery cannot be kept in, or read from again.
+
+    Raises:
+        ValueError: If it is a folder, a device or a pipe, or cannot be written.
+    """
+    path = os.fspath(path)
+    if os.path.isdir(path):
+        raise ValueError(f"`progress_file` is {path!r}, a folder, expected a file in it; name one.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"`progress_file` is {path!r}, a device or a pipe, expected a file that can be read again.")
+    check_output(path, "The progress file")
+
+
 class ProgressFile:
     """The progress of one recovery, in a safetensors file that is written anew after each block.
 
@@ -96,16 +111,10 @@ class ProgressFile:
             self._prepare(self._path)
 
     def _prepare(self, path: str) -> None:
-        if os.path.isdir(path):
-            raise ValueError(f"`progress_file` is {path!r}, a folder, expected a file in it; name one.")
+        check_progress_file(path)
+        os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
         if os.path.exists(path):
             self._read(path)
-        # Check that the file can be written before training starts.
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        beside = f"{path}.partial"
-        with open(beside, "wb"):
-            pass
-        os.remove(beside)
 
     def _read(self, path: str) -> None:
         try:
@@ -146,14 +155,13 @@ class ProgressFile:
         self.save()
 
     def save(self) -> None:
-        """Writes the file, first under another name."""
+        """Writes the file, the whole of it or nothing."""
         if self._path is None:
             return
         tensors = {f"delta.{name}": delta for name, delta in self.deltas.items()}
         for name, pull in self.pulls.items():
             tensors |= {f"{part}.{name}": tensor.cpu() for part, tensor in pull._asdict().items()}
         described = {"made_with": self._made_with, "blocks": [asdict(block) for block in self.blocks]}
-        beside = f"{self._path}.partial"
         contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        save_file(contiguous, beside, metadata={_METADATA: json.dumps(described)})
-        os.replace(beside, self._path)
+        with written(self._path) as file:
+            save_file(contiguous, file, metadata={_METADATA: json.dumps(described)})

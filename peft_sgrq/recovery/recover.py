@@ -14,18 +14,19 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from peft_sgrq.config import SGRQConfig
+from peft_sgrq.formats.registry import is_quantized
 from peft_sgrq.layer.base_layers import refuse_adapters
 from peft_sgrq.layer.linear import SGRQLinear
 from peft_sgrq.passes.chain import find_stack
 from peft_sgrq.passes.data import load_batches
 from peft_sgrq.passes.processes import process_count
-from peft_sgrq.passes.reference import Reference, check_tokenizer
+from peft_sgrq.passes.reference import Reference, check_tokenizer, read_config, refuse_unquantized
 from peft_sgrq.passes.running import longest
 from peft_sgrq.passes.untouched import untouched
 from peft_sgrq.recovery.block_by_block import BlockByBlock
 from peft_sgrq.recovery.distillation import Distillation, Distilling
 from peft_sgrq.recovery.job import Job, Settings
-from peft_sgrq.recovery.progress import BlockError, ProgressFile, identity
+from peft_sgrq.recovery.progress import BlockError, ProgressFile, check_progress_file, identity
 
 
 @dataclass
@@ -109,7 +110,8 @@ def recover(
         `Recovery`: The model with the adapter, and the errors by block.
 
     Raises:
-        ValueError: If the reference is not that of the model (layers, shapes, tensors, vocabulary, tokenizer), the
+        ValueError: If the model is not quantized, so that its weights are those of the reference; if the reference is
+            not that of the model (layers, shapes, tensors, vocabulary, tokenizer), the
             data is empty, the blocks cannot be run one by one, or the progress file is another recovery's. The model
             is as it was then, also when interrupted.
         TypeError: If an argument has the wrong type.
@@ -144,6 +146,10 @@ def recover(
         )
     if torch.is_inference_mode_enabled():
         raise ValueError("Recovery needs gradients, found `torch.inference_mode()`; call it outside of that.")
+    if progress_file is not None:
+        check_progress_file(progress_file)
+    if isinstance(reference, (str, os.PathLike)):
+        read_config(os.fspath(reference))
     check_tokenizer(tokenizer, reference)
     batches = load_batches(data, tokenizer, column, samples, longest(model, max_length), batch_size, seed)
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -157,6 +163,8 @@ def recover(
         stack = find_stack(model, layers)
         before = Reference(reference, model, stack and stack[0], scaled_weights)
         with untouched(model), untouched(before.model), tqdm(desc="Recovering", disable=not progress) as bar:
+            if not any(map(is_quantized, model.modules())):
+                refuse_unquantized(before, scaled_weights)
             deltas = {name: layer._delta(adapter_name) for name, layer in layers.items()}
             job = Job(model, layers, stack, deltas, before, batches, settings, bar)
             if epochs:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
+
 from peft_sgrq.choices import WITHOUT_DATA
 from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.layer.masks import encode_mask
 from peft_sgrq.selection.criteria import weight_scores
 from peft_sgrq.selection.layer_saliency import LayerSaliency
 from peft_sgrq.selection.saliency import Saliency
@@ -22,6 +25,10 @@ def select_without_data(scaled_weights: Mapping[str, ScaledWeight], config: SGRQ
     """
     if not scaled_weights:
         return {}
+    if config.ratio == 0:  # zero points alone
+        return {
+            name: encode_mask(torch.empty(0, dtype=torch.int64), b.selectable) for name, b in scaled_weights.items()
+        }
     criterion = config.criterion or "magnitude"
     asked = "criterion" if criterion not in WITHOUT_DATA else "ratio" if config.ratio == "layerwise" else None
     if asked:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from peft_sgrq.adapter.targets import find_targets, supported_layers
 from peft_sgrq.base.prepare import prepare_base
-from peft_sgrq.choices import CUSTOM, DEFAULT_CRITERION, WITHOUT_DATA, check_criterion
+from peft_sgrq.choices import CUSTOM, DEFAULT_CRITERION, WITHOUT_DATA, check_criterion, size_in_bytes
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.base_layers import refuse_adapters
@@ -32,7 +32,7 @@ from peft_sgrq.selection.criteria import DIAGONAL, GRADIENTS, HESSIAN, Criterion
 from peft_sgrq.selection.gradient_scores import collect_gradient_scores
 from peft_sgrq.selection.input_scores import collect_input_scores
 from peft_sgrq.selection.layer_saliency import LayerSaliency
-from peft_sgrq.selection.layerwise.allocate_ratios import ratios_on
+from peft_sgrq.selection.layerwise.allocate_ratios import check_affordable, ratios_on
 from peft_sgrq.selection.saliency import Saliency
 
 logger = logging.getLogger(__name__)
@@ -111,6 +111,13 @@ def calibrate(
     if not callable(chosen):
         check_criterion(chosen)
     name = f"{CUSTOM}{getattr(chosen, '__name__', type(chosen).__name__)}" if callable(chosen) else chosen
+    if name == "error" and original is None:
+        raise ValueError(
+            "The criterion 'error' compares with the weights before quantization, found no `original`; give that "
+            "model, or its checkpoint."
+        )
+    if memory_limit is not None:
+        size_in_bytes(memory_limit, "memory_limit")
     scaled_weights = _targets(model, config)
     if config.ratio == 1 and not config.ratio_pattern:
         logger.warning(
@@ -119,8 +126,11 @@ def calibrate(
         )
     prepare_base(model)
     saliency = Saliency({layer: _unscored(weight) for layer, weight in scaled_weights.items()}, name)
-    if config.ratio != "layerwise":
-        saliency.configure(copy.copy(config))  # reject an impossible ratio before the long computation
+    # Reject an impossible ratio before the long computation.
+    if config.ratio == "layerwise":
+        check_affordable(config, saliency)
+    else:
+        saliency.configure(copy.copy(config))
     batches: list[Batch] = []
     with untouched(model), tqdm(desc="Calibrating", disable=not progress or process_index() > 0) as bar:
         if name not in WITHOUT_DATA or data is not None:

@@ -32,6 +32,9 @@ class LayerSaliency:
     fingerprint: str
     groups: torch.Tensor | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "unit", SelectableUnit(self.unit))  # its word will do, as files have it
+
     @classmethod
     def of(cls, scaled_weight: ScaledWeight, scores: torch.Tensor, fingerprint: str | None = None) -> LayerSaliency:
         """The saliency of a layer from `scores` as the attribute of that name has them, on any device."""

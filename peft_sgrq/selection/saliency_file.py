@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from peft_sgrq.formats.selectable_unit import SelectableUnit
+from peft_sgrq.files.output import written
 from peft_sgrq.selection.layer_saliency import LayerSaliency
 
 FORMAT_VERSION = 1
@@ -19,7 +19,7 @@ _METADATA = "peft_sgrq_saliency"
 
 
 def write_saliency_file(path: str, layers: Mapping[str, LayerSaliency], described: Mapping[str, Any]) -> None:
-    """Writes the layers and further JSON values, first under another name; only a whole file replaces `path`."""
+    """Writes the layers and further JSON values, as [`written`] does: the whole file or none."""
     tensors, geometry = {}, {}
     for name, layer in layers.items():
         tensors[f"{name}.scores"] = layer.scores
@@ -32,9 +32,8 @@ def write_saliency_file(path: str, layers: Mapping[str, LayerSaliency], describe
             "fingerprint": layer.fingerprint,
         }
     text = json.dumps({"version": FORMAT_VERSION, **described, "layers": geometry})
-    beside = f"{path}.partial"
-    save_file(tensors, beside, metadata={_METADATA: text})
-    os.replace(beside, path)
+    with written(path) as file:
+        save_file(tensors, file, metadata={_METADATA: text})
 
 
 def read_saliency_file(path: str) -> tuple[dict[str, LayerSaliency], dict[str, Any]]:
@@ -74,6 +73,6 @@ def read_saliency_file(path: str) -> tuple[dict[str, LayerSaliency], dict[str, A
                 "again."
             )
         geometry["shape"] = tuple(geometry["shape"])
-        geometry["unit"] = SelectableUnit(geometry.pop("granularity"))
+        geometry["unit"] = geometry.pop("granularity")
         layers[name] = LayerSaliency(scores, groups=tensors.get(f"{name}.groups"), **geometry)
     return layers, described

@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.bases import DENSE, INT8, NF4, TRAINING, adapted, byte_tokenizer, logits, train_steps
-from support.recovery import deltas
-from trl import SFTConfig, SFTTrainer
+from support.rounded_models import deltas
 
 from peft_sgrq import SGRQConfig
 from peft_sgrq.layer.masks import decode_mask, encode_mask
@@ -57,7 +55,11 @@ def test_what_is_saved_stands_alone(base, source, llama_dir: Path, tmp_path: Pat
     assert torch.equal(logits(loaded, ids), logits(model.eval(), ids))
 
 
+@pytest.mark.slow
 def test_a_trainer_starts_from_it(source, base, llama_dir: Path, tmp_path: Path, ids):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
     texts = Dataset.from_dict({"text": ["One and one is two."] * 4})
     trainer = SFTTrainer(
         base.load(llama_dir),

@@ -9,7 +9,7 @@ import torch
 from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model
 from support.bases import DENSE, NF4_NESTED, VOCABULARY, Base, adapted, logits
-from support.layers import linear_4bit, linear_8bit, linear_dense
+from support.single_layers import linear_4bit, linear_8bit, linear_dense
 from torch import nn
 from transformers import (
     BertConfig,

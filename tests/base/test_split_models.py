@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from support.asked_for import asked_for
 from support.bases import Base, logits, save_small_llama
-from support.checkpoints import same_bytes, tensors_of
-from support.format_base import AUTO
-from support.formats import FORMATS
-from support.fresh import run_where_not_installed
-from support.packed_checkpoints import CHECKPOINTS, make
+from support.format_base import AUTO, NO_PACKING
+from support.fresh import logits_where_not_installed
+from support.library_formats import FORMATS
+from support.packed_checkpoints import CHECKPOINTS
+from support.quantized_checkpoints import same_bytes, tensors_of
 
 from peft_sgrq import SGRQConfig, merge_checkpoint, split_groups
+
+pytestmark = pytest.mark.slow
 
 IDS = torch.randint(3, 256, (2, 12), generator=torch.Generator().manual_seed(1))
 PACKED = [
@@ -26,7 +29,6 @@ PACKED = [
     for checkpoint in CHECKPOINTS
     if checkpoint.name in ("gptq-4bit-act-order-ragged", "gptq-2bit-asym", "awq-4bit-float16", "autoround-4bit")
 ]
-_PLAIN = "\nfor module in model.modules():\n    module.support_avx512bf16_for_cpu = False"
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Kind:
 
     Attributes:
         name (`str`): For test ids and `pytest -k`.
-        load (`Callable`): Loads the base in its first groups, given the split_bases of all.
+        load (`Callable`): Loads the base in its first groups, given what all start from.
         reload (`str`): Python code that sets `model` from `directory` by the format's own loader.
         size (`int`): The group size to have.
         require (`Callable`): Skips the test where a library is not installed.
@@ -58,7 +60,7 @@ class Kind:
 
 
 def _bnb(base: Base) -> Kind:
-    return Kind(base.name, lambda found: base.load(found["dense"]), AUTO + _PLAIN, 32)
+    return Kind(base.name, lambda found: base.load(found["dense"]), AUTO + NO_PACKING, 32)
 
 
 def _packed(checkpoint: Any) -> Kind:
@@ -140,52 +142,27 @@ def run(kind: Kind, split_bases: dict[str, Path], root: Path) -> Run:
     return found
 
 
-_RELOAD = """
-import importlib.util, json, sys, torch
-assert importlib.util.find_spec("peft_sgrq") is None
-target, plan, ids = sys.argv[1:]
-found = {}
-for key, (code, directory) in json.load(open(plan)).items():
-    names = {"directory": directory, "torch": torch}
-    exec(code, names)
-    with torch.no_grad():
-        found[key] = names["model"].eval()(input_ids=torch.load(ids)).logits
-torch.save(found, target)
-"""
-
-
-def _names(request: pytest.FixtureRequest) -> set[str]:
-    """The kinds that selected tests ask for."""
-    items = [item for item in request.session.items if "split_kind" in getattr(item, "fixturenames", ())]
-    return {item.callspec.params["split_kind"].name for item in items if hasattr(item, "callspec")}
-
-
 @pytest.fixture(scope="module")
-def split_bases(request, tmp_path_factory) -> dict[str, Path]:
+def split_bases(packed_checkpoints, tmp_path_factory) -> dict[str, Path]:
     """The checkpoints that splitting starts from, by name."""
-    dense = save_small_llama(tmp_path_factory.mktemp("small"))
-    wanted = [checkpoint for checkpoint in PACKED if checkpoint.name in _names(request)]
-    return {"dense": dense, **make(wanted, dense, tmp_path_factory.mktemp("made"))}
+    return {"dense": save_small_llama(tmp_path_factory.mktemp("small")), **packed_checkpoints}
 
 
 @pytest.fixture(scope="module")
 def split_runs(request, split_bases, tmp_path_factory) -> dict[str, Run]:
-    """The split_runs of the selected kinds, with the logits of what they saved where peft_sgrq is not installed."""
-    names, scratch = _names(request), tmp_path_factory.mktemp("split")
+    """The runs of the selected kinds, with the logits of what they saved where peft_sgrq is not installed."""
+    scratch = tmp_path_factory.mktemp("split")
     found, plan = {}, {}
-    for kind in KINDS:
+    for kind in asked_for(request, "split_kind"):
         try:
             kind.require()
         except pytest.skip.Exception:
             continue
-        if kind.name in names:
-            found[kind.name] = run(kind, split_bases, scratch / kind.name)
-            for what in ("base", "merged", *(["files"] if kind.on_files else [])):
-                plan[f"{kind.name}/{what}"] = (kind.reload, str(scratch / kind.name / what))
-    (scratch / "plan.json").write_text(json.dumps(plan))
-    torch.save(IDS, scratch / "ids.pt")
-    run_where_not_installed(_RELOAD, scratch, *(str(scratch / name) for name in ("logits.pt", "plan.json", "ids.pt")))
-    for key, value in torch.load(scratch / "logits.pt").items():
+        found[kind.name] = run(kind, split_bases, scratch / kind.name)
+        for what in ("base", "merged", *(["files"] if kind.on_files else [])):
+            plan[f"{kind.name}/{what}"] = (kind.reload, scratch / kind.name / what)
+    for key, value in logits_where_not_installed(plan, IDS, scratch).items():
+        assert isinstance(value, torch.Tensor), value
         name, what = key.split("/")
         found[name].logits[f"reloaded {what}"] = value
     return found
@@ -248,6 +225,7 @@ def test_the_config_of_a_split_model_says_its_group_size(found, split_kind):
         pytest.skip("HQQ writes group sizes with the layers")
     if "group_size" in found.config:
         assert found.config["group_size"] == split_kind.size
+        assert found.config.get("backend") in (None, "auto")  # not the one it was split on
     else:
         assert found.config["bnb_4bit_use_double_quant"] is False
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from peft import get_peft_model
 from support.bases import NF4, adapted, logits
-from support.layers import linear_4bit, linear_8bit
 from support.packed_layers import packed_layer
-from support.split_layers import CASES, COLUMNS, PACKED, ROWS, Case, hqq_layer
+from support.single_layers import linear_4bit, linear_8bit
+from support.split_layers import CASES, COLUMNS, PACKED, ROWS, SCHEMES, Case, hqq_layer
 from torch import nn
 
 from peft_sgrq import SGRQConfig, split_groups
@@ -39,14 +39,16 @@ def inputs(layer: nn.Module) -> torch.Tensor:
 
 
 @each(CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_a_split_layer_gives_the_same_bits(case, dtype):
+def test_a_split_layer_gives_the_same_bits(case):
     layer = case.layer()
-    x = inputs(layer).to(torch.float32 if case.library == "hqq" else dtype)  # HQQ: the dtype of its scales
+    dtypes = [torch.float32] if case.library == "hqq" else [torch.float32, torch.bfloat16]  # HQQ: that of its scales
 
     def passes() -> list[torch.Tensor]:
+        found = []
         with torch.no_grad():
-            return [layer.eval()(x), layer.train()(x), layer.eval()(x), layer(x[:1])]
+            for x in map(inputs(layer).to, dtypes):
+                found += [layer.eval()(x), layer.train()(x), layer.eval()(x), layer(x[:1])]
+        return found
 
     before = passes()
     model = nn.Sequential(layer)
@@ -72,7 +74,8 @@ def test_a_split_layer_has_more_scales_and_the_codes_it_had(case):
         assert torch.equal(stored_codes(case, layer), codes)
 
 
-@each(CASES)
+# A split layer is one of smaller groups, which is trained and copied like any other: one of each way to be split.
+@each(SCHEMES)
 def test_a_split_layer_is_trained_and_merged_exactly_and_its_codes_stay(case):
     layer = case.layer()
     split_groups(nn.Sequential(layer), case.size)
@@ -88,7 +91,7 @@ def test_a_split_layer_is_trained_and_merged_exactly_and_its_codes_stay(case):
     assert scaled_weight_of(plain[0]).group_size == case.size
 
 
-@each(CASES)
+@each(SCHEMES)
 def test_splitting_a_copy_leaves_the_original_alone(case):
     layer = case.layer()
     x, fingerprint = inputs(layer), scaled_weight_of(layer).fingerprint()

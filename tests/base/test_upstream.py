@@ -8,9 +8,10 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from support.bases import INT8, NF4, NF4_NESTED, Base, logits, train_steps
-from support.layers import linear_4bit, linear_8bit
+from support.single_layers import linear_4bit, linear_8bit
+from support.small_models import TIED, load, outputs, save, train_randomly
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -163,4 +164,23 @@ def test_bitsandbytes_still_writes_to_int8_inputs():
     with torch.no_grad():
         layer(x)
     assert torch.equal(x, before)
-    assert x._version > 0, "int8 layers leave their input alone now: see `writes_to_input` in backends/bnb_int8.py"
+    assert x._version > 0, "int8 layers leave their input alone now: see `BnbInt8Weight.writes_to_input`"
+
+
+def _lora_on_tied(kind, tmp_path, **config):
+    """Logits of a tied model with a trained LoRA adapter, and of the merged one after saving and loading it."""
+    base = save(TIED[kind], tmp_path / "base")
+    model = get_peft_model(load(base), LoraConfig(target_modules=["q_proj"], **config))
+    expected = outputs(train_randomly(model))
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    return expected, outputs(load(tmp_path / "merged"))
+
+
+def test_peft_still_merges_rows_of_a_head_into_the_embedding(tmp_path):
+    expected, found = _lora_on_tied("llama", tmp_path, trainable_token_indices={"lm_head": [3, 7]})
+    assert not torch.allclose(found, expected, atol=1e-3)
+
+
+def test_peft_still_leaves_out_weights_it_untied(tmp_path):
+    expected, found = _lora_on_tied("bart", tmp_path, modules_to_save=["lm_head"])
+    assert not torch.allclose(found, expected, atol=1e-3)

@@ -11,13 +11,15 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from support.bases import TRAINING, logits, save_small_llama
-from support.formats import FORMATS
+from support.library_formats import FORMATS
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from peft_sgrq import SGRQConfig
 from peft_sgrq.base.workarounds.trainer_refusal import allow_quantized_training
+
+pytestmark = pytest.mark.slow
 
 INTX = next(format for format in FORMATS if format.name == "torchao-intx4")
 INT8_DYNAMIC = next(format for format in FORMATS if format.name == "torchao-int8-dynamic")
@@ -128,6 +130,6 @@ torch._weight_int8pack_mm(x, torch.ones(64, 256, dtype=torch.int8), torch.ones(6
 
 @pytest.mark.skipif("AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="the kernel of AVX512 CPUs")
 def test_pytorchs_int8_kernel_still_crashes_on_unaligned_tensors():
-    """Why quanto's tensors are cloned after they were mapped from a file (`formats.py`, `docs/formats.md`)."""
+    """Why quanto's tensors are cloned after they were mapped from a file (`library_formats.py`, `docs/formats.md`)."""
     done = subprocess.run([sys.executable, "-c", _CRASH], capture_output=True)
     assert done.returncode < 0, "PyTorch takes unaligned tensors now"

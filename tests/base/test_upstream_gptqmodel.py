@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.layers import adapt
 from support.packed_layers import packed_layer, require
+from support.single_layers import adapt
 from torch import nn
 
 from peft_sgrq.base.workarounds.awq_scale_dtype import keep_awq_scales
 from peft_sgrq.base.workarounds.gptq_zero_points import save_zero_points_as_loaded
+from peft_sgrq.base.workarounds.loading_attributes import forget_loading_attributes
+
+pytestmark = pytest.mark.slow
 
 
 class _Model(nn.Module):
@@ -130,6 +133,18 @@ def test_transformers_still_saves_wrong_zero_points(tmp_path):
     save_zero_points_as_loaded(model)
     model.save_pretrained(tmp_path / "mended")
     assert torch.equal(load(tmp_path / "mended").model.layers[0].self_attn.q_proj.qzeros, zeros[0])
+
+
+def test_transformers_still_saves_the_kernel_a_model_was_loaded_with(tmp_path):
+    require("gptq")
+    pytest.importorskip("optimum", reason="optimum is not installed, which transformers loads GPTQ with")
+    from transformers import AutoModelForCausalLM, GPTQConfig
+
+    place = _tiny_gptq_checkpoint(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(place, quantization_config=GPTQConfig(bits=4, backend="torch"))
+    assert model.config.to_dict()["quantization_config"]["backend"] == "torch", "see upstream/loading_attributes.py"
+    forget_loading_attributes(model)
+    assert model.config.to_dict()["quantization_config"]["backend"] == "auto"
 
 
 def _tiny_gptq_checkpoint(directory: Path) -> Path:

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint.test_saved_merged import logits_where_not_installed
 from peft import PeftModel, get_peft_model
+from support.asked_for import asked_for
 from support.bases import logits, train_steps
-from support.checkpoints import FORMATS, Format, same_bytes, tensors_of
+from support.format_base import AUTO, NO_PACKING
+from support.fresh import logits_where_not_installed
+from support.quantized_checkpoints import FORMATS, Format, same_bytes, tensors_of
 from transformers import AutoModelForCausalLM
 
 from peft_sgrq import SGRQConfig, merge_checkpoint, verify_checkpoint
+
+pytestmark = pytest.mark.slow
 
 
 @dataclass
@@ -36,20 +40,22 @@ def ids() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def merged_formats(tmp_path_factory, ids) -> dict[str, Merged]:
-    """Every format, trained for 20 steps, merged both ways, and reloaded in one process without peft_sgrq."""
+def merged_formats(request, tmp_path_factory, ids) -> dict[str, Merged]:
+    """Each format asked for, trained for 20 steps, merged both ways, and reloaded where peft_sgrq is not installed."""
     found: dict[str, Merged] = {}
-    for form in FORMATS:
+    for form in asked_for(request, "form"):
         root = tmp_path_factory.mktemp(form.name)
         try:
             found[form.name] = train_and_merge(form, root, ids)
         except pytest.skip.Exception:
             continue
     directories = [path for merged in found.values() for path in (merged.on_files, merged.in_memory)]
-    logits_by_path = logits_where_not_installed(directories, ids, tmp_path_factory.mktemp("fresh"))
+    plan = {str(path): (AUTO + NO_PACKING, path) for path in directories}
+    reloaded = logits_where_not_installed(plan, ids, tmp_path_factory.mktemp("fresh"))
+    assert all(isinstance(value, torch.Tensor) for value in reloaded.values()), reloaded
     for merged in found.values():
-        merged.reloaded = logits_by_path[str(merged.on_files)]
-        merged.reloaded_from_memory = logits_by_path[str(merged.in_memory)]
+        merged.reloaded = reloaded[str(merged.on_files)]
+        merged.reloaded_from_memory = reloaded[str(merged.in_memory)]
     return found
 
 

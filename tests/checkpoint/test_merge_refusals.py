@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.bases import NF4, adapted, train_steps
-from support.checkpoints import (
+from support.quantized_checkpoints import (
     DENSE_FILES,
     NF4_NESTED_FILES,
     base_and_adapter,

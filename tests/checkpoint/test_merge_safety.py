@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from support.checkpoints import (
+from support.quantized_checkpoints import (
     in_shards,
     same_bytes,
     snapshot,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoints import write_adapter
+from support.quantized_checkpoints import write_adapter
 from transformers import GPTQConfig
 
 from peft_sgrq import merge_checkpoint, verify_checkpoint

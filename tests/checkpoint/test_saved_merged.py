@@ -2,43 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from peft import get_peft_model
 from support.bases import BASES, DENSE, NF4, Base, logits
-from support.fresh import run_where_not_installed
+from support.format_base import AUTO, NO_PACKING
+from support.fresh import logits_where_not_installed
 from transformers import AutoModelForCausalLM
 
 from peft_sgrq import SGRQConfig
 
+pytestmark = pytest.mark.slow
+
 GPT2_BASES = [DENSE, Base("dense", False, torch.bfloat16), NF4]
 QUANTIZED = [base for base in BASES if base.quant != "dense"]
-
-_PLAIN = """
-import importlib.util, sys, torch
-from transformers import AutoModelForCausalLM
-assert importlib.util.find_spec("peft_sgrq") is None
-target, ids, *directories = sys.argv[1:]
-ids, found = torch.load(ids), {}
-for directory in directories:
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    for module in model.modules():
-        module.support_avx512bf16_for_cpu = False
-    with torch.no_grad():
-        found[directory] = model.eval()(ids).logits
-torch.save(found, target)
-"""
-
-
-def logits_where_not_installed(directories: list[Path], ids: torch.Tensor, scratch: Path) -> dict[str, torch.Tensor]:
-    """Logits of saved models, computed by an interpreter that has all packages but peft_sgrq."""
-    torch.save(ids, scratch / "ids.pt")
-    run_where_not_installed(
-        _PLAIN, scratch, str(scratch / "logits.pt"), str(scratch / "ids.pt"), *map(str, directories)
-    )
-    return torch.load(scratch / "logits.pt")
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +34,14 @@ def saved_and_loaded(
         model = get_peft_model(plain, SGRQConfig(ratio=0.5, init_weights=False)).eval()
         expected[kind, name] = logits(model, ids)
         model.merge_and_unload().save_pretrained(scratch / kind / name)
-    found = logits_where_not_installed([scratch / kind / name for kind, name in expected], ids, scratch)
-    return {(kind, name): (value, found[str(scratch / kind / name)]) for (kind, name), value in expected.items()}
+    plan = {f"{kind}/{name}": (AUTO + NO_PACKING, scratch / kind / name) for kind, name in expected}
+    found = logits_where_not_installed(plan, ids, scratch)
+    return {(kind, name): (value, found[f"{kind}/{name}"]) for (kind, name), value in expected.items()}
 
 
 def check_same_bits(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     expected, found = pair
+    assert isinstance(found, torch.Tensor), found
     assert found.dtype == expected.dtype
     assert torch.equal(found, expected)
 

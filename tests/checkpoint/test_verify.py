@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from support.checkpoints import (
+from support.quantized_checkpoints import (
     edit_config,
     tensors_of,
 )

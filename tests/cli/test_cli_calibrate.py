@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from support.bases import DENSE, INT8, Base, byte_tokenizer
 from support.calibration import TEXTS
 
@@ -58,6 +57,8 @@ def test_a_text_file_is_used_whole_in_pieces(llama_dir: Path, tmp_path: Path):
 
 
 def test_other_columns_and_files_of_datasets_are_read(llama_dir: Path, tmp_path: Path):
+    from datasets import Dataset
+
     Dataset.from_dict({"prose": TEXTS}).to_parquet(tmp_path / "data.parquet")
     arguments = ("--column", "prose", "--criterion", "diag")
     first = calibrated(llama_dir, tmp_path / "data.parquet", tmp_path / "1", *arguments)

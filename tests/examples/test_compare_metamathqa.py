@@ -6,17 +6,15 @@ import json
 import sys
 from pathlib import Path
 
+import compare_metamathqa
 import pytest
+from comparison.generation import Task, is_same, parse_answer
+from comparison.methods import parse_method
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import compare_metamathqa  # noqa: E402
-from comparison.generation import Task, is_same, parse_answer  # noqa: E402
-from comparison.methods import parse_method  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

@@ -10,24 +10,22 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import compare_methods
 import pytest
 import torch
+from comparison.bases import load_base, targets_of
+from comparison.bench import Bench
+from comparison.data import Questions
+from comparison.evaluation import accuracy, mean_loss
+from comparison.merging import merge
+from comparison.methods import DEFAULT_METHODS, adapt, count_trained, parse_method
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.bases import NF4
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+from peft_sgrq import SGRQLinear
 
-import compare_methods  # noqa: E402
-from comparison.bases import load_base, targets_of  # noqa: E402
-from comparison.bench import Bench  # noqa: E402
-from comparison.data import Questions  # noqa: E402
-from comparison.evaluation import accuracy, mean_loss  # noqa: E402
-from comparison.merging import merge  # noqa: E402
-from comparison.methods import DEFAULT_METHODS, adapt, count_trained, parse_method  # noqa: E402
-
-from peft_sgrq import SGRQLinear  # noqa: E402
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

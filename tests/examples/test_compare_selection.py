@@ -8,17 +8,17 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import compare_selection
 import pytest
+import selection_table
 import torch
+from selection_bench import Bench, round_to_grid, windows_of
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+from peft_sgrq.layer.masks import decode_mask
 
-import compare_selection  # noqa: E402
-import selection_table  # noqa: E402
-from selection_bench import Bench, round_to_grid, windows_of  # noqa: E402
+pytestmark = pytest.mark.slow
 
-from peft_sgrq.layer.masks import decode_mask  # noqa: E402
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "benchmarks"
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_all_rates_run_at_all_seeds_and_new_selections_get_overlaps(llama_dir, t
 
 
 def test_the_tables_on_the_page_are_those_of_the_results(tmp_path, monkeypatch):
-    root = EXAMPLES.parent
+    root = EXAMPLES.parents[1]
     results = sorted(map(str, (root / "docs" / "results").glob("selection-*.json")))
     page = root / "docs" / "selection-results.md"
     if not results:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+from comparison.bases import load_base, targets_of
+from comparison.methods import adapt, parse_method
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-from comparison.bases import load_base, targets_of  # noqa: E402
-from comparison.methods import adapt, parse_method  # noqa: E402
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.skipif(find_spec("hqq") is None, reason="hqq is not installed")

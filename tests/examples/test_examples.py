@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from adapter_size import SHAPES, linear_shapes
+from demo import spell
+from demo_text import task_documents
+from perplexity import perplexity, tokenize
 from support.bases import NF4, byte_tokenizer, logits
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-from adapter_size import SHAPES, linear_shapes  # noqa: E402
-from demo import spell  # noqa: E402
-from demo_text import task_documents  # noqa: E402
-from perplexity import perplexity, tokenize  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 
 def test_perplexity_is_that_of_the_model_s_own_loss(llama_dir: Path):

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import copy
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from comparison.bases import load_base, targets_of
+from comparison.merging import merge, merge_into_original
+from comparison.methods import adapt, parse_method
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-from comparison.bases import load_base, targets_of  # noqa: E402
-from comparison.merging import merge, merge_into_original  # noqa: E402
-from comparison.methods import adapt, parse_method  # noqa: E402
+pytestmark = pytest.mark.slow
 
 hqq = pytest.mark.skipif(find_spec("hqq") is None, reason="hqq is not installed")
 bases = pytest.mark.parametrize("base", [pytest.param("hqq-8-16", marks=hqq), "nf4"])

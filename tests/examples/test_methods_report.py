@@ -7,16 +7,16 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import methods_report
 import pytest
+from comparison.cross import cross_table
+from comparison.tables import cost_table, describe, exactness, front, summary_table
+from markdown_tables import put_between
 from PIL import Image
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+pytestmark = pytest.mark.slow
 
-import methods_report  # noqa: E402
-from comparison.cross import cross_table  # noqa: E402
-from comparison.tables import cost_table, describe, exactness, front, summary_table  # noqa: E402
-from markdown_tables import put_between  # noqa: E402
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "benchmarks"
 
 
 def a_run(method: str, seed: int, rate: float, test: float, other: float = 1.0, merged: float = 0.0) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def test_what_cannot_be_merged_is_in_no_table_of_merged_losses():
 
 
 def test_the_tables_and_plots_on_the_page_are_those_of_the_results(tmp_path, monkeypatch):
-    root = EXAMPLES.parent
+    root = EXAMPLES.parents[1]
     results = sorted(map(str, (root / "docs" / "results").glob("methods-*.json")))
     page = root / "docs" / "results.md"
     if not results or not page.exists():

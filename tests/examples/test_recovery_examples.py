@@ -10,16 +10,16 @@ from statistics import mean, stdev
 from typing import Any
 
 import pytest
+import recover_low_bits
+import recover_then_tune
+import recovery_memory
+import recovery_table
 import torch
+from recovery_bench import settings_of
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+pytestmark = pytest.mark.slow
 
-import recover_low_bits  # noqa: E402
-import recover_then_tune  # noqa: E402
-import recovery_memory  # noqa: E402
-import recovery_table  # noqa: E402
-from recovery_bench import settings_of  # noqa: E402
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "benchmarks"
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_memory_is_measured_of_a_recovery_that_takes_place(tmp_path):
 
 
 def test_the_tables_on_the_page_are_those_of_the_results(tmp_path, monkeypatch):
-    root = EXAMPLES.parent
+    root = EXAMPLES.parents[1]
     results = sorted((root / "docs" / "results").glob("recovery-*.json"))
     page = root / "docs" / "recovery.md"
     if not results:

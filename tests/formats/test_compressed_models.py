@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from support.bases import TRAINING, logits, train_steps
-from support.checkpoints import FORMATS, FP8_BLOCKS, edit_config, in_shards, save_wide_llama
 from support.compressed_layers import adapt, fp8_layer
+from support.quantized_checkpoints import FORMATS, FP8_BLOCKS, edit_config, in_shards, save_wide_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -124,8 +123,11 @@ def test_the_layers_of_a_gpu_have_the_scales_and_the_digest_of_those_restored_wi
 # training with transformers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [W4A16, FP8_DYNAMIC, FP8_BLOCKS], ids=lambda form: form.name)
 def test_the_trainer_of_transformers_trains_and_resumes(form, tmp_path, ids):
+    from datasets import Dataset
+
     model = form.adapted(form.make(tmp_path))
     arguments = TrainingArguments(output_dir=str(tmp_path / "run"), max_steps=2, **TRAINING)
     rows = [{"input_ids": row, "labels": row} for row in ids.tolist()]

@@ -1,6 +1,6 @@
 """What must hold in every quantized format, on single layers.
 
-The formats are those of `formats.py`; one whose library is not installed is skipped by its name.
+The formats are those of `library_formats.py`; one whose library is not installed is skipped by its name.
 """
 
 from __future__ import annotations
@@ -12,19 +12,17 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from support.formats import FORMATS, Format
-from support.layers import delta_of, relative_error, the_layer
+from support.library_formats import LAYER_FORMATS, SCALE_FORMATS, Format
+from support.oracle import expected, relative_error
+from support.single_layers import delta_of, the_layer
 from torch import nn
 
 from peft_sgrq import SGRQConfig
 from peft_sgrq.formats.registry import is_quantized
+from peft_sgrq.layer.functional import effective_scales
 
 ROWS, COLUMNS = 128, 256
-LAYER_FORMATS = [format for format in FORMATS if format.layer is not None]
 by_name = functools.partial(pytest.mark.parametrize, "format", ids=lambda format: format.name)
-
-# Tensors that a merge may change: scales, and offsets that are zero point times scale.
-SCALES = {"scale", "_scale", "absmax", "scale_and_zero", "_scale_shift", "_shift"}
 
 
 def quantized(format: Format, bias: bool = False) -> nn.Module:
@@ -45,9 +43,8 @@ def adapted(layer: nn.Module, **config: Any) -> PeftModel:
 
 
 @by_name(LAYER_FORMATS)
-@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
-def test_layers_are_found_and_keep_their_bits_at_zero_change(format, bias):
-    layer, x = quantized(format, bias), torch.randn(5, COLUMNS, dtype=layer_dtype(format))
+def test_layers_are_found_and_keep_their_bits_at_zero_change(format):
+    layer, x = quantized(format, bias=True), torch.randn(5, COLUMNS, dtype=layer_dtype(format))
     assert is_quantized(layer)
     expected = layer(x)
     model = adapted(layer, target_modules=None, init_weights=True)
@@ -67,37 +64,33 @@ def test_a_merged_layer_gives_the_bits_of_the_unmerged_one(format):
     assert torch.equal(the_layer(model).base_layer(x), base)
 
 
+# Row formats have a backward pass of their own without a bias; all groups are selected by none. Each format has both
+# of either; all four pairs stand in the tests of gradients of bitsandbytes and dense layers.
 @by_name(LAYER_FORMATS)
-@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
-@pytest.mark.parametrize("ratio", [0.5, 1.0])
+@pytest.mark.parametrize(("ratio", "bias"), [(0.5, False), (1.0, True)], ids=["some-no-bias", "all-bias"])
 def test_gradients_equal_those_of_the_librarys_own_weight(format, ratio, bias):
     layer, dtype = quantized(format, bias), layer_dtype(format)
-    weight = format.weight(layer).double()
+    weight = format.weight(layer)
     model = adapted(layer, ratio=ratio).train()
     x = torch.randn(7, COLUMNS, dtype=dtype, requires_grad=True)
     y = model(x)
     dy = torch.randn_like(y)
     (y * dy).sum().backward()
 
-    # W' is what the library makes of the merged layer; dL/ddelta is the sum of W * (dy^T x) over what shares a scale.
     sgrq = the_layer(model)
     sgrq.merge()
-    merged = format.weight(sgrq.base_layer).double()
-    computed = (x.detach() if format.rounded_input is None else format.rounded_input(layer, x.detach())).double()
-    expected = computed @ merged.T + (0 if layer.bias is None else layer.bias.double())
-    rows, groups = format.maps(ROWS, COLUMNS)
-    terms = weight * (dy.double().T @ computed)
-    sums = torch.zeros(int(rows.max()) + 1, COLUMNS, dtype=torch.float64).index_add(0, rows, terms)
-    sums = torch.zeros(len(sums), int(groups.max()) + 1, dtype=torch.float64).index_add(1, groups, sums)
+    merged = format.weight(sgrq.base_layer)  # W' is what the library makes of the merged layer
+    computed = x.detach() if format.rounded_input is None else format.rounded_input(layer, x.detach())
+    reference = expected(computed, dy, weight, merged, *format.maps(ROWS, COLUMNS), layer.bias)
     delta, dim = sgrq.sgrq_delta["default"], sgrq.scaled_weight.unit.dim
 
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2  # of bfloat16: 2^-8, and sums of such terms
-    assert relative_error(y.detach(), expected) < tolerance
-    assert relative_error(x.grad, dy.double() @ merged) < tolerance
-    assert relative_error(delta.weight.grad, sums.index_select(dim, delta.groups)) < tolerance
+    assert relative_error(y.detach(), reference.y) < tolerance
+    assert relative_error(x.grad, reference.dx) < tolerance
+    assert relative_error(delta.weight.grad, reference.changes.index_select(dim, delta.groups)) < tolerance
 
 
-@by_name(LAYER_FORMATS)
+@by_name(SCALE_FORMATS)
 def test_a_merge_changes_the_selected_scales_alone_and_unmerging_puts_the_tensors_back(format):
     layer = quantized(format)
     weight = format.weight(layer)
@@ -120,7 +113,18 @@ def test_a_merge_changes_the_selected_scales_alone_and_unmerging_puts_the_tensor
     assert torch.equal(format.weight(layer), weight)
 
 
-@by_name(LAYER_FORMATS)
+@by_name(SCALE_FORMATS)
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_scales_in_effect_are_ones_that_the_format_can_store(format, ratio):
+    layer = the_layer(adapted(quantized(format), ratio=ratio))
+    delta = layer.sgrq_delta["default"]
+    groups = None if ratio == 1 else delta.groups
+    scales = effective_scales(layer.scaled_weight, delta.weight.detach(), groups)
+    assert not torch.equal(scales, layer.scaled_weight.scales())
+    assert torch.equal(layer.scaled_weight.round_to_storage(scales), scales)
+
+
+@by_name(SCALE_FORMATS)
 def test_rounding_is_in_the_forward_pass_and_not_in_the_gradient(format):
     layer = quantized(format)
     model = adapted(layer, init_weights=True, ratio=1.0).train()
@@ -139,7 +143,7 @@ def test_rounding_is_in_the_forward_pass_and_not_in_the_gradient(format):
     assert delta.grad.abs().max() > 0
 
 
-@by_name(LAYER_FORMATS)
+@by_name(SCALE_FORMATS)
 def test_a_merged_layer_can_be_moved_copied_and_unmerged(format):
     layer, x = quantized(format, bias=True), torch.randn(5, COLUMNS, dtype=layer_dtype(format))
     base = layer(x)
@@ -157,7 +161,7 @@ def test_a_merged_layer_can_be_moved_copied_and_unmerged(format):
 
 
 # float8 weights cannot be converted, with or without an adapter.
-CONVERTIBLE = [format for format in LAYER_FORMATS if format.library == "torchao" and "float8" not in format.name]
+CONVERTIBLE = [format for format in SCALE_FORMATS if format.library == "torchao" and "float8" not in format.name]
 
 
 @by_name([format for format in CONVERTIBLE if format.name != "torchao-int4-cpu"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import subprocess
 import sys
 from typing import Any
@@ -10,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from support.formats import FORMATS, Format
+from support.library_formats import FORMATS, LAYER_FORMATS, Format
 from torch import nn
 
 from peft_sgrq import SGRQConfig
-from peft_sgrq.formats.loading import loading_expression, spoken
+from peft_sgrq.formats.loading import quantization_code, spoken
 from peft_sgrq.formats.registry import resolve_weight
 
 BY_NAME = {format.name: format for format in FORMATS}
@@ -160,38 +161,23 @@ def test_training_around_a_layer_that_loses_the_gradient_is_refused(name):
     assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters() if parameter.requires_grad)
 
 
-def load(*arguments: str) -> str:
-    return f"AutoModelForCausalLM.from_pretrained({', '.join(['base', *arguments])})"
-
-
-@pytest.mark.parametrize("format", [format for format in FORMATS if format.layer], ids=lambda format: format.name)
-def test_loading_code_is_python_and_makes_the_same_format(format: Format):
+@pytest.mark.parametrize("format", LAYER_FORMATS, ids=lambda format: format.name)
+def test_quantizing_code_is_python_and_makes_the_same_format(format: Format):
     format.require()
     dtype = torch.bfloat16 if format.name in ("torchao-int4-cpu", "quanto-int4-tinygemm") else torch.float32
-    scaled_weight = resolve_weight(format.layer(nn.Linear(256, 128, bias=False, dtype=dtype)), 64)
-    code = loading_expression(load, scaled_weight.quantization())
-    ast.parse(code)
+    dense = nn.Linear(256, 128, bias=False, dtype=dtype)
+    scaled_weight = resolve_weight(format.layer(copy.deepcopy(dense)), 64)
     assert spoken(scaled_weight.name).startswith("quantized with ")
-    if format.library == "torchao" and format.name not in ("torchao-int4-cpu", "torchao-nvfp4", "torchao-intx1"):
-        import torchao.quantization
-        import torchao.quantization.granularity
-
-        names = vars(torchao.quantization) | vars(torchao.quantization.granularity) | {"torch": torch}
-        config = eval(code.partition("quantize_(model, ")[2][:-1], names)
-        again = resolve_weight(torchao_layer(config), 64)
-        assert again.name == scaled_weight.name
-
-
-def test_transformers_own_config_of_torchao_is_recorded_and_makes_the_base_again(llama_dir):
-    format = BY_NAME["torchao-intx4"]
-    format.require()
-    from transformers import TorchAoConfig
-
-    model = get_peft_model(format.load(llama_dir, torch.bfloat16), SGRQConfig())
-    code = loading_expression(load, model.peft_config["default"].base_quantization)
-    expression = code.partition("quantization_config=")[2][:-1]
-    config = eval(expression, {"TorchAoConfig": TorchAoConfig})
-    assert str(config.quant_type.weight_dtype) == "torch.int4"
+    code = quantization_code(scaled_weight.quantization())
+    names: dict[str, Any] = {"base": nn.Sequential(dense)}
+    for library, imported in code.names.items():
+        exec(f"from {library} import {', '.join(imported)}", names)
+    if format.library == "hqq":  # which quantizes models of transformers alone
+        assert all(ast.parse(statement) for statement in code.statements)
+    elif format.name != "torchao-intx1":  # whose mapping cannot be told from the layer
+        exec("\n".join(code.statements), names)
+        again = resolve_weight(names["base"][0], 64)
+        assert (again.name, type(again.module.weight)) == (scaled_weight.name, type(scaled_weight.module.weight))
 
 
 _NOTHING_IMPORTED = """
@@ -205,5 +191,6 @@ assert not found & {"torchao", "hqq", "optimum"}, found
 """
 
 
+@pytest.mark.slow
 def test_looking_for_layers_imports_no_optional_library():
     subprocess.run([sys.executable, "-c", _NOTHING_IMPORTED], check=True, capture_output=True)

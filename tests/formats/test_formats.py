@@ -1,30 +1,32 @@
 """What must hold in every quantized format, on a whole model that goes through a file.
 
-The formats are those of `formats.py`; one whose library is not installed is skipped by its name.
+The formats are those of `library_formats.py`; one whose library is not installed is skipped by its name.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from support.asked_for import asked_for
 from support.bases import logits, save_small_llama, train_steps
-from support.checkpoints import same_bytes, tensors_of
-from support.formats import FORMATS, Format
-from support.fresh import run_where_not_installed
+from support.fresh import logits_where_not_installed
+from support.library_formats import MODEL_FORMATS, Format
+from support.quantized_checkpoints import same_bytes, tensors_of
 from torch import nn
 
 from peft_sgrq import SGRQConfig, merge_checkpoint, verify_checkpoint
 from peft_sgrq.checkpoint.verify import VerifyReport
 
-ROWS, COLUMNS = 128, 256
-LAYER_FORMATS = [format for format in FORMATS if format.layer is not None]
+pytestmark = pytest.mark.slow
+
+IDS = torch.randint(3, 256, (2, 16), generator=torch.Generator().manual_seed(1))
 by_name = functools.partial(pytest.mark.parametrize, "format", ids=lambda format: format.name)
 
 # Tensors that a merge may change: scales, and offsets that are zero point times scale.
@@ -75,24 +77,23 @@ def small_dir(tmp_path_factory) -> Path:
 
 
 def run(format: Format, directory: Path, scratch: Path) -> Run:
-    ids = torch.randint(3, 256, (2, 16), generator=torch.Generator().manual_seed(1))
     model = format.load(directory, format.dtype).eval()
-    base, tensors = logits(model, ids), {"base": flat_state(model)}
+    base, tensors = logits(model, IDS), {"base": flat_state(model)}
     if format.on_files:
         format.save(model, scratch / "base" / format.name)
     model = get_peft_model(model, SGRQConfig(ratio=0.5, task_type="CAUSAL_LM")).eval()
-    at_zero = logits(model, ids)
-    losses = train_steps(model, ids, steps=20)
-    unmerged = logits(model.eval(), ids)
+    at_zero = logits(model, IDS)
+    losses = train_steps(model, IDS, steps=20)
+    unmerged = logits(model.eval(), IDS)
     model.merge_adapter()
-    merged = logits(model, ids)
+    merged = logits(model, IDS)
     model.unmerge_adapter()
-    unmerged_again = logits(model, ids)
+    unmerged_again = logits(model, IDS)
     model.save_pretrained(scratch / "adapter" / format.name)
     plain = model.unload()
     tensors["unloaded"] = flat_state(plain)
     model = PeftModel.from_pretrained(plain, scratch / "adapter" / format.name).eval()
-    loaded = logits(model, ids)
+    loaded = logits(model, IDS)
     plain = model.merge_and_unload()
     tensors["merged"] = flat_state(plain)
     refusal = ""
@@ -103,7 +104,7 @@ def run(format: Format, directory: Path, scratch: Path) -> Run:
     if format.save is not None:
         (scratch / "merged" / format.name).mkdir(parents=True)
         format.save(plain, scratch / "merged" / format.name)
-    found = Run(losses, base, at_zero, unmerged, merged, unmerged_again, loaded, logits(plain, ids), tensors, refusal)
+    found = Run(losses, base, at_zero, unmerged, merged, unmerged_again, loaded, logits(plain, IDS), tensors, refusal)
     if format.on_files:
         folders = [scratch / kind / format.name for kind in ("base", "adapter", "files")]
         merge_checkpoint(*folders)
@@ -113,45 +114,19 @@ def run(format: Format, directory: Path, scratch: Path) -> Run:
     return found
 
 
-_RELOAD = """
-import json, sys, traceback
-import importlib.util, torch
-assert importlib.util.find_spec("peft_sgrq") is None
-target, plan = sys.argv[1:]
-plan = json.load(open(plan))
-ids = torch.randint(3, 256, (2, 16), generator=torch.Generator().manual_seed(1))
-found = {}
-for name, (code, directory) in plan.items():
-    try:
-        names = {"directory": directory, "torch": torch}
-        exec(code, names)
-        with torch.no_grad():
-            found[name] = names["model"].eval()(input_ids=ids).logits
-    except Exception:
-        found[name] = traceback.format_exc()
-torch.save(found, target)
-"""
-
-
 @pytest.fixture(scope="module")
 def runs(request, small_dir, tmp_path_factory) -> tuple[dict[str, Run], dict[str, Any]]:
     """For each format that a selected test asks for: the run, and the logits of its saved model loaded elsewhere."""
-    from importlib.util import find_spec
-
-    items = [item for item in request.session.items if "runs" in getattr(item, "fixturenames", ())]
-    wanted = {item.callspec.params["format"].name: item.callspec.params["format"] for item in items}
-    wanted = {name: format for name, format in wanted.items() if find_spec(format.library) is not None}
+    wanted = {format.name: format for format in asked_for(request, "format") if find_spec(format.library)}
     scratch = tmp_path_factory.mktemp("formats")
     found = {name: run(format, small_dir, scratch) for name, format in wanted.items()}
     plan = {
-        f"{kind}/{name}": (format.reload, str(scratch / kind / name))
+        f"{kind}/{name}": (format.reload, scratch / kind / name)
         for name, format in wanted.items()
         for kind, written in (("merged", format.save is not None), ("files", format.on_files))
         if written
     }
-    (scratch / "plan.json").write_text(json.dumps(plan))
-    run_where_not_installed(_RELOAD, scratch, str(scratch / "reloaded.pt"), str(scratch / "plan.json"))
-    return found, torch.load(scratch / "reloaded.pt")
+    return found, logits_where_not_installed(plan, IDS, scratch)
 
 
 def run_of(format: Format, runs: tuple[dict[str, Run], dict[str, Any]]) -> Run:
@@ -159,14 +134,14 @@ def run_of(format: Format, runs: tuple[dict[str, Run], dict[str, Any]]) -> Run:
     return runs[0][format.name]
 
 
-@by_name(FORMATS)
+@by_name(MODEL_FORMATS)
 def test_training_starts_at_the_base_and_learns(format, runs):
     found = run_of(format, runs)
     assert torch.equal(found.base_at_zero, found.base)
     assert found.losses[-1] < found.losses[0] - 0.1
 
 
-@by_name(FORMATS)
+@by_name(MODEL_FORMATS)
 def test_the_merged_model_gives_the_bits_of_the_unmerged_one(format, runs):
     found = run_of(format, runs)
     assert not torch.allclose(found.unmerged, found.base, atol=0.1)
@@ -175,7 +150,7 @@ def test_the_merged_model_gives_the_bits_of_the_unmerged_one(format, runs):
     assert torch.equal(found.merged_and_unloaded, found.unmerged)
 
 
-@by_name(FORMATS)
+@by_name(MODEL_FORMATS)
 def test_merging_changes_scales_and_nothing_else(format, runs):
     found = run_of(format, runs)
     base, merged = found.tensors["base"], found.tensors["merged"]
@@ -184,21 +159,21 @@ def test_merging_changes_scales_and_nothing_else(format, runs):
     assert changed and {name.rpartition(".")[2] for name in changed} <= SCALES
 
 
-@by_name(FORMATS)
+@by_name(MODEL_FORMATS)
 def test_unmerging_restores_the_model(format, runs):
     found = run_of(format, runs)
     assert torch.equal(found.unmerged_again, found.unmerged)
     assert same_state(found.tensors["unloaded"], found.tensors["base"])
 
 
-@by_name(FORMATS)
+@by_name(MODEL_FORMATS)
 def test_an_adapter_is_refused_on_what_has_it_merged(format, runs):
     found = run_of(format, runs)
     assert "has the codes but not the scales" in found.refusal
     assert "from_pretrained(" in found.refusal
 
 
-@by_name([format for format in FORMATS if format.save is not None])
+@by_name([format for format in MODEL_FORMATS if format.save is not None])
 def test_the_merged_file_gives_the_same_bits_where_peft_sgrq_is_not_installed(format, runs):
     found = run_of(format, runs)
     reloaded = runs[1][f"merged/{format.name}"]
@@ -206,7 +181,7 @@ def test_the_merged_file_gives_the_same_bits_where_peft_sgrq_is_not_installed(fo
     assert torch.equal(reloaded, found.unmerged)
 
 
-ON_FILES = [format for format in FORMATS if format.on_files]
+ON_FILES = [format for format in MODEL_FORMATS if format.on_files]
 
 
 @by_name(ON_FILES)

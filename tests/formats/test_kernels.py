@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.layers import linear_4bit, relative_error
+from support.oracle import relative_error
+from support.single_layers import linear_4bit
 
 from peft_sgrq.formats import kernels
 from peft_sgrq.formats.bnb_4bit.weight import Bnb4bitWeight
@@ -126,6 +127,7 @@ def test_the_environment_can_say_not_to_compile(monkeypatch):
         cpu.compiled_reduce.cache_clear()
 
 
+@pytest.mark.slow
 def test_without_a_compiler_plain_torch_computes_the_same(tmp_path):
     program = (
         "import torch\n"

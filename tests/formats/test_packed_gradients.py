@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.layers import delta_of, relative_error, the_layer
-from support.packed_layers import DTYPES, LIBRARY, VARIANTS, adapted, packed_layer
+from peft import PeftModel
+from support.oracle import Expected, expected, relative_error
+from support.packed_layers import DTYPES, LIBRARY, SCHEMES, VARIANTS, Packed, adapted, packed_layer
+from support.single_layers import delta_of, the_layer
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 
-each = pytest.mark.parametrize("variant", VARIANTS)
-by_dtype = functools.partial(pytest.mark.parametrize, "dtype", ids=lambda dtype: str(dtype).removeprefix("torch."))
+def expected_of(made: Packed, model: PeftModel, x: torch.Tensor, dy: torch.Tensor) -> Expected:
+    """What a model of one packed layer computes, by what the layer was packed from."""
+    delta = the_layer(model).sgrq_delta["default"]
+    scales = made.scales.T.float()  # (N, groups)
+    changed = scales * torch.ones_like(scales).index_add(1, delta.groups, delta.weight.detach())
+    base = made.levels * scales.double()[:, made.groups]
+    found = expected(
+        x, dy, base, made.weight(changed, made.product_dtype(x.dtype)), torch.arange(len(scales)), made.groups
+    )
+    return found._replace(changes=found.changes.index_select(1, delta.groups))
 
 
-@each
-@by_dtype(DTYPES)
-@pytest.mark.parametrize("ratio", [0.5, 1.0])
+# Bits, packing and order of columns do not know the dtype of the input or how many groups are selected: each variant
+# once, by the strictest tolerance, and the rest for one variant of each way to make the weight.
+@pytest.mark.parametrize(
+    ("variant", "dtype", "ratio"),
+    [
+        *((variant, torch.float32, 0.5) for variant in VARIANTS),
+        *((variant, torch.float32, 1.0) for variant in SCHEMES),
+        *((variant, dtype, 0.5) for variant in SCHEMES for dtype in DTYPES if dtype != torch.float32),
+    ],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
 def test_gradients_equal_float64_references(variant, dtype, ratio):
     made = packed_layer(**VARIANTS[variant])
     model = adapted(made.layer, ratio=ratio).train()
@@ -28,17 +44,11 @@ def test_gradients_equal_float64_references(variant, dtype, ratio):
     y = model(x)
     dy = torch.randn_like(y)
     (y * dy).sum().backward()
-    delta, groups = delta_of(model), the_layer(model).sgrq_delta["default"].groups
-    factors = torch.ones_like(made.scales.T, dtype=torch.float32).index_add(1, groups, delta.detach())
-    kernel = torch.float16 if made.kind == "awq" and dtype == torch.float32 else dtype
-    weight = made.weight(made.scales.T.float() * factors, kernel)
-    product = dy.double().T @ x.detach().double()  # (N, K)
-    sums = torch.zeros(made.scales.T.shape, dtype=torch.float64).index_add(1, made.groups, made.levels * product)
-    expected = (sums * made.scales.T.double()).index_select(1, groups)
-    tolerance = TOLERANCE[kernel]
-    assert relative_error(y.detach(), x.detach().double() @ weight.T) < tolerance
-    assert x.grad.dtype == dtype and relative_error(x.grad, dy.double() @ weight) < tolerance
-    assert delta.grad.dtype == torch.float32 and relative_error(delta.grad, expected) < tolerance
+    delta, tolerance = delta_of(model), TOLERANCE[made.product_dtype(dtype)]
+    reference = expected_of(made, model, x, dy)
+    assert relative_error(y.detach(), reference.y) < tolerance
+    assert x.grad.dtype == dtype and relative_error(x.grad, reference.dx) < tolerance
+    assert delta.grad.dtype == torch.float32 and relative_error(delta.grad, reference.changes) < tolerance
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -63,12 +73,8 @@ def test_gradients_equal_references_for_any_shape(kind, data):
     dy = torch.randn(5, made.scales.shape[1]).to(dtype)
     y = model(x)
     (y * dy).sum().backward()
-    groups = the_layer(model).sgrq_delta["default"].groups
-    product = dy.double().T @ x.detach().double()
-    sums = torch.zeros(made.scales.T.shape, dtype=torch.float64).index_add(1, made.groups, made.levels * product)
-    expected = (sums * made.scales.T.double()).index_select(1, groups)
     # With a few products a sum may cancel by chance, so the bound is that of the other tests times ten.
-    assert relative_error(delta_of(model).grad, expected) < 10 * TOLERANCE[dtype]
+    assert relative_error(delta_of(model).grad, expected_of(made, model, x, dy).changes) < 10 * TOLERANCE[dtype]
     model.eval()
     unmerged = model(x)
     model.merge_adapter()

@@ -13,29 +13,22 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from support.bases import logits, save_small_llama, train_steps
-from support.checkpoints import same_bytes
-from support.fresh import run_where_not_installed
-from support.packed_checkpoints import CHECKPOINTS, Checkpoint, in_dtype, make
+from support.bases import logits, train_steps
+from support.fresh import logits_where_not_installed
+from support.packed_checkpoints import CHECKPOINTS, Checkpoint, in_dtype
+from support.printed_code import run_card
+from support.quantized_checkpoints import same_bytes
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_sgrq import SGRQConfig, SGRQLinear, merge_checkpoint, verify_checkpoint
-from peft_sgrq.base.check import loading_code
+from peft_sgrq.base.loading import loading_code
 from peft_sgrq.checkpoint.verify import VerifyReport
+
+pytestmark = pytest.mark.slow
 
 IDS = torch.randint(3, 256, (2, 16), generator=torch.Generator().manual_seed(1))
 by_name = functools.partial(pytest.mark.parametrize, "checkpoint", CHECKPOINTS, ids=lambda checkpoint: checkpoint.name)
-
-
-@pytest.fixture(scope="session")
-def directories(request, tmp_path_factory) -> dict[str, Path]:
-    """Directories of the checkpoints that the selected tests ask for, by name."""
-    items = [item for item in request.session.items if "directories" in getattr(item, "fixturenames", ())]
-    names = {item.callspec.params["checkpoint"].name for item in items if hasattr(item, "callspec")}
-    wanted = [checkpoint for checkpoint in CHECKPOINTS if checkpoint.name in names]
-    base = save_small_llama(tmp_path_factory.mktemp("small"))
-    return make(wanted, base, tmp_path_factory.mktemp("checkpoints"))
 
 
 @dataclass
@@ -49,6 +42,7 @@ class Run:
     refusal: str
     verified: VerifyReport
     verified_in_memory: VerifyReport
+    quantization: dict[str, dict[str, Any]]
 
 
 def copied_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -64,7 +58,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def run(checkpoint: Checkpoint, directory: Path, scratch: Path) -> Run:
     found: dict[str, torch.Tensor] = {}
     found["base"] = logits(checkpoint.load(directory), IDS)
-    # Not the model that has run: GPTQModel rounds AWQ's scales when it does (see upstream/awq_scale_dtype.py).
+    # Not the model that has run: GPTQModel rounds AWQ's scales when it does (see base/workarounds/awq_scale_dtype.py).
     model = checkpoint.load(directory)
     states = {"base": copied_state(model)}
     model = get_peft_model(model, SGRQConfig(ratio=0.5, task_type="CAUSAL_LM")).eval()
@@ -80,10 +74,11 @@ def run(checkpoint: Checkpoint, directory: Path, scratch: Path) -> Run:
     model.save_pretrained(scratch / "adapter")
     merge_checkpoint(directory, scratch / "adapter", scratch / "files")
     verified = verify_checkpoint(directory, scratch / "adapter", scratch / "files")
-    code = loading_code(model.peft_config["default"])
+    code = loading_code(model.peft_config["default"]).clause()
     plain = model.unload()
     states["unloaded"] = copied_state(plain)
     found["unloaded"] = logits(plain, IDS)
+    found["as printed"] = logits(run_card(scratch / "adapter", scratch / "printed")["merged"].eval(), IDS)
     model = PeftModel.from_pretrained(checkpoint.load(directory), scratch / "adapter").eval()
     found["loaded"] = logits(model, IDS)
     plain = model.merge_and_unload()
@@ -99,53 +94,36 @@ def run(checkpoint: Checkpoint, directory: Path, scratch: Path) -> Run:
         refusal = str(error)
     published = in_dtype(directory, checkpoint.dtype, scratch / "published")
     verified_in_memory = verify_checkpoint(published, scratch / "adapter", scratch / "merged")
-    return Run(losses, found, states, code, refusal, verified, verified_in_memory)
-
-
-_RELOAD = """
-import json, sys, traceback
-import importlib.util, torch
-assert importlib.util.find_spec("peft_sgrq") is None
-target, plan, ids = sys.argv[1:]
-found = {}
-for name, (code, directory) in json.load(open(plan)).items():
-    try:
-        names = {"directory": directory, "torch": torch}
-        exec(code, names)
-        with torch.no_grad():
-            found[name] = names["model"].eval()(input_ids=torch.load(ids)).logits
-    except Exception:
-        found[name] = traceback.format_exc()
-torch.save(found, target)
-"""
+    quantization = {
+        "checkpoint": json.loads((directory / "config.json").read_text())["quantization_config"],
+        "merged": json.loads((scratch / "merged" / "config.json").read_text())["quantization_config"],
+        "adapter": json.loads((scratch / "adapter" / "adapter_config.json").read_text())["base_quantization"],
+    }
+    return Run(losses, found, states, code, refusal, verified, verified_in_memory, quantization)
 
 
 @pytest.fixture(scope="session")
-def runs(directories, tmp_path_factory) -> dict[str, Run]:
+def runs(packed_checkpoints, tmp_path_factory) -> dict[str, Run]:
     """The run of each checkpoint, with the logits of its merged file where peft_sgrq is not installed."""
     scratch = tmp_path_factory.mktemp("runs")
-    wanted = {checkpoint.name: checkpoint for checkpoint in CHECKPOINTS if checkpoint.name in directories}
-    found = {name: run(checkpoint, directories[name], scratch / name) for name, checkpoint in wanted.items()}
+    wanted = {checkpoint.name: checkpoint for checkpoint in CHECKPOINTS if checkpoint.name in packed_checkpoints}
+    found = {name: run(checkpoint, packed_checkpoints[name], scratch / name) for name, checkpoint in wanted.items()}
     plan = {
-        f"{name}/{merge}": (checkpoint.reload, str(scratch / name / merge))
+        f"{name}/{merge}": (checkpoint.reload, scratch / name / merge)
         for name, checkpoint in wanted.items()
         for merge in ("merged", "files")
     }
-    (scratch / "plan.json").write_text(json.dumps(plan))
-    torch.save(IDS, scratch / "ids.pt")
-    names = ("reloaded.pt", "plan.json", "ids.pt")
-    run_where_not_installed(_RELOAD, scratch, *(str(scratch / name) for name in names))
-    for key, value in torch.load(scratch / "reloaded.pt").items():
+    for key, value in logits_where_not_installed(plan, IDS, scratch).items():
         assert isinstance(value, torch.Tensor), value
         name, merge = key.split("/")
         found[name].logits[f"reloaded {merge}"] = value
         found[name].states[merge] = load_file(scratch / name / merge / "model.safetensors")
-        found[name].states["file"] = load_file(directories[name] / "model.safetensors")
+        found[name].states["file"] = load_file(packed_checkpoints[name] / "model.safetensors")
     return found
 
 
 @pytest.fixture
-def found(checkpoint: Checkpoint, directories: dict[str, Path], request: pytest.FixtureRequest) -> Run:
+def found(checkpoint: Checkpoint, packed_checkpoints: dict[str, Path], request: pytest.FixtureRequest) -> Run:
     checkpoint.require()
     return request.getfixturevalue("runs")[checkpoint.name]
 
@@ -164,7 +142,17 @@ def test_training_starts_at_the_base_and_learns(checkpoint, found):
 @by_name()
 def test_the_merged_model_gives_the_bits_of_the_unmerged_one(checkpoint, found):
     assert not torch.allclose(found.logits["unmerged"], found.logits["base"], atol=0.1)
-    check_equal(found, "unmerged", "merged", "again", "loaded", "plain", "after saving", "after loading its state")
+    check_equal(
+        found,
+        "unmerged",
+        "merged",
+        "again",
+        "as printed",
+        "loaded",
+        "plain",
+        "after saving",
+        "after loading its state",
+    )
 
 
 @by_name()
@@ -203,9 +191,16 @@ def test_verify_finds_the_merge_in_memory_right(checkpoint, found):
 
 
 @by_name()
+def test_the_kernel_of_the_training_is_not_saved(checkpoint, found):
+    before, after = (found.quantization[name] for name in ("checkpoint", "merged"))
+    assert after.get("backend") in (None, "auto", before.get("backend"))
+    assert "backend" not in found.quantization["adapter"]
+
+
+@by_name()
 def test_undoing_gives_the_base_back(checkpoint, found):
     check_equal(found, "base", "disabled", "unloaded")
-    # But for the zero points of an unloaded model, which are those of the file (see upstream/gptq_zero_points.py).
+    # But for the zero points of an unloaded model, those of the file (see base/workarounds/gptq_zero_points.py).
     names = [name for name in found.states["base"] if not name.endswith("qzeros")]
     base, unloaded = (
         {name: state[name] for name in names} for state in (found.states["base"], found.states["unloaded"])
@@ -239,7 +234,7 @@ def test_an_adapter_is_refused_on_what_has_it_merged_and_told_how_to_load_its_ba
 
 
 @by_name()
-def test_that_code_loads_the_base(checkpoint, directories, found):
+def test_that_code_loads_the_base(checkpoint, packed_checkpoints, found):
     import transformers
 
     names = {name: getattr(transformers, name) for name in ("AutoRoundConfig", "AwqConfig", "GPTQConfig")}
@@ -255,11 +250,11 @@ _DEFAULTS: list[tuple[Checkpoint, str]] = [
 
 
 @pytest.mark.parametrize(("checkpoint", "kernel"), _DEFAULTS, ids=lambda value: getattr(value, "name", value))
-def test_a_model_on_another_kernel_is_refused_before_it_is_changed(checkpoint, kernel, directories):
+def test_a_model_on_another_kernel_is_refused_before_it_is_changed(checkpoint, kernel, packed_checkpoints):
     checkpoint.require()
     head, _, right = checkpoint.config.partition("backend=")
     other = Checkpoint(checkpoint.name, checkpoint.library, {}, f"{head}backend={kernel})", checkpoint.dtype)
-    model = other.load(directories[checkpoint.name])
+    model = other.load(packed_checkpoints[checkpoint.name])
     with pytest.raises(ValueError, match="loses the gradient of the input") as error:
         get_peft_model(model, SGRQConfig())
     assert f"backend={right}" in str(error.value)
@@ -267,9 +262,9 @@ def test_a_model_on_another_kernel_is_refused_before_it_is_changed(checkpoint, k
 
 
 _NATIVE: dict[str, Callable[[Any], Any]] = {
-    "gptq-4bit": lambda scaled_weight: scaled_weight.GPTQ_TORCH,
-    "gptq-4bit-asym-v2": lambda scaled_weight: scaled_weight.TORCH,
-    "awq-4bit": lambda scaled_weight: scaled_weight.AWQ_TORCH,
+    "gptq-4bit": lambda kernels: kernels.GPTQ_TORCH,
+    "gptq-4bit-asym-v2": lambda kernels: kernels.TORCH,
+    "awq-4bit": lambda kernels: kernels.AWQ_TORCH,
 }
 
 
@@ -278,12 +273,12 @@ _NATIVE: dict[str, Callable[[Any], Any]] = {
     [checkpoint for checkpoint in CHECKPOINTS if checkpoint.name in _NATIVE],
     ids=lambda checkpoint: checkpoint.name,
 )
-def test_a_model_of_gptqmodels_own_loader_is_trained_merged_and_saved(checkpoint, directories, tmp_path):
+def test_a_model_of_gptqmodels_own_loader_is_trained_merged_and_saved(checkpoint, packed_checkpoints, tmp_path):
     checkpoint.require()
     from gptqmodel import BACKEND, GPTQModel
 
     options = {"backend": _NATIVE[checkpoint.name](BACKEND), "device": "cpu", "dtype": torch.bfloat16}
-    loaded = GPTQModel.load(str(directories[checkpoint.name]), **options)
+    loaded = GPTQModel.load(str(packed_checkpoints[checkpoint.name]), **options)
     model = get_peft_model(loaded.model, SGRQConfig(ratio=0.5, task_type="CAUSAL_LM"))
     train_steps(model, IDS, steps=3)
     unmerged = logits(model.eval(), IDS)

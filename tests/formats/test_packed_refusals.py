@@ -46,12 +46,12 @@ def test_awq_kernels_without_gradients_are_refused_with_the_argument_that_loads_
 
 
 def _kernel(file: str, name: str) -> nn.Module:
+    """A layer of the class, without its constructor: some need an instruction set of the CPU, the refusal does not."""
     from importlib import import_module
 
-    cls = getattr(import_module(f"gptqmodel.nn_modules.qlinear.{file}"), name)
-    return cls(
-        bits=4, group_size=32, sym=False, desc_act=False, in_features=128, out_features=64, register_buffers=True
-    )
+    layer = packed_layer("awq" if file.endswith("_awq") else "gptq").layer
+    layer.__class__ = getattr(import_module(f"gptqmodel.nn_modules.qlinear.{file}"), name)
+    return layer
 
 
 def test_an_autoround_kernel_of_another_package_is_refused_with_the_argument_that_loads_the_right_one():

@@ -10,13 +10,15 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from support.bases import TRAINING, logits, save_small_llama
-from support.checkpoints import same_bytes, tensors_of
 from support.packed_checkpoints import CHECKPOINTS, Checkpoint, make
+from support.quantized_checkpoints import same_bytes, tensors_of
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from peft_sgrq import SGRQConfig, merge_checkpoint, verify_checkpoint
 from peft_sgrq.base.workarounds.trainer_refusal import allow_quantized_training
+
+pytestmark = pytest.mark.slow
 
 BY_NAME = {checkpoint.name: checkpoint for checkpoint in CHECKPOINTS}
 AUTOROUND, AUTOROUND_AWQ = BY_NAME["autoround-4bit"], BY_NAME["autoround-4bit-asym"]
@@ -77,7 +79,7 @@ def test_sfttrainer_makes_the_adapter_on_autoround_when_allowed(checkpoint, dire
     directory = directories[checkpoint.name]
     model = checkpoint.load(directory)
     before = logits(model, ids)
-    # Not the model that has run: GPTQModel rounds AWQ's scales when it does (see upstream/awq_scale_dtype.py).
+    # Not the model that has run: GPTQModel rounds AWQ's scales when it does (see base/workarounds/awq_scale_dtype.py).
     model = checkpoint.load(directory)
     with allow_quantized_training(model):
         trainer = _sft_trainer(model, directory, tmp_path)

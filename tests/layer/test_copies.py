@@ -12,7 +12,8 @@ import pytest
 import torch
 from peft import PeftModel
 from support.bases import DENSE, INT8, NF4, NF4_NESTED, adapted, logits, train_steps
-from support.layers import adapt, add_adapter, delta_of, linear_4bit, linear_8bit, linear_dense
+from support.oracle import expected_of
+from support.single_layers import adapt, add_adapter, delta_of, linear_4bit, linear_8bit, linear_dense, the_layer
 
 kinds = pytest.mark.parametrize("base", [NF4, NF4_NESTED, INT8, DENSE], ids=lambda base: base.name)
 makers = pytest.mark.parametrize("make", [linear_4bit, linear_8bit, linear_dense])
@@ -26,8 +27,11 @@ def pickled(model: Any) -> Any:
 
 
 @kinds
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
-@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
+@pytest.mark.parametrize(
+    ("duplicate", "merged"),
+    [(copy.deepcopy, False), (copy.deepcopy, True), (pickled, True)],
+    ids=["copy", "copy-merged", "pickle-merged"],
+)
 def test_a_copy_gives_the_same_bits_and_is_independent(base, llama_dir, ids, duplicate, merged):
     model = adapted(base, llama_dir)
     expected = logits(model, ids)
@@ -110,17 +114,45 @@ def test_compiled_inference_has_no_graph_breaks_and_sees_changed_deltas(make):
         assert torch.equal(call(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler")
 def test_inductor_compiles_training():
+    """The compiler adds up in an order of its own: each sum is as near to float64 as its number of terms allows."""
     model = adapt(linear_4bit(16, 256, nested=True))
     add_adapter(model, "b", ratio=0.9)
-    x = torch.randn(5, 256)
-    expected = gradients(model, model, x)
-    found = gradients(model, compiled(model, "inductor"), x)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
+    layer, x = the_layer(model), torch.randn(5, 256)
+    deltas = {name: delta_of(model, name).detach().double() for name in layer.active_adapters}
+    scales = layer.scaled_weight.scales().double()  # (N, G)
+    codes = layer.scaled_weight.codes(None, torch.float32).double()  # (N, K)
+    bias = layer.scaled_weight.bias.double()
+    weight = (expected_of(model, torch.eye(256), torch.zeros(256, 16))[0] - bias).T  # (N, K)
+    for call in (model, compiled(model, "inductor")):
+        y, dx, *ddeltas = gradients(model, call, x)
+        dy = 2 * y.double()  # what the loss has handed back
+        check_sum(y, x.double(), weight.T, bias)
+        check_sum(dx, dy, weight)
+        for ddelta, name in zip(ddeltas, deltas, strict=True):
+            groups = layer.sgrq_delta[name].groups
+            for group, column in zip(groups.tolist(), ddelta.T, strict=True):
+                part = slice(group * 64, group * 64 + 64)
+                terms = dy.T.unsqueeze(2) * x.double()[:, part] * codes[:, part].unsqueeze(1)  # (N, T, g)
+                factor = scales[:, group, None]
+                check_sum(column, terms.flatten(1) * factor, torch.ones(5 * 64, dtype=torch.float64))
 
 
+def check_sum(found: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | float = 0.0) -> None:
+    """Asserts that float32 holds `a @ b + bias` to within the rounding of its terms, in whatever order they are added.
+
+    A sum of n products is wrong by at most n + 6 times half an ulp of the sum of their magnitudes: one for each
+    addition, and six for the product and the factors that were rounded before.
+    """
+    magnitude = a.abs() @ b.abs() + abs(bias)
+    bound = (a.shape[-1] + 6) * torch.finfo(torch.float32).eps / 2 * magnitude
+    error = (found.double() - (a @ b + bias)).abs()
+    assert bool((error <= bound).all()), f"off by up to {float((error / bound).max())} times the rounding"
+
+
+@pytest.mark.slow
 def test_a_whole_model_compiles_without_graph_breaks(llama_dir, ids):
     model = adapted(NF4, llama_dir).train()
     losses = []
@@ -133,6 +165,7 @@ def test_a_whole_model_compiles_without_graph_breaks(llama_dir, ids):
     assert all(gradient.abs().max() > 0 for gradient in losses[0][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [NF4, INT8], ids=lambda base: base.name)
 def test_steps_after_the_first_are_not_compiled_again(llama_dir, ids, base):
     model = adapted(base, llama_dir).train()

@@ -9,16 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from support.bases import adapted, logits
+from support.bases import DENSE, INT8, NF4, NF4_NESTED, adapted, logits
 from support.delta_changes import (
     OPTIMIZERS,
     OTHERS,
+    by_another_adapter,
     by_averaging,
     by_fused_optimizer,
+    by_in_place_change,
+    by_moving,
+    by_new_data,
     computed_anew,
     kinds,
 )
-from support.layers import adapt, linear_4bit, linear_8bit, linear_dense
+from support.single_layers import adapt, linear_4bit, linear_8bit, linear_dense
 from torch import nn
 
 from peft_sgrq import SGRQLinear
@@ -37,8 +41,18 @@ DECODING = [change for change in (*OPTIMIZERS, *OTHERS) if change not in (by_ave
 ]
 
 
-@kinds
-@pytest.mark.parametrize("change", DECODING, ids=lambda change: change.__name__)
+@pytest.mark.parametrize(  # on the other bases what shows elsewhere: see test_prepared.py
+    ("base", "change"),
+    [
+        *((NF4, change) for change in DECODING),
+        *(
+            (base, change)
+            for base in (NF4_NESTED, INT8, DENSE)
+            for change in (by_in_place_change, by_new_data, by_another_adapter, by_moving, by_merging)
+        ),
+    ],
+    ids=lambda value: getattr(value, "name", None) or value.__name__,
+)
 def test_decoding_is_never_stale(base, llama_dir, ids, tmp_path, change):
     model, token = adapted(base, llama_dir), ids[:, :1]
     before = logits(model, token)

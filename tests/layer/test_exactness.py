@@ -10,7 +10,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from support.bases import BASES, DENSE, NF4, NF4_NESTED, Base, adapted, logits, train_steps
-from support.layers import adapt, conv1d, linear_4bit, linear_8bit, linear_dense, the_layer
+from support.single_layers import adapt, conv1d, linear_4bit, linear_8bit, linear_dense, the_layer
 
 from peft_sgrq import SGRQConfig, SGRQLinear
 

@@ -1,4 +1,4 @@
-"""Gradients of deltas and inputs against float64 references, and what the backward pass keeps in memory."""
+"""Gradients of deltas and inputs against float64 references."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.bases import DENSE, INT8, NF4, NF4_NESTED, adapted, train_steps
-from support.layers import (
+from support.oracle import expected_of, relative_error
+from support.single_layers import (
     adapt,
     add_adapter,
     conv1d,
@@ -18,9 +19,6 @@ from support.layers import (
     linear_4bit,
     linear_8bit,
     linear_dense,
-    reference,
-    reference_gradients,
-    relative_error,
     the_layer,
 )
 from torch import nn
@@ -37,9 +35,8 @@ def check_gradients(model: Any, *shape: int, tolerance: float = TOLERANCE) -> No
     dy = torch.randn(*shape, layer.out_features)
     y = model(x)
     (y * dy).sum().backward()
-    deltas = {name: delta_of(model, name).detach().double() for name in layer.active_adapters}
-    assert relative_error(y.detach(), reference(layer, x.detach(), deltas)) < tolerance
-    dx, ddeltas = reference_gradients(model, x, dy)
+    expected, dx, ddeltas = expected_of(model, x, dy)
+    assert relative_error(y.detach(), expected) < tolerance
     assert x.grad.dtype == x.dtype
     assert relative_error(x.grad, dx) < tolerance
     for name, ddelta in ddeltas.items():
@@ -56,9 +53,16 @@ def eager():
 
 
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-@pytest.mark.parametrize("block", BLOCK_SIZES)
+@pytest.mark.parametrize(  # every block size of both codes and of both kinds of scales, and the other two pairs
+    ("quant_type", "nested", "block"),
+    [
+        *(("nf4", False, block) for block in BLOCK_SIZES),
+        *(("fp4", True, block) for block in BLOCK_SIZES),
+        ("nf4", True, 64),
+        ("fp4", False, 64),
+    ],
+    ids=lambda value: {False: "plain", True: "nested"}[value] if isinstance(value, bool) else None,
+)
 def test_gradients_of_4bit_layers_equal_the_reference(quant_type, nested, block):
     layer = linear_4bit(16, block * (4 if block <= 256 else 2), quant_type, block, nested)
     weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
@@ -168,39 +172,17 @@ def test_gradient_checkpointing_changes_nothing(llama_dir, ids, base, reentrant)
     assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
 
 
-def saved_bytes(model: Any, x: torch.Tensor) -> int:
-    """Bytes of the distinct tensors that autograd saves in one forward call."""
-    storages: dict[int, torch.Tensor] = {}  # kept alive, so that no address is used twice
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x)
-    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+KINDS = ["nf4", "nf4-nested", "int8", "int8-no-bias", "dense", "ragged", "conv1d"]
 
 
-@pytest.mark.parametrize("needs_dx", [False, True], ids=["first-layer", "inner-layer"])
-@pytest.mark.parametrize("kind", ["nf4", "nf4-nested", "dense"])
-def test_only_the_selected_columns_are_kept_for_the_backward_pass(kind, needs_dx):
-    layer = linear_dense(64, 1024) if kind == "dense" else linear_4bit(64, 1024, nested=kind.endswith("nested"))
-    model = adapt(layer, [3, 8])
-    x = torch.randn(50, 1024, requires_grad=needs_dx)
-    columns = 50 * 2 * 64 * 4
-    adapter = delta_of(model).numel() * 4 + 2 * 8  # and the int64 indices
-    assert saved_bytes(model, x) == columns + adapter
-
-
-def test_row_formats_keep_the_selected_outputs_and_no_input():
-    model = adapt(linear_8bit(8, 1024, bias=False), [1, 5])
-    x = torch.randn(50, 1024, requires_grad=True)
-    assert saved_bytes(model, x) == 50 * 2 * 4 + 2 * 4 + 2 * 8
-
-
-@pytest.mark.parametrize("temporary", [1, 1000, 5000], ids=lambda size: f"{size}-bytes")
-@pytest.mark.parametrize("groups", [[0], [2], [0, 2], [0, 1, 2]], ids=str)
-@pytest.mark.parametrize("kind", ["nf4", "nf4-nested", "int8", "int8-no-bias", "dense", "ragged", "conv1d"])
+@pytest.mark.parametrize(  # every kind in parts of every size, and every selection where parts are cut otherwise
+    ("kind", "groups", "temporary"),
+    [
+        *((kind, [0, 2], temporary) for kind in KINDS for temporary in (1, 1000, 5000)),
+        *((kind, groups, 1000) for kind in ("nf4", "int8", "ragged") for groups in ([0], [2], [0, 1, 2])),
+    ],
+    ids=str,
+)
 def test_gradients_made_in_parts_equal_the_reference(monkeypatch, kind, groups, temporary):
     layer = {
         "nf4": lambda: linear_4bit(12, 192),
@@ -253,7 +235,7 @@ def test_autocast_bfloat16_gives_float32_gradients_near_the_reference(make):
         y = model(x)
         assert y.dtype == layer.base_layer(x).dtype
         (y * dy).sum().backward()
-    dx, ddeltas = reference_gradients(model, x, dy)
+    _, dx, ddeltas = expected_of(model, x, dy)
     assert x.grad.dtype == delta_of(model).grad.dtype == torch.float32
     assert relative_error(x.grad, dx) < 0.02  # bfloat16 has 8 bits
     assert relative_error(delta_of(model).grad, ddeltas["default"]) < 0.02
@@ -295,6 +277,6 @@ def test_a_large_bias_costs_int8_rows_no_accuracy():
         nn.init.constant_(the_layer(model).base_layer.bias, size)
         x, dy = torch.randn(64, 64).bfloat16(), torch.randn(64, 16).bfloat16()
         (model(x) * dy).sum().backward()
-        errors[size] = relative_error(delta_of(model).grad, reference_gradients(model, x, dy)[1]["default"])
+        errors[size] = relative_error(delta_of(model).grad, expected_of(model, x, dy)[2]["default"])
     assert errors[0.0] < 0.02
     assert errors[100.0] < 2 * errors[0.0]

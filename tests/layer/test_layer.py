@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from support.bases import DENSE, INT8, NF4, NF4_NESTED, Base, adapted, logits, train_steps
-from support.layers import adapt, delta_of, linear_4bit, linear_8bit, linear_dense, the_layer
+from support.single_layers import adapt, delta_of, linear_4bit, linear_8bit, linear_dense, the_layer
 from torch import nn
 
 from peft_sgrq import SGRQConfig, SGRQLinear
@@ -220,8 +220,7 @@ def test_deltas_made_on_the_meta_device_are_loaded_into(base, llama_dir, ids):
 
 
 @kinds
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("unload", [False, True], ids=["merge", "merge-and-unload"])
+@pytest.mark.parametrize(("value", "unload"), [(float("nan"), False), (float("inf"), True)], ids=["merge", "unload"])
 def test_safe_merge_refuses_a_broken_adapter_and_merges_nothing(base, llama_dir, ids, value, unload):
     model = two_adapters(base, llama_dir)
     model.base_model.set_adapter(["default", "b"])

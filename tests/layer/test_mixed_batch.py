@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from support.bases import DENSE, INT8, NF4, NF4_NESTED, Base, adapted, logits
-from support.layers import adapt, add_adapter, linear_4bit, linear_8bit, linear_dense
+from support.single_layers import adapt, add_adapter, linear_4bit, linear_8bit, linear_dense
 
 from peft_sgrq import SGRQConfig
 

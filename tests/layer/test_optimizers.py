@@ -7,8 +7,10 @@ import pytest
 import torch
 from datasets import Dataset
 from support.bases import INT8, NF4, NF4_NESTED, TRAINING, adapted, byte_tokenizer
-from support.layers import adapt, delta_of, linear_4bit
+from support.single_layers import adapt, delta_of, linear_4bit
 from trl import SFTConfig, SFTTrainer
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")

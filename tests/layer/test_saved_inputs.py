@@ -1,8 +1,9 @@
-"""What layers that share an input save of it for their backward passes."""
+"""What layers save of their input for their backward passes, and share with others that have the same."""
 
 from __future__ import annotations
 
 import copy
+import gc
 import weakref
 from functools import partial
 from typing import Any
@@ -13,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from support.bases import DENSE, NF4, NF4_NESTED, adapted
-from support.layers import kept_tensors, linear_4bit, linear_dense, relative_error, storage_bytes
+from support.oracle import relative_error
+from support.single_layers import adapt, delta_of, kept_tensors, linear_4bit, linear_8bit, linear_dense, storage_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -65,15 +67,16 @@ def gradients(model: Any, x: torch.Tensor) -> list[torch.Tensor]:
 
 @quick
 @given(st.data())
-def test_layers_that_share_an_input_save_the_union_of_their_columns_once(data):
+def test_layers_save_their_own_columns_and_those_that_train_all_save_the_input_once(data):
     columns = data.draw(st.sampled_from([256, 230]))
     make = linear_dense if columns == 230 else data.draw(st.sampled_from([linear_4bit, linear_dense]))
     selections = data.draw(
         st.lists(st.sets(st.integers(0, 3), min_size=1).map(sorted), min_size=1, max_size=4), label="selections"
     )
     model = siblings(make, columns, selections)
-    union = sorted(set().union(*selections))
-    width = sum(min(64, columns - 64 * group) for group in union)
+    width = sum(64 * len(chosen) for chosen in selections if len(chosen) < 4)  # a partial group is padded
+    if [0, 1, 2, 3] in selections:
+        width += columns
     assert saved_input_bytes(model, torch.randn(TOKENS, columns)) == TOKENS * width * 4
 
 
@@ -112,10 +115,10 @@ def test_an_input_changed_in_place_between_siblings_is_saved_again():
 
 
 def test_a_compute_dtype_of_its_own_is_saved_in_that_dtype_once():
-    model = siblings(linear_4bit, 256, [[0, 1], [1, 2], [0, 1, 2, 3]])
+    model = siblings(linear_4bit, 256, [[0, 1, 2, 3], [1, 2], [0, 1, 2, 3]])
     for layer in model.base_model.model.layers:
         layer.base_layer.compute_dtype, layer.base_layer.compute_type_is_set = torch.bfloat16, True
-    assert saved_input_bytes(model, torch.randn(TOKENS, 256)) == TOKENS * 256 * 2
+    assert saved_input_bytes(model, torch.randn(TOKENS, 256)) == TOKENS * (256 + 128) * 2
 
 
 def test_nothing_is_kept_once_the_graph_is_gone():
@@ -126,6 +129,17 @@ def test_nothing_is_kept_once_the_graph_is_gone():
     assert kept and all(reference() is not None for reference in kept)
     del y
     assert all(reference() is None for reference in kept)
+
+
+def test_a_deleted_model_leaves_no_tensors_behind():
+    model = siblings(linear_4bit, 256, [[0, 1], [1, 2], [0, 1, 2, 3], [0, 1, 2, 3]])
+    for layer in model.base_model.model.layers:
+        layer.base_layer.compute_dtype, layer.base_layer.compute_type_is_set = torch.bfloat16, True
+    model(torch.randn(TOKENS, 256)).sum().backward()
+    left = [weakref.ref(tensor) for tensor in [*model.parameters(), *model.buffers()]]
+    del model, layer
+    gc.collect()
+    assert not any(reference() is not None for reference in left)
 
 
 def test_under_hooks_on_saved_tensors_each_layer_saves_its_own():
@@ -194,3 +208,36 @@ def test_layers_that_round_their_input_each_save_their_own(monkeypatch):
     first, other = (tensor for tensor in kept_tensors(model(x)) if is_input(tensor))
     expected = x[:, :128], x[:, :128].round()
     assert any(torch.equal(first, a) and torch.equal(other, b) for a, b in (expected, expected[::-1]))
+
+
+# how much is kept
+
+
+def saved_bytes(model: Any, x: torch.Tensor) -> int:
+    """Bytes of the distinct tensors that autograd saves in one forward call."""
+    storages: dict[int, torch.Tensor] = {}  # kept alive, so that no address is used twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+
+@pytest.mark.parametrize("needs_dx", [False, True], ids=["first-layer", "inner-layer"])
+@pytest.mark.parametrize("kind", ["nf4", "nf4-nested", "dense"])
+def test_only_the_selected_columns_are_kept_for_the_backward_pass(kind, needs_dx):
+    layer = linear_dense(64, 1024) if kind == "dense" else linear_4bit(64, 1024, nested=kind.endswith("nested"))
+    model = adapt(layer, [3, 8])
+    x = torch.randn(50, 1024, requires_grad=needs_dx)
+    columns = 50 * 2 * 64 * 4
+    adapter = delta_of(model).numel() * 4 + 2 * 8  # and the int64 indices
+    assert saved_bytes(model, x) == columns + adapter
+
+
+def test_row_formats_keep_the_selected_outputs_and_no_input():
+    model = adapt(linear_8bit(8, 1024, bias=False), [1, 5])
+    x = torch.randn(50, 1024, requires_grad=True)
+    assert saved_bytes(model, x) == 50 * 2 * 4 + 2 * 4 + 2 * 8

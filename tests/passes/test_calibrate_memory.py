@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
+
+# At the end: modules of the tests have names that occur there, too.
+from calibration_memory import PeakMemory
 from support.bases import DENSE
 from support.calibration import padded_batches
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_sgrq import SGRQConfig, calibrate
-
-# At the end: modules of the tests have names that occur there, too.
-sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "benchmarks"))
-
-from calibration_memory import PeakMemory
 
 WIDTH, INNER = 128, 384
 

@@ -14,6 +14,8 @@ from torch import distributed, multiprocessing
 
 from peft_sgrq import SGRQConfig, calibrate
 
+pytestmark = pytest.mark.slow
+
 CASES: dict[str, dict[str, Any]] = {
     "texts": {"data": TEXTS},
     "diag": {"data": TEXTS, "criterion": "diag"},

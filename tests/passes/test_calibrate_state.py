@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from support.bases import DENSE, INT8, NF4, NF4_NESTED, Base, logits
 from support.calibration import check_same, padded_batches, run_on, snapshot
+from torch import nn
 from torch.utils.data import DataLoader
 
-from peft_sgrq import SGRQConfig
+from peft_sgrq import SGRQConfig, SGRQLinear
+from peft_sgrq.passes.untouched import untouched
 
 CRITERIA = ["obs", "diag", "fisher", "gradient", "magnitude", "random"]
 
@@ -34,9 +37,17 @@ def prepared(base: Base, directory: Path, training: bool) -> Any:
     return model
 
 
-@pytest.mark.parametrize("base", [NF4_NESTED, INT8, DENSE], ids=lambda base: base.name)
-@pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+# Each criterion in both modes on one base, on the others the criteria that run the model in ways of their own.
+@pytest.mark.parametrize(
+    ("base", "criterion", "training"),
+    [
+        *((NF4_NESTED, criterion, training) for criterion in CRITERIA for training in (True, False)),
+        *((base, criterion, True) for base in (INT8, DENSE) for criterion in ("obs", "fisher", "gradient", "random")),
+    ],
+    ids=lambda value: (
+        {True: "train", False: "eval"}[value] if isinstance(value, bool) else getattr(value, "name", None)
+    ),
+)
 def test_the_model_is_as_it_was(base: Base, criterion, training, llama_dir: Path, ids):
     model = prepared(base, llama_dir, training)
     before = snapshot(model)
@@ -109,3 +120,33 @@ def test_calibration_comes_to_the_same_in_train_and_eval_mode_and_twice(llama_di
     scores = [run_on(model.train(mode), padded_batches()).scores for mode in (True, False, True)]
     for name in scores[0]:
         assert torch.equal(scores[0][name], scores[1][name]) and torch.equal(scores[0][name], scores[2][name])
+
+
+def test_buffers_that_a_forward_pass_replaces_are_put_back_with_what_it_remembers_of_them():
+    class Growing(nn.Module):  # as rotary embeddings do on long sequences
+        def __init__(self) -> None:
+            super().__init__()
+            self.longest = 4
+            self.register_buffer("table", torch.zeros(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(x) > self.longest:
+                self.longest, self.table, self.seen = len(x), torch.ones(len(x)), x
+            return x
+
+    model = Growing().train()
+    table = model.table
+    with pytest.raises(KeyboardInterrupt), untouched(model):
+        assert not model.training
+        model(torch.zeros(9))
+        raise KeyboardInterrupt
+    assert model.table is table and model.longest == 4 and model.training and not hasattr(model, "seen")
+
+
+def test_what_is_trained_inside_keeps_what_it_has(llama_dir: Path):
+    model = get_peft_model(NF4.load(llama_dir), SGRQConfig(task_type="CAUSAL_LM"))
+    layer = next(module for module in model.modules() if isinstance(module, SGRQLinear))
+    layer.train()
+    with untouched(model):
+        layer.kept = layer._delta("default").kept = True
+    assert layer.kept and layer._delta("default").kept and layer.training

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from benchmarks.ranks import NON_REENTRANT, REENTRANT, Case, run, train
+
+pytestmark = pytest.mark.slow
 
 ADAMW = {"optim": "adamw_torch", "max_steps": 4, "max_grad_norm": 1.0}
 CASES = {

@@ -135,6 +135,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, llama_dir: Path) -> dict[s
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "order",
     [
@@ -151,23 +152,28 @@ def test_registered_whatever_is_imported_first(results, order):
     assert results[order] == "passed", results[order]
 
 
+@pytest.mark.slow
 def test_transformers_loads_an_adapter_without_an_import(results):
     assert results["transformers loads"] == "passed", results["transformers loads"]
 
 
+@pytest.mark.slow
 def test_the_switch_turns_autoloading_off_and_an_import_still_works(results):
     assert results["switched off"] == "passed", results["switched off"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["broken, bitsandbytes first", "broken, peft first"])
 def test_a_broken_installation_breaks_only_itself(results, order):
     assert results[order] == "passed", results[order]
 
 
+@pytest.mark.slow
 def test_importing_bitsandbytes_alone_imports_nothing_heavy(results):
     assert results["only bitsandbytes"] == "passed", results["only bitsandbytes"]
 
 
+@pytest.mark.slow
 def test_a_peft_with_its_own_sgrq_is_not_hidden(results):
     assert results["peft has its own"] == "passed", results["peft has its own"]
 

@@ -18,6 +18,8 @@ from trl import SFTConfig, SFTTrainer
 from peft_sgrq import SGRQConfig
 from peft_sgrq.base.workarounds.bnb_cpu_packing import disable_cpu_packing
 
+pytestmark = pytest.mark.slow
+
 FILE = "adapter_model.safetensors"
 CONFIG = SGRQConfig(ratio=0.5, task_type="CAUSAL_LM")
 BF16_NESTED = Base("nf4", True, torch.bfloat16)

@@ -17,6 +17,8 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTr
 
 from peft_sgrq import SGRQConfig
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [f"{i} plus {i + 1} is" for i in range(10, 22)]
 SETTINGS = {**TRAINING, "max_steps": 4, "warmup_steps": 0}
 

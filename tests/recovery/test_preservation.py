@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.layers import conv1d, linear_4bit, linear_8bit, linear_dense
-from support.recovery import deltas, full, recovered, rounded, sequences
+from support.rounded_models import deltas, full, recovered, rounded, sequences
+from support.single_layers import conv1d, linear_4bit, linear_8bit, linear_dense
 from torch import nn
 from torch.nn import functional as F
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from support.bases import INT8, NF4, NF4_NESTED, Base, adapted, logits, train_steps
-from support.recovery import deltas, full, recovered, rounded, sequences
+from support.rounded_models import deltas, full, recovered, rounded, sequences
 from torch.nn import functional as F
 from transformers.masking_utils import create_causal_mask
 

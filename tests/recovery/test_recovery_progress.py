@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.bases import NF4, logits
 from support.calibration import check_same, snapshot
-from support.recovery import deltas, full, recovered, rounded, sequences
+from support.rounded_models import deltas, full, recovered, rounded, sequences
 
 from peft_sgrq import SGRQConfig
 from peft_sgrq.recovery import block_by_block

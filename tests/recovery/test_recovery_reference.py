@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.bases import INT8, byte_tokenizer, save_small_llama
-from support.recovery import deltas, full, recovered, rounded, sequences
+from support.rounded_models import deltas, full, recovered, rounded, sequences
 from torch import nn
 from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, LlamaForCausalLM
 
@@ -130,8 +130,8 @@ def test_a_reference_with_more_blocks_is_refused(llama_dir: Path):
 
 
 def test_a_reference_that_is_not_there_is_named(llama_dir: Path, tmp_path: Path):
-    for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match="could not be read"):
+    for path, message in ((tmp_path, "could not be read"), (tmp_path / "nowhere", "is no folder here")):
+        with pytest.raises(ValueError, match=message):
             recovered(llama_dir, reference=path)
 
 

@@ -23,8 +23,14 @@ TESTED = [NF4, NF4_NESTED, INT8, DENSE, BF16, Base("nf4", True, torch.bfloat16)]
 BASE_IDS = [base.name for base in TESTED]
 
 
-@pytest.mark.parametrize("base", TESTED, ids=BASE_IDS)
-@pytest.mark.parametrize("criterion", ["obs", "billm", "diag", "error"])
+@pytest.mark.parametrize(  # a criterion sees a weight and inputs, whatever the format
+    ("criterion", "base"),
+    [
+        *((criterion, base) for criterion in ("obs", "error") for base in TESTED),
+        *((criterion, base) for criterion in ("billm", "diag") for base in (NF4_NESTED, INT8)),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_criteria_of_inputs_equal_float64_references(criterion, base: Base, llama_dir: Path):
     model = base.load(llama_dir)
     original = AutoModelForCausalLM.from_pretrained(llama_dir)

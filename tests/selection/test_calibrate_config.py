@@ -7,20 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from support.bases import DENSE, INT8, NF4, NF4_NESTED, TRAINING, Base, byte_tokenizer
 from support.calibration import TEXTS, run
-from trl import SFTConfig, SFTTrainer
 
 from peft_sgrq import Saliency, SGRQConfig, calibrate
 from peft_sgrq.layer.masks import decode_mask, encode_mask
 from peft_sgrq.selection.ratio import select_top
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [NF4_NESTED, INT8, DENSE], ids=lambda base: base.name)
 @pytest.mark.parametrize("ratio", [0.3, "knee", "global"])
 def test_a_calibrated_config_goes_through_a_trainer_unchanged(base: Base, ratio, llama_dir: Path, tmp_path: Path):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
     config = SGRQConfig(ratio=ratio, group_size=16, budget=0.9, ratio_pattern={"o_proj": 1.0}, task_type="CAUSAL_LM")
     tokenizer = byte_tokenizer()
     model = base.load(llama_dir)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.bases import DENSE
-from support.layerwise import GROUP, everything, rows_of, scaled_weights_of, text
+from support.ratio_inputs import GROUP, everything, rows_of, scaled_weights_of, text
 
 from peft_sgrq import SGRQConfig
 from peft_sgrq.selection.layerwise.gains import STEP_LENGTHS, Options, directions, estimate, halves, measure

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from support.bases import DENSE, INT8, NF4
-from support.layerwise import GROUP, QUICK, saliency_of, text
+from support.ratio_inputs import GROUP, QUICK, saliency_of, text
 
 from peft_sgrq import SGRQConfig, allocate_ratios, calibrate
 from peft_sgrq.selection.layerwise.allocate_ratios import LayerRatios, split_blocks
@@ -99,6 +99,7 @@ def _run_process(rank: int, directory: str, data: list[Any], method: str, found:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fisher", "measured"])
 def test_two_processes_find_what_one_does_on_all_the_data(method, llama_dir, tmp_path):
     rows = [batch["input_ids"] for batch in text(8)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from support.bases import DENSE, INT8, NF4, Base
-from support.layerwise import (
+from support.ratio_inputs import (
     GROUP,
     QUICK,
     assert_same_state,

@@ -8,19 +8,9 @@ import pytest
 import torch
 from support.bases import DENSE, NF4
 from support.calibration import check_same, padded_batches, run_on
+from support.saliencies import example
 
 from peft_sgrq import Saliency, SGRQConfig
-from peft_sgrq.formats.selectable_unit import SelectableUnit
-from peft_sgrq.selection.layer_saliency import LayerSaliency
-
-
-def example() -> Saliency:
-    layers = {
-        "a.b": LayerSaliency(torch.rand(64), (8, 64), SelectableUnit.GROUP, 16, "dense-16:01:"),
-        "a.c": LayerSaliency(torch.rand(32), (4, 32), SelectableUnit.GROUP, 8, "x:2:3", torch.randperm(32) // 8),
-        "d": LayerSaliency(torch.rand(6), (6, 32), SelectableUnit.ROW, 32, "bnb-int8-row:0:0"),
-    }
-    return Saliency(layers, "obs", 123, {"total": 1.5}, {"a.b": 0.1})
 
 
 def test_a_saliency_survives_saving(tmp_path: Path):

@@ -61,8 +61,11 @@ class Base:
 
 
 DTYPES = (torch.float32, torch.bfloat16)
-BASES = [
-    *(Base(quant, nested, dtype) for quant in ("nf4", "fp4") for nested in (False, True) for dtype in DTYPES),
+BASES = [  # of codes, kinds of scales and dtypes each pair
+    Base("nf4", False, torch.float32),
+    Base("nf4", True, torch.bfloat16),
+    Base("fp4", False, torch.bfloat16),
+    Base("fp4", True, torch.float32),
     *(Base(quant, False, dtype) for quant in ("int8", "dense") for dtype in DTYPES),
 ]
 NF4 = Base("nf4", False, torch.float32)
@@ -163,9 +166,11 @@ def train_steps(model: Any, ids: torch.Tensor, steps: int = 3, lr: float = 1e-2)
     optimizer = torch.optim.AdamW(parameters, lr=lr)
     model.train()
     losses = []
-    for _ in range(steps):
+    for step in range(steps):
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
+        if step == 0:
+            assert all(parameter.grad is not None for parameter in parameters), "a delta without a gradient"
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

@@ -30,7 +30,7 @@ def padded_batches(count: int = 3, rows: int = 4, length: int = 24, seed: int = 
 
 
 def layers_of(model: Any) -> dict[str, ScaledWeight]:
-    """Backends of all adapted layers of the tiny models, by name, dense ones in groups of 16."""
+    """The scaled weights of all adapted layers of the tiny models, by name, dense ones in groups of 16."""
     return {
         name: resolve_weight(module, 16)
         for name, module in model.named_modules()

@@ -14,6 +14,7 @@ from torch import nn
 
 # Code that sets `model` from `directory`, run where peft_sgrq is not installed.
 AUTO = "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(directory)"
+NO_PACKING = "\nfor module in model.modules():\n    module.support_avx512bf16_for_cpu = False"  # by bitsandbytes
 
 
 @dataclass(frozen=True)

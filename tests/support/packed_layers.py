@@ -38,6 +38,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "autoround-6bit": {"kind": "autoround-zp", "bits": 6},
     "autoround-7bit": {"kind": "autoround-zp", "bits": 7},
 }
+# One variant of each way to make the weight: consecutive groups, columns in any order, codes that straddle words.
+SCHEMES = ("gptq-4bit", "gptq-3bit", "gptq-ragged-act-order", "awq-4bit", "autoround-4bit", "autoround-zp-4bit")
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the code that is in each nibble of a word, from the low one on
 
 
@@ -87,6 +89,10 @@ class Packed:
     def levels(self) -> torch.Tensor:
         """`q - z` of every column, float64 `[N, K]`."""
         return (self.codes - self.zeros[self.groups]).double().T
+
+    def product_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What a layer multiplies in, given the dtype of its input: AWQ's kernel knows no float32."""
+        return torch.float16 if self.kind == "awq" and dtype == torch.float32 else dtype
 
     def weight(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The weight a layer with other scales (float32 `[N, groups]`) multiplies by, float64 `[N, K]`."""

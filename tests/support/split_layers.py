@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.layers import linear_4bit
 from support.packed_layers import LIBRARY, VARIANTS, packed_layer
+from support.single_layers import linear_4bit
 from torch import nn
 
 ROWS, COLUMNS = 128, 256
@@ -83,4 +83,11 @@ CASES = [
     *(_hqq(bits, "-row", group_size=None) for bits in (3, 4)),
     _hqq(4, "-as-float", view_as_float=True),
     *PACKED,
+]
+SCHEMES = [
+    case
+    for case in CASES
+    if case.library in ("bitsandbytes", "hqq")
+    or case.name in ("gptq-bias", "gptq-ragged-to-32", "gptq-act-order-incomplete-part", "gptq-3bit")
+    or case.name in ("awq-4bit", "autoround-4bit", "autoround-zp-4bit")
 ]

@@ -1,4 +1,4 @@
-"""torchao's formats: see `formats.py`."""
+"""torchao's formats: see `library_formats.py`."""
 
 from __future__ import annotations
 

@@ -46,6 +46,10 @@ class StoredBnb4bit(StoredWeight):
     def storage_dtype(self) -> torch.dtype:
         return torch.float32
 
+    @property
+    def is_nested(self) -> bool | None:
+        return bool(self._state.nested)
+
     def scales(self) -> torch.Tensor:
         return absmax_of(self._state).view(self.scales_shape)
 

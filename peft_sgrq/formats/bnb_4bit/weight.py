@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,17 +18,6 @@ from peft_sgrq.formats.kernels import decodes_4bit, group_reduce_4bit
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 
 # What from_pretrained needs to quantize a base again; the rest of the recorded config are defaults.
-_LOADING_FIELDS = (
-    "load_in_4bit",
-    "bnb_4bit_quant_type",
-    "bnb_4bit_use_double_quant",
-    "bnb_4bit_compute_dtype",
-    "bnb_4bit_quant_storage",
-    "load_in_8bit",
-    "llm_int8_threshold",
-    "llm_int8_skip_modules",
-)
-
 _SMALLEST_BLOCK = 32
 
 
@@ -75,6 +64,10 @@ class Bnb4bitWeight(ScaledWeight):
         bnb = sys.modules.get("bitsandbytes.nn")
         return bnb is not None and isinstance(module, bnb.Linear4bit)
 
+    @staticmethod
+    def known_class(module: nn.Module) -> type[nn.Module]:
+        return sys.modules["bitsandbytes.nn"].Linear4bit
+
     @property
     def _state(self) -> Any:
         return quant_state_of(self.module)
@@ -86,6 +79,10 @@ class Bnb4bitWeight(ScaledWeight):
     @property
     def storage_dtype(self) -> torch.dtype:
         return torch.float32
+
+    @property
+    def is_nested(self) -> bool | None:
+        return bool(self._state.nested)
 
     def scales(self) -> torch.Tensor:
         return absmax_of(self._state).view(self.scales_shape)
@@ -252,14 +249,3 @@ def quant_state_of(module: nn.Module) -> Any:
     # A weight rebuilt by others (FSDP does so) may have lost its state; the layer has it too.
     state = getattr(module.weight, "quant_state", None)
     return getattr(module, "quant_state", None) if state is None else state
-
-
-def loading_code(load: Callable[..., str], quantization: Mapping[str, Any]) -> str:
-    """The Python code that loads a base and quantizes it by bitsandbytes, in 4 or in 8 bits."""
-    wanted = [(key, quantization.get(key)) for key in _LOADING_FIELDS]
-    if not quantization.get("load_in_8bit"):
-        wanted = [(key, value) for key, value in wanted if key != "llm_int8_threshold"]
-    if not quantization.get("load_in_4bit"):
-        wanted = [(key, value) for key, value in wanted if not key.startswith("bnb_4bit")]
-    arguments = ", ".join(f"{key}={value!r}" for key, value in wanted if value not in (None, False, "uint8"))
-    return load(f"quantization_config=BitsAndBytesConfig({arguments})")

@@ -43,6 +43,10 @@ class BnbInt8Weight(ScaledWeight):
         bnb = sys.modules.get("bitsandbytes.nn")
         return bnb is not None and isinstance(module, bnb.Linear8bitLt)
 
+    @staticmethod
+    def known_class(module: nn.Module) -> type[nn.Module]:
+        return sys.modules["bitsandbytes.nn"].Linear8bitLt
+
     @property
     def _owner(self) -> Any:
         # The scales move from the weight to the layer's state at its first forward pass.

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from peft_sgrq.formats.compressed_tensors.kv_cache_gradients import pass_attention_gradients
 from peft_sgrq.formats.parameter_scales import ParameterScales
 from peft_sgrq.formats.scale_matrix import Geometry
 from peft_sgrq.formats.scaled_weight import gather_groups
@@ -98,6 +99,10 @@ class CompressedTensorsWeight(ParameterScales):
             and getattr(getattr(module, "quantization_scheme", None), "weights", None) is not None
         )
 
+    @staticmethod
+    def known_class(module: nn.Module) -> type[nn.Module]:
+        return nn.Linear
+
     @property
     def _scheme(self) -> Any:
         return self.module.quantization_scheme
@@ -135,6 +140,10 @@ class CompressedTensorsWeight(ParameterScales):
     def cast_input(self, x: torch.Tensor) -> torch.Tensor:
         return _quantize_activation(self.module, x, "input")
 
+    @property
+    def rounds_input(self) -> bool:
+        return self._scheme.input_activations is not None
+
     def cast_output(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return _quantize_activation(self.module, y, "output")
 
@@ -153,22 +162,36 @@ def digest_tensors(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Ten
     return codes, scales.to(torch.bfloat16)
 
 
+def pass_gradients(model: nn.Module) -> None:
+    """Lets gradients pass where compressed-tensors quantizes keys, values and queries; the values stay."""
+    pass_attention_gradients(model, _StraightThrough.apply)
+
+
 def keep_compressed(model: nn.Module) -> None:
-    """Keeps the layers of a model compressed that compressed-tensors would decompress at its first forward pass."""
+    """Keeps the layers of a model compressed that compressed-tensors would decompress at its first forward pass.
+
+    Gradients pass straight through the rounding of activations, keys, values and queries then.
+    """
     if "compressed_tensors" not in sys.modules:
         return
     from compressed_tensors.compressors import decompress_module
     from compressed_tensors.offload import unwrap_offload_forward
 
+    pass_gradients(model)
     for module in model.modules():
         hook = module.__dict__.pop("ct_decompress_hook", None)
         if hook is not None:
             hook.remove()
-        if CompressedTensorsWeight.matches(module) and _is_compressed(module):
+        if stays_compressed(module):
             with unwrap_offload_forward(module):
                 module.forward = types.MethodType(_compressed_forward, module)
         elif _is_compressed(module):  # an embedding
             decompress_module(module)
+
+
+def stays_compressed(module: nn.Module) -> bool:
+    """Whether a layer is one that `keep_compressed` makes compute straight-through."""
+    return CompressedTensorsWeight.matches(module) and _is_compressed(module)
 
 
 def _is_compressed(module: nn.Module) -> bool:

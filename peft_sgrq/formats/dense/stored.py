@@ -13,6 +13,7 @@ from peft_sgrq.formats.stored_weight import StoredWeight
 
 _FLOAT = ("F64", "F32", "F16", "BF16")
 # The model types of transformers whose linear layers are Conv1D.
+_LINEAR = ("lm_head", "wte", "tokens_embed")  # their output head, and the embeddings it may be tied to
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 
 
@@ -21,7 +22,7 @@ class StoredDense(StoredWeight):
 
     def __init__(self, folder: CheckpointFolder, prefix: str, group_size: int) -> None:
         super().__init__(folder, prefix)
-        self.transposed = folder.config.get("model_type") in _CONV1D_MODELS and not prefix.endswith("lm_head")
+        self.transposed = folder.config.get("model_type") in _CONV1D_MODELS and not prefix.endswith(_LINEAR)
         shape = folder.entry(self.key("weight")).shape
         self.out_features, self.in_features = shape[::-1] if self.transposed else shape
         self.group_size = min(group_size, self.in_features)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from peft_sgrq.formats.own_forward import computed_weight
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -46,6 +47,14 @@ class DenseWeight(ScaledWeight):
             return False  # the output projection of nn.MultiheadAttention, whose forward pass is never called
         # Tensor subclasses behind a plain nn.Linear (torchao's, DTensor) are formats of their own.
         return type(weight.data) is torch.Tensor and weight.dtype in _FLOAT_DTYPES
+
+    @staticmethod
+    def known_class(module: nn.Module) -> type[nn.Module]:
+        return Conv1D if isinstance(module, Conv1D) else nn.Linear
+
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str | None:
+        return super().obstacle(module) or computed_weight(module)
 
     @property
     def _parameter(self) -> nn.Parameter:

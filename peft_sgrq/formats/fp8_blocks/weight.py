@@ -119,6 +119,10 @@ class Fp8BlocksWeight(ParameterScales):
         weight: Any = module.weight if fp8 is not None and type(module) is fp8.FP8Linear else None
         return weight is not None and weight.element_size() == 1
 
+    @staticmethod
+    def known_class(module: nn.Module) -> type[nn.Module]:
+        return Fp8BlockLinear if isinstance(module, Fp8BlockLinear) else type(module)  # matched by its very class
+
     @property
     def _codes(self) -> torch.Tensor:
         return self.module.weight.data  # type: ignore[return-value]
@@ -150,4 +154,5 @@ class Fp8BlocksWeight(ParameterScales):
         return self._codes, self._stored.detach()
 
     def quantization(self) -> dict[str, Any] | None:
-        return {"quant_method": "fp8", "weight_block_size": list(self.module.block_size or ())}  # type: ignore[arg-type]
+        found = {"quant_method": "fp8", "weight_block_size": list(self.module.block_size or ())}  # type: ignore[arg-type]
+        return found | ({"restored_codes": True} if isinstance(self.module, Fp8BlockLinear) else {})

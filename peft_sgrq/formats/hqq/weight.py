@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_sgrq.formats.code import Code
+from peft_sgrq.formats.scale_matrix import split_zero_points
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.formats.selectable_unit import SelectableUnit
 
@@ -22,6 +24,7 @@ from peft_sgrq.formats.selectable_unit import SelectableUnit
 class HQQWeight(ScaledWeight):
     """`hqq.core.quantize.HQQLinear`. Scales are stored in the compute dtype and rounded to it in the forward pass."""
 
+    movable_zero_points = True
     saved_by = "`AutoHQQHFModel.save_quantized(model, directory)`"
 
     def __init__(self, module: nn.Module) -> None:
@@ -61,6 +64,10 @@ class HQQWeight(ScaledWeight):
         hqq = sys.modules.get("hqq.core.quantize")
         return hqq is not None and isinstance(module, hqq.HQQLinear)
 
+    @staticmethod
+    def known_class(module: nn.Module) -> type[nn.Module]:
+        return sys.modules["hqq.core.quantize"].HQQLinear
+
     @property
     def _meta(self) -> Any:
         return self.module.meta
@@ -86,34 +93,48 @@ class HQQWeight(ScaledWeight):
         return self._meta["scale"].float().view(self.scales_shape)
 
     def sources(self) -> list[torch.Tensor]:
-        return [self._meta["scale"]]
+        return [self._meta["scale"], self._meta["zero"]]
 
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
-        stored = self._meta["scale"]
-        return scales.to(stored.dtype).reshape(stored.shape)
+        scales, moves = split_zero_points(scales)
+        stored, zero = self._meta["scale"], self._meta["zero"]
+        prepared = scales.to(stored.dtype).reshape(stored.shape)
+        if moves is None:
+            return prepared
+        # `(q - zero + e) * scale`; where nothing moves the zero point keeps its bits.
+        moved = (zero.float() - moves.reshape(zero.shape)).to(zero.dtype)
+        return torch.stack((prepared, moved.to(stored.dtype)))
 
-    def _dequantize(self, scale: torch.Tensor | float, dtype: torch.dtype) -> torch.Tensor:
+    def _fields(self, prepared: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What `prepare` made, as fields of the layer's metadata."""
+        if prepared.dim() == self._meta["scale"].dim():
+            return {"scale": prepared}
+        return {"scale": prepared[0], "zero": prepared[1].to(self._meta["zero"].dtype)}
+
+    def _dequantize(self, fields: Mapping[str, Any], dtype: torch.dtype) -> torch.Tensor:
         from hqq.core.quantize import Quantizer
 
-        return Quantizer.dequantize(self.module.W_q, {**self._meta, "scale": scale, "compute_dtype": dtype})
+        return Quantizer.dequantize(self.module.W_q, {**self._meta, **fields, "compute_dtype": dtype})
 
     def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return self.select_codes(self._dequantize(1.0, dtype).to(dtype), groups)
+        return self.select_codes(self._dequantize({"scale": 1.0}, dtype).to(dtype), groups)
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return self._dequantize(self.prepare(scales), dtype).to(dtype)
+        return self._dequantize(self._fields(self.prepare(scales)), dtype).to(dtype)
 
     def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
         # The layer's own forward pass, whichever HQQ has been told to use, on a copy that shares all but the scales.
         twin: Any = copy.copy(self.module)
-        twin.meta = {**self._meta, "scale": prepared}
+        twin.meta = {**self._meta, **self._fields(prepared)}
         return twin.forward(x)
 
     def write_scales(self, scales: torch.Tensor) -> Any:
-        return self.restore_scales(self.prepare(scales).contiguous())
+        fields = self._fields(self.prepare(scales))
+        return self.restore_scales({name: tensor.contiguous() for name, tensor in fields.items()})
 
     def restore_scales(self, stored: Any) -> Any:
-        replaced, self._meta["scale"] = self._meta["scale"], stored
+        replaced = {name: self._meta[name] for name in stored}
+        self._meta.update(stored)
         return replaced
 
     def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -154,10 +175,14 @@ class HQQWeight(ScaledWeight):
         }
 
 
-def loading_code(load: Callable[..., str], quantization: Mapping[str, Any]) -> str:
-    """The Python code that loads a base and quantizes it again by HQQ."""
+def quantizing_code(quantization: Mapping[str, Any]) -> Code:
+    """The Python code that quantizes a model by HQQ as its layers are."""
     config = ", ".join(f"{key}={quantization.get(key)!r}" for key in ("nbits", "group_size", "axis"))
-    return (
-        f"model = {load()}; AutoHQQHFModel.quantize_model(model, quant_config=BaseQuantizeConfig({config}), "
-        f"compute_dtype=torch.{quantization.get('compute_dtype')}, device=str(model.device))"
+    dtype = str(quantization.get("compute_dtype"))
+    return Code(
+        {"hqq.core.quantize": {"BaseQuantizeConfig"}, "hqq.models.hf.base": {"AutoHQQHFModel"}, "torch": {dtype}},
+        statements=[
+            f"AutoHQQHFModel.quantize_model(base, quant_config=BaseQuantizeConfig({config}), compute_dtype={dtype}, "
+            "device=str(base.device))"
+        ],
     )

@@ -6,7 +6,7 @@ packing `auto_round:auto_awq` is loaded into GPTQModel's AWQ layer, see `awq.py`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
 from typing import Any
 
 import torch
@@ -47,6 +47,10 @@ class AutoRoundWeight(GPTQLayout):
     def matches(module: nn.Module) -> bool:
         return type(module).__module__.startswith(_PACKAGES) and hasattr(module, "qweight")
 
+    @staticmethod
+    def known_class(module: nn.Module) -> type[nn.Module]:
+        return sys.modules[type(module).__module__].QuantLinear
+
     @property
     def _index(self) -> torch.Tensor | None:
         return getattr(self.module, "g_idx", None)
@@ -60,8 +64,3 @@ class AutoRoundWeight(GPTQLayout):
 
     def quantization(self) -> dict[str, Any] | None:
         return {"quant_method": "auto-round", **self.scale_fields()}
-
-
-def loading_code(load: Callable[..., str], quantization: Mapping[str, Any]) -> str:
-    """The Python code that loads an AutoRound checkpoint on the kernel that can be trained through."""
-    return load('quantization_config=AutoRoundConfig(backend="torch")')

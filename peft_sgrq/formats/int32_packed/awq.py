@@ -6,13 +6,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from peft_sgrq.formats.int32_packed.gptqmodel_layer import check_kernel, is_gptqmodel_layer
+from peft_sgrq.formats.int32_packed.gptqmodel_layer import check_kernel, class_named, is_gptqmodel_layer
 from peft_sgrq.formats.int32_packed.packing import unpack
 from peft_sgrq.formats.int32_packed.weight import Int32PackedWeight
 
@@ -38,6 +37,10 @@ class AWQWeight(Int32PackedWeight):
     @staticmethod
     def matches(module: nn.Module) -> bool:
         return is_gptqmodel_layer(module, "awq")
+
+    @staticmethod
+    def known_class(module: nn.Module) -> type[nn.Module]:
+        return class_named("AwqTorchLinear", module)
 
     def _unpack(self, packed: torch.Tensor) -> torch.Tensor:
         order = _INTERLEAVED if self.bits == 4 else None
@@ -67,8 +70,3 @@ class AWQWeight(Int32PackedWeight):
 
     def quantization(self) -> dict[str, Any] | None:
         return {"quant_method": "awq", **self.scale_fields()}
-
-
-def loading_code(load: Callable[..., str], quantization: Mapping[str, Any]) -> str:
-    """The Python code that loads an AWQ checkpoint on the kernel that can be trained through."""
-    return load(f'quantization_config=AwqConfig(bits={quantization.get("bits")}, backend="torch_awq")')

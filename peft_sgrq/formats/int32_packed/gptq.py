@@ -7,20 +7,21 @@ In memory zero points are stored as they are (`gptq_v2`), whatever the file does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from peft_sgrq.formats.int32_packed.bound_copies import release_copy
-from peft_sgrq.formats.int32_packed.gptqmodel_layer import check_kernel, is_gptqmodel_layer
+from peft_sgrq.formats.int32_packed.gptqmodel_layer import check_kernel, class_named, is_gptqmodel_layer
 from peft_sgrq.formats.int32_packed.packing import WORD, unpack, unpack_rows
 from peft_sgrq.formats.int32_packed.weight import Int32PackedWeight
 
 
 class GPTQLayout(Int32PackedWeight):
     """Codes packed along the input, zero points along the output: the tensors of GPTQ, whoever computes with them."""
+
+    smallest_served = 32  # of vLLM's Marlin kernels: 32, 64, 128 or the whole row
 
     @property
     def _qweight(self) -> torch.Tensor:
@@ -73,6 +74,10 @@ class GPTQWeight(GPTQLayout):
     def matches(module: nn.Module) -> bool:
         return is_gptqmodel_layer(module, "gptq")
 
+    @staticmethod
+    def known_class(module: nn.Module) -> type[nn.Module]:
+        return class_named("TorchLinear", module)
+
     @property
     def _index(self) -> torch.Tensor | None:
         return self.module.g_idx  # type: ignore[return-value]
@@ -91,8 +96,3 @@ class GPTQWeight(GPTQLayout):
 
     def quantization(self) -> dict[str, Any] | None:
         return {"quant_method": "gptq", **self.scale_fields()}
-
-
-def loading_code(load: Callable[..., str], quantization: Mapping[str, Any]) -> str:
-    """The Python code that loads a GPTQ checkpoint on the kernel that can be trained through."""
-    return load(f'quantization_config=GPTQConfig(bits={quantization.get("bits")}, backend="torch")')

@@ -20,6 +20,11 @@ def is_gptqmodel_layer(module: nn.Module, method: str) -> bool:
     )
 
 
+def class_named(name: str, module: nn.Module) -> type[nn.Module]:
+    """The class of that name in GPTQModel which a layer is an instance of."""
+    return next(cls for cls in type(module).__mro__ if cls.__name__ == name and cls.__module__.startswith(_MODULE))
+
+
 def check_kernel(module: nn.Module, kernel: str, loading: str) -> None:
     """Refuses a layer on another kernel than the one that can be trained through, or with an adapter of GPTQModel's.
 

@@ -60,10 +60,6 @@ class Int32PackedWeight(ScaledWeight):
             self._columns.update(self._index, self.device)
         return self._columns
 
-    @property
-    def consecutive(self) -> bool:
-        return self.columns.consecutive
-
     def select_columns(self, x: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
         x = x.reshape(-1, x.shape[-1])  # (T, K)
         table = self.columns.table(x.device)

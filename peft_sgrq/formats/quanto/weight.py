@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from peft_sgrq.formats.code import Code
+from peft_sgrq.formats.scale_matrix import split_zero_points
 from peft_sgrq.formats.scaled_weight import ScaledWeight, rescaled_offset
 from peft_sgrq.formats.selectable_unit import SelectableUnit
 
@@ -49,6 +51,7 @@ class QuantoWeight(ScaledWeight):
         self.group_size = int((weight._group_size if self._grouped else None) or self.in_features)
         if self.group_size == self.in_features:
             self.unit = SelectableUnit.ROW
+        self.movable_zero_points = self._scales_and_offsets()[1] is not None
         block = "row" if self.unit is SelectableUnit.ROW else str(self.group_size)
         self.name = f"quanto-{weight.qtype.name}-{block}"
 
@@ -56,6 +59,10 @@ class QuantoWeight(ScaledWeight):
     def matches(module: nn.Module) -> bool:
         quanto = sys.modules.get("optimum.quanto.nn")
         return quanto is not None and isinstance(module, quanto.QLinear)
+
+    @staticmethod
+    def known_class(module: nn.Module) -> type[nn.Module]:
+        return sys.modules["optimum.quanto.nn"].QLinear
 
     @property
     def _weight(self) -> Any:
@@ -91,11 +98,12 @@ class QuantoWeight(ScaledWeight):
 
     def _changed(self, scales: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The tensors of `_fields` for other scales, in quanto's form."""
+        scales, moves = split_zero_points(scales)
         old, offsets = self._scales_and_offsets()
         stored = self.sources()
         if len(stored) == 1 and offsets is not None:  # `_scale_shift`: both in one tensor
             dtype = stored[0].dtype
-            scales, offset = scales.to(dtype), rescaled_offset(offsets, scales, old).to(dtype)
+            scales, offset = scales.to(dtype), rescaled_offset(offsets, scales, old, moves).to(dtype)
             # quanto's files hold `8 * scale - offset`, in this dtype: the offset is one that survives the way there
             # and back, as those of the base are.
             offset = 8 * scales - (8 * scales - offset)
@@ -105,7 +113,7 @@ class QuantoWeight(ScaledWeight):
             return (changed,)
         if offsets is None:
             return changed, stored[1]
-        shift = -rescaled_offset(offsets, scales, old)
+        shift = -rescaled_offset(offsets, scales, old, moves)
         return changed, shift.to(stored[1].dtype).reshape(stored[1].shape)
 
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
@@ -144,7 +152,9 @@ class QuantoWeight(ScaledWeight):
         return self.select_codes(self._unit_values(), groups).to(dtype)
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return (self._unit_values() * self._spread(scales)).to(dtype)
+        scales, moves = split_zero_points(scales)
+        codes = self._unit_values()
+        return ((codes if moves is None else codes + self._spread(moves)) * self._spread(scales)).to(dtype)
 
     def write_scales(self, scales: torch.Tensor) -> Any:
         return self.restore_scales(self._changed(scales))
@@ -169,9 +179,11 @@ class QuantoWeight(ScaledWeight):
         return {"quant_method": "quanto", "weights": self._weight.qtype.name}
 
 
-def loading_code(load: Callable[..., str], quantization: Mapping[str, Any]) -> str:
-    """The Python code that loads a base and quantizes it again by quanto."""
-    weights = quantization.get("weights")
-    if not str(weights).startswith("q"):  # transformers' name of it
-        return load(f"quantization_config=QuantoConfig(weights={weights!r})")
-    return f"model = {load()}; quantize(model, weights={weights}); freeze(model)"
+def quantizing_code(quantization: Mapping[str, Any]) -> Code | None:
+    """The Python code that quantizes a model by quanto; `None` if transformers did it while loading."""
+    weights = str(quantization.get("weights"))
+    if not weights.startswith("q"):  # transformers' name of it
+        return None
+    left = quantization.get("modules_to_not_convert")
+    statement = f"quantize(base, weights={weights}{f', exclude={left!r}' if left else ''})"
+    return Code({"optimum.quanto": {"freeze", "quantize", weights}}, statements=[statement, "freeze(base)"])

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from peft_sgrq.formats.scale_matrix import split_zero_points
 from peft_sgrq.formats.scaled_weight import rescaled_offset
 from peft_sgrq.formats.torchao.weight import TorchaoWeight, weight_type
 
@@ -27,6 +28,7 @@ class TorchaoInt4Weight(TorchaoWeight):
     """`Int4OpaqueTensor` (CPU) and `Int4TilePackedTo4dTensor` (CUDA): scales and offsets in one `[G, N, 2]` tensor."""
 
     scale_field: ClassVar[str] = "scale_and_zero"
+    movable_zero_points = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -45,6 +47,9 @@ class TorchaoInt4Weight(TorchaoWeight):
     def matches(module: nn.Module) -> bool:
         return weight_type(module) in ("Int4OpaqueTensor", "Int4TilePackedTo4dTensor")
 
+    def quantization(self) -> dict[str, Any] | None:
+        return {**(super().quantization() or {}), "layout": type(self.weight).__name__}
+
     def _used(self, stored: torch.Tensor) -> torch.Tensor:
         """Scales and offsets without the padding the kernel asks for, float32 `[N, G, 2]`."""
         rows, groups = self.scales_shape
@@ -54,12 +59,13 @@ class TorchaoInt4Weight(TorchaoWeight):
         return self._used(self.stored_scales)[..., 0]
 
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
+        scales, moves = split_zero_points(scales)
         stored = self.stored_scales
         old, offsets = self._used(stored).unbind(-1)  # (N, G)
         rows, groups = self.scales_shape
         prepared = stored.clone()
         prepared[:groups, :rows, 0] = scales.t().to(stored.dtype)
-        prepared[:groups, :rows, 1] = rescaled_offset(offsets, scales, old).t().to(stored.dtype)
+        prepared[:groups, :rows, 1] = rescaled_offset(offsets, scales, old, moves).t().to(stored.dtype)
         return prepared
 
     def _kernel_weight(self, stored: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ rounding of the activations (torchao's own forward pass loses it). The packed la
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from peft_sgrq.formats.code import Code
 from peft_sgrq.formats.scale_matrix import Geometry
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.formats.selectable_unit import SelectableUnit
@@ -44,6 +46,10 @@ class TorchaoWeight(ScaledWeight):
                 f"its weight has {weight.dim()} dimensions, expected 2; leave it out with `exclude_modules`"
             )
         self.out_features, self.in_features = weight.shape
+
+    @staticmethod
+    def known_class(module: nn.Module) -> type[nn.Module]:
+        return nn.Linear
 
     @property
     def weight(self) -> Any:
@@ -192,28 +198,58 @@ def geometry(
     return Geometry(name, unit, out_features, in_features, columns, rows)
 
 
-def loading_code(load: Callable[..., str], quantization: Mapping[str, Any]) -> str:
-    """The Python code that loads a base and quantizes it by torchao, through transformers or by torchao alone."""
+def quantizing_code(quantization: Mapping[str, Any]) -> Code | None:
+    """The Python code that quantizes a model by torchao; `None` if transformers did it while loading."""
     if "quant_type" in quantization:
-        fields = {"quant_type", "modules_to_not_convert", "include_input_output_embeddings", "untie_embedding_weights"}
-        config = {key: value for key, value in quantization.items() if key in fields and value}
-        return load(f"quantization_config=TorchAoConfig.from_dict({config!r})")
-    return f"model = {load()}; quantize_(model, {_config_code(str(quantization.get('weight')))})"
+        return None
+    code = _config_code(str(quantization.get("weight")), str(quantization.get("layout")))
+    names = {"torchao.quantization": {"quantize_"}}
+    for library, known in _LIBRARIES.items():
+        if used := {name for name in known if re.search(rf"\b{name}\b", code)}:
+            names[library] = names.get(library, set()) | used
+    if left := quantization.get("modules_to_not_convert"):
+        chosen = f"lambda module, name: isinstance(module, Linear) and name not in {left!r}"
+        return Code(names | {"torch.nn": {"Linear"}}, statements=[f"quantize_(base, {code}, {chosen})"])
+    return Code(names, statements=[f"quantize_(base, {code})"])
 
 
-def _config_code(weight: str) -> str:
+_LIBRARIES: dict[str, set[str]] = {
+    "torch": {f"int{bits}" for bits in range(1, 9)},
+    "torchao.prototype.mx_formats.inference_workflow": {"NVFP4WeightOnlyConfig"},
+    "torchao.prototype.quantization.int4.inference_workflow": {"PrototypeInt4WeightOnlyConfig"},
+    "torchao.quantization": {
+        "Float8DynamicActivationFloat8WeightConfig",
+        "Float8WeightOnlyConfig",
+        "Int4WeightOnlyConfig",
+        "Int8DynamicActivationInt8WeightConfig",
+        "Int8DynamicActivationIntxWeightConfig",
+        "Int8WeightOnlyConfig",
+        "IntxWeightOnlyConfig",
+    },
+    "torchao.quantization.granularity": {"PerAxis", "PerGroup", "PerTensor"},
+}
+
+
+# The tensor classes of int4 that a config has to ask for, and what asks for them.
+_INT4 = {
+    "Int4OpaqueTensor": "PrototypeInt4WeightOnlyConfig(group_size={block})",
+    "Int4TilePackedTo4dTensor": "Int4WeightOnlyConfig(group_size={block}, int4_packing_format='tile_packed_to_4d')",
+}
+
+
+def _config_code(weight: str, layout: str) -> str:
     """torchao's config for a format as `TorchaoWeight.name` tells it, e.g. `"intx4-64"`."""
     kind, block, *rest = weight.split("-")
     if kind == "nvfp4":
         return "NVFP4WeightOnlyConfig()"
     if kind == "int4":
-        return f"Int4WeightOnlyConfig(group_size={block})"
+        return _INT4.get(layout, "Int4WeightOnlyConfig(group_size={block})").format(block=block)
     dynamic = "Dynamic" if rest else ""
     if kind.startswith("intx"):
         prefix = "weight_" if rest else ""
         granularity = "PerAxis(0)" if block == "row" else f"PerGroup({block})"
         name = "Int8DynamicActivationIntxWeightConfig" if rest else "IntxWeightOnlyConfig"
-        return f"{name}(weight_dtype=torch.{kind.replace('x', '')}, {prefix}granularity={granularity})"
+        return f"{name}(weight_dtype={kind.replace('x', '')}, {prefix}granularity={granularity})"
     if kind == "int8":
         name = "Int8DynamicActivationInt8WeightConfig" if dynamic else "Int8WeightOnlyConfig"
     else:

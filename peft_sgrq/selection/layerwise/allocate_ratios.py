@@ -115,6 +115,7 @@ def allocate_ratios(
     refuse_adapters(model, "allocate ratios")
     prepare_base(model)
     saliency.check(model)
+    check_affordable(config, saliency, offered, budget)  # before the data is read
     batches = load_batches(data, tokenizer, column, samples, max_length, batch_size, seed)
     ratios_by_layer = ratios_on(model, config, batches, saliency, offered, budget, method, batch_size, progress)
     return replace(ratios_by_layer, seconds=time.perf_counter() - start)
@@ -133,6 +134,7 @@ def ratios_on(
 ) -> LayerRatios:
     """What [`allocate_ratios`] finds on batches of data, for a model and ratios that have been checked."""
     start = time.perf_counter()
+    limit = check_affordable(config, saliency, offered, budget)
     rows = split_rows(batches)
     fixed = _fixed_counts(config, saliency)
     choices = {name: _choices(layer, offered, fixed.get(name)) for name, layer in saliency.layers.items()}
@@ -148,16 +150,6 @@ def ratios_on(
         counts = torch.tensor(list(choices[name]))
         masks = (ranks < counts.unsqueeze(1)).float().unsqueeze(2 - layer.unit.dim)
         options[name] = Options(masks.to(scaled_weights[name].device), (counts * layer.scales_per_group).numpy())
-    total = sum(layer.scales for layer in saliency.layers.values())
-    limit = budget_in_scales(
-        config.budget if budget is None else budget, total, 2 if config.adapter_dtype == "bfloat16" else 4
-    )
-    least = sum(int(option.costs[0]) for option in options.values())
-    if least > limit:
-        raise ValueError(
-            f"`budget` allows {limit} scales, but the smallest ratio ({offered[0]:g}) takes {least} in all layers "
-            "together; raise the budget, or offer smaller ratios."
-        )
     sizes = {name: len(counts) for name, counts in choices.items()}
     blocks = split_blocks(sizes)
     first, second = halves(rows)
@@ -186,6 +178,36 @@ def ratios_on(
         expected=solution.value,
         seconds=time.perf_counter() - start,
     )
+
+
+def check_affordable(
+    config: SGRQConfig, saliency: Saliency, ratios: Sequence[float] = DEFAULT_RATIOS, budget: Budget | None = None
+) -> int:
+    """How many scales the budget allows; needs no data.
+
+    Args:
+        config, ratios, budget: As [`allocate_ratios`] takes them.
+        saliency (`Saliency`): The layers. Their scores count only where `ratio_pattern` says `"knee"`; where they are
+            still 0, the least that a knee can be is taken.
+
+    Raises:
+        ValueError: If the smallest ratios exceed it.
+    """
+    total = sum(layer.scales for layer in saliency.layers.values())
+    limit = budget_in_scales(
+        config.budget if budget is None else budget, total, 2 if config.adapter_dtype == "bfloat16" else 4
+    )
+    fixed = _fixed_counts(config, saliency)
+    least = sum(
+        fixed.get(name, count_selected(min(ratios), layer.selectable)) * layer.scales_per_group
+        for name, layer in saliency.layers.items()
+    )
+    if least > limit:
+        raise ValueError(
+            f"`budget` allows {limit} scales, but the smallest ratio ({min(ratios):g}) takes {least} in all layers "
+            "together; raise the budget, or offer smaller ratios."
+        )
+    return limit
 
 
 def _count_terms(sizes: Sequence[int]) -> int:

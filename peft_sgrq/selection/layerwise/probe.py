@@ -9,10 +9,12 @@ from itertools import groupby
 import torch
 from torch import nn
 
+from peft_sgrq.formats.compressed_tensors.weight import pass_gradients
+from peft_sgrq.formats.own_forward import forward_replaced
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.passes.data import IGNORED, Batch
 from peft_sgrq.passes.processes import gather
-from peft_sgrq.passes.running import forward_replaced, loss_of, tuned_forward
+from peft_sgrq.passes.running import loss_of, tuned_forward
 from peft_sgrq.passes.untouched import untouched
 
 Row = dict[str, torch.Tensor]
@@ -71,6 +73,7 @@ def probing(
     """
     deltas = {}
     with untouched(model), ExitStack() as stack:
+        pass_gradients(model)
         for name, weight in scaled_weights.items():
             shape = weight.delta_shape(len(groups[name]))
             deltas[name] = torch.zeros(shape, device=weight.device, requires_grad=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peft_sgrq.files.output import check_output, written
 from peft_sgrq.selection.ratio import knee
 from peft_sgrq.selection.report.report import Report, place, shorten
 
@@ -37,11 +38,29 @@ def plot_report(report: Report, path: str | os.PathLike[str], saliency: Saliency
     if saliency is not None:
         _draw_curves(axes[0], report, saliency)
     _draw_ratios(figure, axes[-1], report)
-    path = os.fspath(path)
-    stem, ending = os.path.splitext(path)
-    beside = f"{stem}.partial{ending}"
-    figure.savefig(beside, dpi=150)
-    os.replace(beside, path)
+    with written(path) as file:
+        figure.savefig(file, dpi=150, format=picture_format(path))
+
+
+def check_picture(path: str | os.PathLike[str]) -> None:
+    """Refuses what [`plot_report`] could not draw to.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If matplotlib does not know the ending of `path`, or it cannot be written.
+    """
+    known = _import_figure()().canvas.get_supported_filetypes()
+    if picture_format(path) not in known:
+        raise ValueError(
+            f"The picture {os.fspath(path)!r} ends in {picture_format(path)!r}, expected one of {sorted(known)}; name "
+            "another."
+        )
+    check_output(path, "The picture")
+
+
+def picture_format(path: str | os.PathLike[str]) -> str:
+    """What the ending of a path says, png if there is none."""
+    return os.path.splitext(path)[1][1:].lower() or "png"
 
 
 def _import_figure() -> Any:

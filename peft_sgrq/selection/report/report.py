@@ -166,11 +166,12 @@ def report_adapter(adapter: str | os.PathLike[str], saliency: Saliency | None = 
         raise ValueError(f"{os.fspath(adapter)} holds no deltas, expected some for each adapted layer; save it again.")
     config, fingerprints = stored.config, stored.config.base_fingerprint or {}
     layers = []
-    for name, (delta, groups) in stored.deltas.items():
+    for name, (delta, groups, _) in stored.deltas.items():
         known = None if saliency is None else _same_layer(name, saliency, fingerprints.get(name))
         held = None if known is None else share_held(known, 0, groups)
         row = _row(name, len(groups), delta.numel(), known, held)
-        layers.append(row | {"change": float(delta.double().square().mean().sqrt())})
+        change = float(delta.double().square().mean().sqrt()) if len(groups) else None  # zero points alone are moved
+        layers.append(row | {"change": change})
     facts = {name: getattr(config, name) for name in ("criterion", "ratio", "adapter_dtype")}
     formats = sorted({text.partition(":")[0] for text in fingerprints.values()})
     base = config.base_model_name_or_path

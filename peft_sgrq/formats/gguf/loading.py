@@ -1,0 +1,139 @@
+"""Loading a GGUF file: the model, with its weights packed, and its tokenizer."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peft_sgrq.formats.gguf.file import GGUFFile
+
+
+def load_gguf(
+    path: str | os.PathLike[str],
+    gguf_file: str | None = None,
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+    is_trainable: bool = False,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    sub_blocks: bool = True,
+    revision: str | None = None,
+    auto_class: Any = None,
+    **kwargs: Any,
+) -> tuple[Any, Any]:
+    """Loads a GGUF file with its weights packed, so that their scales can be tuned, and its tokenizer.
+
+    Linear layers, the embedding and the output head stay as the file has them, in about the file's memory. What else
+    is quantized is dequantized, and said.
+
+    Args:
+        path (`str` or path): The file; or a folder or a repository of the Hub, with `gguf_file`.
+        gguf_file (`str` or `None`): The file's name in the folder or the repository.
+        adapter (`str`, path or `None`): An SGRQ adapter to put on the model.
+        is_trainable (`bool`): Whether the adapter is to be trained on.
+        dtype (`torch.dtype`, `str` or `None`): What the model computes in; bfloat16 on a GPU and float32 on a CPU if
+            not given.
+        device_map: As in `from_pretrained`.
+        sub_blocks (`bool`): Whether the sub-blocks of K-quants and IQ4_XS (16 or 32 columns) have scales of their own
+            to train; `False` trains one scale for each 256 columns.
+        revision (`str` or `None`): Revision of the repository on the Hub.
+        auto_class (type or `None`): The Auto class of transformers; `AutoModelForCausalLM` if not given.
+        **kwargs: Passed to `from_pretrained`.
+
+    Returns:
+        The model in eval mode, a `PeftModel` if an adapter is given, and the tokenizer.
+
+    Raises:
+        ValueError: If the file is truncated, or its weights cannot stay packed; the sentence says why.
+        ImportError: If the package gguf, which transformers reads the config with, is missing.
+
+    Example:
+        ```py
+        >>> import peft_sgrq
+        >>> model, tokenizer = peft_sgrq.load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
+        ```
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.import_utils import is_gguf_available
+
+    from peft_sgrq.formats.gguf.quantizer import SGRQGgufConfig
+
+    if not is_gguf_available():
+        raise ImportError("Loading GGUF files needs the package gguf; install it with `pip install peft-sgrq[gguf]`.")
+    file_path = find_gguf(path, gguf_file, revision)
+    file = GGUFFile(file_path)
+    # Local files are given as folder and name. From the Hub, the name is what an adapter finds its base by.
+    folder, name = (
+        (str(file_path.absolute().parent), file_path.name) if Path(path).exists() else (str(path), str(gguf_file))
+    )
+    if dtype is None:
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    hub = {} if revision is None else {"revision": revision}
+    config = AutoConfig.from_pretrained(folder, gguf_file=name, **hub)  # the vocabulary is walked once for it
+    model = (auto_class or AutoModelForCausalLM).from_pretrained(
+        folder,
+        config=config,
+        gguf_file=name,
+        dtype=dtype,
+        device_map=device_map,
+        quantization_config=SGRQGgufConfig(sub_blocks=sub_blocks),
+        **hub,
+        **kwargs,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, **hub)
+    warn_of_tokenizer(file)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, os.fspath(adapter), is_trainable=is_trainable)
+    return model, tokenizer
+
+
+def find_gguf(path: str | os.PathLike[str], gguf_file: str | None = None, revision: str | None = None) -> Path:
+    """The local path of a file: given itself, in a folder, or in a repository of the Hub (downloaded, or cached).
+
+    Raises:
+        ValueError: If there is no such file.
+    """
+    local = Path(path)
+    if local.is_file():
+        return local
+    if gguf_file is None:
+        found = sorted(file.name for file in local.glob("*.gguf")) if local.is_dir() else []
+        here = f" (there are {', '.join(found[:4])})" if found else ""
+        raise ValueError(
+            f"{local} is no .gguf file{here}, expected the path of one, or a folder or a repository of the Hub with "
+            "the name of the file in it; give `gguf_file`."
+        )
+    if local.is_dir():
+        if not (local / gguf_file).is_file():
+            raise ValueError(f"{local} holds no file {gguf_file!r}, expected a .gguf file in it; check the name.")
+        return local / gguf_file
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(path), gguf_file, revision=revision))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{str(path)!r} is no file or folder here, and {gguf_file!r} could not be had from the Hub ({reason}); "
+            "give the path of the file, or download it first with `hf download`."
+        ) from error
+
+
+def warn_of_tokenizer(file: GGUFFile) -> None:
+    """Warns if transformers rebuilds another tokenizer than llama.cpp has: an adapter learns on other ids then."""
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    kind = file.metadata.get("tokenizer.ggml.pre")
+    if file.metadata.get("tokenizer.ggml.model") == "gpt2" and kind not in (*GGUF_PRE_TOKENIZER_SPLITS, "gpt-2"):
+        warnings.warn(
+            f"transformers does not know how llama.cpp splits text for this vocabulary (tokenizer.ggml.pre is {kind!r}"
+            ") and splits it as GPT-2 does: some texts get other token ids than llama.cpp gives them. Train with the "
+            "tokenizer of the original model, `AutoTokenizer.from_pretrained(ORIGINAL)`."
+        )

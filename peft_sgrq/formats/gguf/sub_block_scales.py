@@ -1,0 +1,179 @@
+"""The scales of a packed matrix, one for each sub-block of its super-blocks.
+
+`S[j] = d * scale[j]` and `M[j] = -m * minimum[j]` with half floats `d`, `m` and integers of 4 to 8 bits. So changed
+scales are rounded together, a super-block at a time: to a new `d` and new integers. Three ways are tried, and the one
+that misses the wanted scales least is taken:
+
+* `d` as it is,
+* `d` that gives the largest scale the integer it has,
+* `d` that gives the largest scale the largest integer, as llama.cpp's quantizer chooses it.
+
+Scales that are to stay must stay, bit for bit, which leaves the first way where some do. All of this depends on the
+stored bytes and the scales alone, so training, merging in memory and merging on files round alike.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from peft_sgrq.formats.gguf.block_scales import BlockScales, Factors, round_half
+from peft_sgrq.formats.gguf.blocks import BlockType, write_half
+from peft_sgrq.formats.gguf.sub_scales import Sub, SubScales
+from peft_sgrq.formats.scale_matrix import split_zero_points
+from peft_sgrq.formats.scaled_weight import rescaled_offset
+
+
+class SubBlockScales(BlockScales):
+    """One scale for each sub-block.
+
+    Args:
+        kind (`BlockType`): A type whose `sub` is fine enough to be trained.
+        packed (`torch.Tensor`): The matrix as the file has it, uint8 `[N, bytes of a row]`.
+    """
+
+    def __init__(self, kind: BlockType, packed: torch.Tensor) -> None:
+        super().__init__(kind, packed)
+        if kind.sub is None:
+            raise ValueError(f"{kind.name} has no scales of sub-blocks, expected a K-quant or IQ4_XS.")
+        self._stored: SubScales = kind.sub
+
+    @property
+    def group_size(self) -> int:
+        return self._stored.size
+
+    @property
+    def movable_zero_points(self) -> bool:
+        return self.kind.offset_at is not None
+
+    @property
+    def scale_bytes(self) -> list[int]:
+        at = self._stored.at
+        return sorted({*self.kind.scale_bytes, *range(at.start, at.stop)})
+
+    def _sub(self) -> Sub:
+        return self._stored.read(self.blocks[:, self._stored.at])
+
+    def scales(self) -> torch.Tensor:
+        return (self._halves()[0] * self._sub().scales).view(self.rows, -1)
+
+    def offsets(self) -> torch.Tensor | None:
+        offset, minimums = self._halves()[1], self._sub().minimums
+        return None if offset is None or minimums is None else -(offset * minimums).view(self.rows, -1)
+
+    def round(self, scales: torch.Tensor) -> torch.Tensor:
+        wanted = scales.reshape(self.blocks.shape[0], -1)  # (blocks, s)
+        scale, integers = self._split_scales(wanted)
+        return (scale * integers).view(self.rows, -1)
+
+    def _split_scales(self, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sub = self._sub().scales.float()
+        return _nearest(wanted, self._halves()[0], sub, self._stored.lowest, self._stored.highest)
+
+    def _split_offsets(
+        self, scales: torch.Tensor, moves: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        offset, minimums = self._halves()[1], self._sub().minimums
+        if offset is None or minimums is None:
+            return None
+        before = offset * minimums  # (blocks, s), the offset without its sign
+        scale = self._halves()[0] * self._sub().scales
+        opposite = None if moves is None else -moves.reshape(before.shape)
+        wanted = rescaled_offset(before, scales.reshape(before.shape), scale, opposite)
+        return _nearest(wanted, offset, minimums.float(), 0, self._stored.highest)
+
+    def changed_offsets(self, scales: torch.Tensor, moves: torch.Tensor | None = None) -> torch.Tensor | None:
+        split = self._split_offsets(scales, moves)
+        return None if split is None else -(split[0] * split[1]).view(self.rows, -1)
+
+    def factors(self, scales: torch.Tensor, offsets: torch.Tensor | None) -> Factors:
+        count = self.blocks.shape[0]
+        return Factors(scales.reshape(count, -1), None if offsets is None else offsets.reshape(count, -1))
+
+    def with_scales(self, scales: torch.Tensor) -> torch.Tensor:
+        scales, moves = split_zero_points(scales)
+        kind, blocks = self.kind, self.blocks.clone()
+        scale, integers = _exactly(
+            scales.reshape(blocks.shape[0], -1), self._halves()[0], self._stored.lowest, self._stored.highest
+        )
+        # Bytes that say the same stay: a scale of zero times any integer.
+        sub = self._sub()
+        kept = (scales.reshape(integers.shape) == self.scales().view(integers.shape)).all(1, keepdim=True)
+        scale = torch.where(kept, self._halves()[0], scale)
+        integers = torch.where(kept, sub.scales.float(), integers)
+        write_half(blocks, kind.scale_at, scale)
+        minimums = sub.minimums
+        split = self._split_offsets(scales, moves)
+        if split is not None and kind.offset_at is not None:
+            write_half(blocks, kind.offset_at, split[0])
+            minimums = split[1].short()
+        blocks[:, self._stored.at] = self._stored.write(Sub(integers.short(), minimums))
+        return blocks.view(self.rows, -1)
+
+
+def _nearest(
+    wanted: torch.Tensor, base: torch.Tensor, integers: torch.Tensor, lowest: int, highest: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The half float and the integers whose products are nearest to what is wanted.
+
+    Args:
+        wanted (`torch.Tensor`): float32 `[blocks, s]`.
+        base (`torch.Tensor`): The half float that is stored, float32 `[blocks, 1]`.
+        integers (`torch.Tensor`): The integers that are stored, float32 `[blocks, s]`.
+        lowest, highest (`int`): What an integer may be.
+
+    Returns:
+        The half floats, float32 `[blocks, 1]`, and the integers, float32 `[blocks, s]`.
+    """
+    before = base * integers
+    stays = (wanted == before) & (before != 0)
+    position = wanted.abs().argmax(1, keepdim=True)
+    largest = wanted.gather(1, position)  # (blocks, 1)
+    level = integers.gather(1, position)  # the integer the largest has
+    end = torch.where((level < 0) & (lowest < 0), float(lowest), float(highest))
+    best, best_integers, least = base, integers, torch.full_like(base, torch.inf)
+    for number, divisor in enumerate((None, level, end)):
+        scale = base if divisor is None else round_half(torch.where(divisor == 0, 0.0, largest / divisor))
+        found = torch.where(scale == 0, integers, (wanted / scale).round().clamp(lowest, highest))
+        made = scale * found
+        missed = ((made - wanted).abs() / largest.abs()).nan_to_num(0.0)  # of the largest, lest squares underflow
+        error = torch.zeros_like(base)
+        for column in missed.square().unbind(1):  # one after the other: the sum has the same bits everywhere
+            error = error + column.unsqueeze(1)
+        error = torch.where((stays & (made != wanted)).any(1, keepdim=True), torch.inf, error)
+        better = (error < least) if number else torch.ones_like(error, dtype=torch.bool)
+        best = torch.where(better, scale, best)
+        best_integers = torch.where(better, found, best_integers)
+        least = torch.where(better, error, least)
+    # What is NaN or infinite stays so, for checks to find it.
+    return best, torch.where(torch.isfinite(wanted), best_integers, wanted)
+
+
+def _exactly(made: torch.Tensor, base: torch.Tensor, lowest: int, highest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A half float and integers that have given products, which `_nearest` made; as that returns them."""
+    position = made.abs().argmax(1, keepdim=True)
+    largest = made.gather(1, position)
+    scale, integers = base.clone(), torch.zeros_like(made)
+    left = torch.ones(made.shape[0], dtype=torch.bool, device=made.device)
+    # The largest product is some integer times the half float: at one of them all products are integers.
+    for divisor in (None, *range(highest, 0, -1), *range(lowest, 0)):
+        tried = base[left] if divisor is None else round_half(largest[left] / divisor)
+        found = torch.where(tried == 0, 0.0, (made[left] / tried).round())
+        right = ((tried * found == made[left]) & (found >= lowest) & (found <= highest)).all(1)
+        rows = left.nonzero().squeeze(1)[right]
+        scale[rows], integers[rows] = tried[right], found[right]
+        left[rows] = False
+        if not bool(left.any()):
+            return scale, integers
+    raise RuntimeError(f"{int(left.sum())} super-blocks have scales that no half float times integers gives.")
+
+
+def scales_of(kind: BlockType, packed: torch.Tensor, sub_blocks: bool = True) -> BlockScales:
+    """The scales of a packed matrix: of sub-blocks where they are fine enough and wanted, else of blocks.
+
+    Args:
+        kind (`BlockType`): The type of the blocks.
+        packed (`torch.Tensor`): The matrix, uint8 `[N, bytes of a row]`.
+        sub_blocks (`bool`): Whether sub-blocks have scales of their own.
+    """
+    fine = sub_blocks and kind.sub is not None and kind.sub.fine
+    return (SubBlockScales if fine else BlockScales)(kind, packed)

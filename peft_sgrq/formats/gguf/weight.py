@@ -1,0 +1,130 @@
+"""A packed linear layer as codes and scales."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from peft_sgrq.formats.gguf.block_scales import BlockScales, Factors
+from peft_sgrq.formats.gguf.blocks import BlockType
+from peft_sgrq.formats.gguf.layers import GGUFLinear
+from peft_sgrq.formats.gguf.sub_block_scales import scales_of
+from peft_sgrq.formats.scaled_weight import ScaledWeight
+
+
+class GGUFWeight(ScaledWeight):
+    """`GGUFLinear`: a scale for each block of 32 columns, each sub-block of a K-quant, or each block of 256."""
+
+    in_parts: ClassVar[bool] = True
+    saved_by = "`peft_sgrq.save_gguf(model, file)`"
+    module: GGUFLinear
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.in_features, self.out_features = self.module.in_features, self.module.out_features
+        held = self._held
+        self.group_size = held.group_size
+        self.movable_zero_points = held.movable_zero_points
+        self.name = format_name(held.kind, held.group_size)
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        return isinstance(module, GGUFLinear)
+
+    @property
+    def _held(self) -> BlockScales:
+        return self.module.scales()
+
+    def _part(self, rows: slice, blocks: slice) -> BlockScales:
+        """The scales of some rows and some blocks of columns."""
+        module = self.module
+        size = module.kind.nbytes
+        packed = module.packed.detach()[rows, blocks.start * size : blocks.stop * size]
+        return scales_of(module.kind, packed, module.sub_blocks)
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.packed.device
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        return torch.float16
+
+    def sources(self) -> list[torch.Tensor]:
+        return [self.module.packed]
+
+    def scales(self) -> torch.Tensor:
+        return self._held.scales()
+
+    def round_to_storage(self, scales: torch.Tensor) -> torch.Tensor:
+        return self._held.round(scales)
+
+    def prepare(self, scales: torch.Tensor) -> torch.Tensor:
+        factors = self._held.changed_factors(scales)
+        return torch.stack([factor for factor in factors if factor is not None])  # (1 or 2, blocks, sub-blocks)
+
+    def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self._held.weight(_factors(prepared), x.dtype), bias)
+
+    def cast_input(self, x: torch.Tensor) -> torch.Tensor:
+        kind = x.device.type
+        return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        return self.codes_of_rows(groups, dtype, slice(0, self.out_features))
+
+    def codes_of_rows(self, groups: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
+        held = self._part(rows, slice(0, self.in_features // self.module.kind.size))
+        codes = held.weight(held.unit_factors(), dtype)
+        return self.select_codes(codes, groups)
+
+    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self._held.weight(_factors(self.prepare(scales)), dtype)
+
+    def dequantize_columns(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice) -> torch.Tensor:
+        size = self.module.kind.size
+        blocks = slice(columns.start // size, -(-columns.stop // size))  # whole blocks that hold the columns
+        first, last = blocks.start * size, blocks.stop * size
+        held = self._part(slice(0, self.out_features), blocks)
+        changed = scales[..., first // self.group_size : last // self.group_size]
+        weight = held.weight(held.changed_factors(changed), dtype)
+        return weight[:, columns.start - first : columns.stop - first]
+
+    def write_scales(self, scales: torch.Tensor) -> Any:
+        return self.restore_scales(nn.Parameter(self._held.with_scales(scales), requires_grad=False))
+
+    def restore_scales(self, stored: Any) -> Any:
+        replaced, self.module.packed = self.module.packed, stored
+        return replaced
+
+    def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        return nn.Parameter(fn(stored.data), requires_grad=False)
+
+    def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return digest_tensors(self._held)
+
+    def quantization(self) -> dict[str, Any] | None:
+        found: dict[str, Any] = {"quant_method": "gguf"}
+        source = self.module.source
+        return found if source is None else {**found, "gguf_file": source.file.replace("\\", "/").rpartition("/")[2]}
+
+
+def _factors(prepared: torch.Tensor) -> Factors:
+    return Factors(prepared[0], prepared[1] if len(prepared) == 2 else None)
+
+
+def format_name(kind: BlockType, group_size: int) -> str:
+    """The name of the format in fingerprints, such as `gguf-Q4_0-32`."""
+    return f"gguf-{kind.name}-{group_size}"
+
+
+def digest_tensors(held: BlockScales) -> tuple[torch.Tensor, torch.Tensor]:
+    """What identifies a packed matrix: the bytes of the codes, and those of the scales."""
+    scale_bytes = held.scale_bytes
+    others = [byte for byte in range(held.kind.nbytes) if byte not in set(scale_bytes)]
+    return held.blocks[:, others], held.blocks[:, scale_bytes]

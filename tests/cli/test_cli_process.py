@@ -1,0 +1,197 @@
+"""The command as a process: interrupted, its output closed, given names that are nowhere. No traceback, no waiting."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from support.saliencies import example
+
+from peft_sgrq import cli
+from peft_sgrq.cli import main
+from peft_sgrq.files.hub import check_source
+
+COMMANDS: dict[str, list[str]] = {
+    "calibrate": ["calibrate", "MODEL", "DATA", "-o", "OUT"],
+    "inspect": ["inspect", "ADAPTER"],
+    "merge": ["merge", "ADAPTER", "OUT", "--base", "MODEL"],
+    "recover": ["recover", "MODEL", "--reference", "REFERENCE", "--data", "DATA", "-o", "OUT"],
+    "verify": ["verify", "MODEL", "ADAPTER", "MERGED"],
+}
+each = pytest.mark.parametrize("command", COMMANDS)
+
+
+def test_these_are_all_commands():
+    assert tuple(COMMANDS) == cli.COMMANDS
+
+
+def process(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """The installed command's own two lines, under its name."""
+    code = "import sys; sys.argv[0] = 'peft-sgrq'; from peft_sgrq.cli import main; sys.exit(main())"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+# interrupted
+
+
+@each
+@pytest.mark.parametrize("place", ["parsing", "importing", "running"])
+def test_ctrl_c_ends_every_command_with_a_line(command, place, monkeypatch, capsys):
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    where = {"parsing": "build_parser", "importing": "import_module"}
+    if place == "running":
+        monkeypatch.setattr(f"peft_sgrq.cli.{command}.run", interrupt)
+    else:
+        monkeypatch.setattr(cli, where[place], interrupt)
+    monkeypatch.setattr(sys, "argv", ["peft-sgrq", *COMMANDS[command]])
+    assert main() == 130
+    assert capsys.readouterr().err == "peft-sgrq: interrupted\n"
+
+
+def test_ctrl_c_while_libraries_are_imported_prints_no_traceback():
+    running = process("inspect", "nothing")
+    time.sleep(2)  # of the ten or so that PEFT and transformers take
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=120)
+    assert "Traceback" not in errors
+    assert running.returncode in (130, 2)  # 2: it was faster
+
+
+# closed
+
+
+@pytest.mark.parametrize("size", [10, 1 << 20])
+@each
+def test_a_closed_pipe_ends_every_command_without_a_word(command, size, monkeypatch, capfd):
+    def show(args: Any) -> int:
+        print("x" * size)
+        return 0
+
+    monkeypatch.setattr(f"peft_sgrq.cli.{command}.run", show)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", buffering=1 << 16) as stream, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", stream)
+        assert main(COMMANDS[command]) == 141
+        stream.flush()  # nothing is left that could fail at the end
+    assert capfd.readouterr().err == ""
+
+
+def test_head_gets_its_lines_and_nothing_is_said(tmp_path: Path):
+    example().save(tmp_path / "s.safetensors")
+    for arguments in (["--help"], ["inspect", str(tmp_path / "s.safetensors"), "--json"]):
+        running = process(*arguments)
+        assert running.stdout is not None and running.stderr is not None
+        running.stdout.close()
+        errors = running.stderr.read()
+        # argparse passes over what it cannot print.
+        assert running.wait(120) in ((0, 141) if arguments == ["--help"] else (141,))
+        assert "Broken pipe" not in errors and "Traceback" not in errors and "Exception" not in errors
+
+
+def test_help_is_at_once():
+    started = time.process_time()
+    code = "import sys; sys.argv[0] = 'peft-sgrq'; import peft_sgrq.cli; print([m for m in sys.modules if m in "
+    code += "('torch', 'peft', 'transformers')])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert time.process_time() - started < 5
+
+
+def test_what_is_written_to_the_standard_output_is_not_mixed_with_what_is_said(tmp_path: Path):
+    example().save(tmp_path / "s.safetensors")
+    code = (
+        "import sys; from peft_sgrq.selection.saliency import Saliency; Saliency.load(sys.argv[1]).save('/dev/stdout')"
+    )
+    with open(tmp_path / "led", "wb") as file:
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "s.safetensors")], stdout=file, check=True)
+    assert (tmp_path / "led").read_bytes() == (tmp_path / "s.safetensors").read_bytes()
+
+
+# names that are nowhere
+
+
+PATHS = ["./x", "../x", "/x/y", "x/y/z", "~/x", "x y", "x.safetensors", "x/"]
+
+
+@pytest.fixture
+def no_hub(monkeypatch) -> None:
+    """A Hub that must not be asked."""
+
+    def ask(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", ask)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", ask)
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_the_hub_is_not_asked_for_what_can_only_be_a_path(name, kind, no_hub):
+    with pytest.raises(ValueError, match=r"is no (folder|file or folder) here, expected its path"):
+        check_source(name, "thing", kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong"), [(c, w) for c, a in COMMANDS.items() for w in a if w.isupper() and w != "OUT"]
+)
+@pytest.mark.parametrize("offline", [True, False])
+def test_every_command_says_at_once_which_path_is_nowhere(
+    command, wrong, offline, nested, tmp_path, capsys, no_hub, monkeypatch
+):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    (tmp_path / "data.txt").write_text("Some text.")
+    there = {"MODEL": nested[0], "ADAPTER": nested[1], "REFERENCE": nested[0], "MERGED": nested[0]}
+    there |= {"DATA": tmp_path / "data.txt", "OUT": tmp_path / "out"}
+    names = {key: str(path) for key, path in there.items()} | {wrong: str(tmp_path / "nowhere")}
+    started = time.perf_counter()
+    assert main([names.get(argument, argument) for argument in COMMANDS[command]]) == 2
+    assert time.perf_counter() - started < 10
+    error = capsys.readouterr().err
+    assert f"{names[wrong]!r} is no f" in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_hub_is_asked_once_for_what_may_be_a_name(monkeypatch):
+    asked = []
+
+    def fail(self: Any, name: str, **kwargs: Any) -> None:
+        asked.append(name)
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", fail)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("peft_sgrq.files.hub.time.sleep", lambda seconds: None)
+    for name in ("org/nothing", "nothing"):
+        with pytest.raises(ValueError, match=r"could not be had from the Hub \(which cannot be reached: no route\)"):
+            check_source(name, "model")
+    assert asked == ["org/nothing"] * 2 + ["nothing"] * 2
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
+        check_source("org/nothing", "model")
+
+
+def test_what_is_here_or_in_the_cache_or_on_the_hub_is_taken(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    (tmp_path / "models--org--cached" / "snapshots").mkdir(parents=True)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", None)
+    check_source("org/cached", "model")
+    check_source(tmp_path, "model")
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda self, name, **kwargs: None)
+    check_source("org/there", "model")

@@ -1,0 +1,184 @@
+"""Loading GGUF files with their weights packed, of every architecture the tests can make."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from support.gguf_files import ARCHITECTURES, mixed, q4_0, tiny_model, write_gguf
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import peft_sgrq
+from peft_sgrq import SGRQConfig, SGRQGgufConfig
+from peft_sgrq.formats.gguf.layers import GGUFEmbedding, GGUFHead, GGUFLinear, GGUFTiedHead
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(3, 256, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(input_ids=ids).logits
+
+
+def kinds(model):
+    return {name: module.kind.name for name, module in model.named_modules() if isinstance(module, GGUFLinear)}
+
+
+CASES = [(kind, tied) for kind in ARCHITECTURES for tied in (False, True) if tied or not kind.startswith("gemma")]
+
+
+@pytest.mark.parametrize(("model_type", "tied"), CASES)
+def test_a_packed_model_gives_the_bits_of_the_one_transformers_dequantizes(model_type, tied, tmp_path, ids):
+    path = write_gguf(tmp_path / "m.gguf", tiny_model(model_type, tied), mixed)
+    model, tokenizer = peft_sgrq.load_gguf(path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    assert torch.equal(logits(model, ids), logits(theirs, ids))
+    dense = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
+    assert all(name.endswith("o_proj") for name in dense)  # what the file has in half precision
+    head = model.get_output_embeddings()
+    assert type(head) is (GGUFTiedHead if tied else GGUFHead)
+    assert isinstance(model.get_input_embeddings(), GGUFEmbedding)
+    assert torch.equal(head.weight, theirs.get_output_embeddings().weight)
+    assert set(kinds(model).values()) == {"Q4_K", "Q6_K"}
+    assert tokenizer.decode(tokenizer("the cat").input_ids) == "the cat"
+
+    adapted = get_peft_model(model, SGRQConfig(init_weights=False, task_type="CAUSAL_LM")).eval()
+    config = adapted.peft_config["default"]
+    assert config.base_quantization["gguf_file"] == "m.gguf"
+    assert not any("lm_head" in name for name in config.target_modules)
+    unmerged = logits(adapted, ids)
+    if model_type not in ("llama", "gemma3_text"):
+        return
+    saved = peft_sgrq.save_gguf(adapted.merge_and_unload(safe_merge=True), tmp_path / "out.gguf")
+    again, _ = peft_sgrq.load_gguf(saved)
+    assert torch.equal(logits(again, ids), unmerged)
+    assert not torch.equal(unmerged, logits(theirs, ids))
+    assert saved.stat().st_size == path.stat().st_size
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a Llama in Q4_0."""
+    directory = tmp_path_factory.mktemp("gguf")
+    write_gguf(directory / "m.Q4_0.gguf", tiny_model("llama"), q4_0)
+    return directory
+
+
+def load(folder, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file="m.Q4_0.gguf", quantization_config=SGRQGgufConfig(), dtype=torch.float32, **kwargs
+    )
+
+
+def test_from_pretrained_with_our_config_and_auto_peft_find_the_base(folder, tmp_path, ids):
+    model = get_peft_model(load(folder), SGRQConfig(init_weights=False, task_type="CAUSAL_LM")).eval()
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    assert "gguf_file='m.Q4_0.gguf', quantization_config=SGRQGgufConfig()" in (tmp_path / "README.md").read_text()
+    auto = AutoPeftModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.Q4_0.gguf", quantization_config=SGRQGgufConfig(), dtype=torch.float32
+    )
+    assert torch.equal(logits(auto, ids), expected)
+    again, _ = peft_sgrq.load_gguf(folder, "m.Q4_0.gguf", adapter=tmp_path)
+    assert isinstance(again, PeftModel) and torch.equal(logits(again, ids), expected)
+    dense = AutoModelForCausalLM.from_pretrained(folder, gguf_file="m.Q4_0.gguf", dtype=torch.float32)
+    with pytest.raises(ValueError, match="SGRQGgufConfig"):
+        PeftModel.from_pretrained(dense, tmp_path)
+
+
+def test_without_our_config_transformers_loads_as_before(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="m.Q4_0.gguf")
+    assert not kinds(model) and type(model.model.layers[0].mlp.up_proj) is nn.Linear
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_model_is_trained_by_trl(tied, tmp_path):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    model, tokenizer = peft_sgrq.load_gguf(write_gguf(tmp_path / "m.gguf", tiny_model("llama", tied)))
+    tokenizer.pad_token = tokenizer.eos_token
+    args = SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        use_cpu=True,
+        max_length=16,
+        disable_tqdm=True,
+        bf16=False,
+    )
+    data = Dataset.from_dict({"text": ["the cat sat on the mat"] * 6})
+    trainer = SFTTrainer(
+        model=model, args=args, train_dataset=data, processing_class=tokenizer, peft_config=SGRQConfig()
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_a_gradient_reaches_all_layers_with_checkpointing_too(folder, ids):
+    grads = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(load(folder), SGRQConfig(init_weights=False)).train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable()
+        model(input_ids=ids, labels=ids).loss.backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(grad.abs().max() > 0 for grad in grads[0])
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads, strict=True))
+
+
+def test_a_vocabulary_split_in_an_unknown_way_and_unused_tensors_are_said(tmp_path, caplog):
+    extra = {"rope_freqs.weight": torch.ones(32).numpy()}
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"), pre="smollm", extra=extra)
+    with pytest.warns(UserWarning, match="tokenizer.ggml.pre is 'smollm'"):
+        peft_sgrq.load_gguf(path)
+    assert "1 tensors of m.gguf are not used" in caplog.text and "rope_freqs.weight" in caplog.text
+
+
+def test_sub_blocks_can_be_left_out(tmp_path, ids):
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("qwen2"), mixed)
+    model, _ = peft_sgrq.load_gguf(path, sub_blocks=False)
+    model = get_peft_model(model, SGRQConfig(init_weights=False))
+    names = {digest.split(":")[0] for digest in model.peft_config["default"].base_fingerprint.values()}
+    assert names == {"gguf-Q4_K-256", "gguf-Q6_K-256"}
+    assert model.peft_config["default"].base_quantization["sub_blocks"] is False
+    model.save_pretrained(tmp_path / "adapter")
+    assert "SGRQGgufConfig(sub_blocks=False)" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("target", [None, "m.gguf"])
+def test_a_file_that_is_not_there_is_said_by_name(target, tmp_path):
+    (tmp_path / "other.gguf").touch()
+    with pytest.raises(ValueError, match="other.gguf" if target is None else "m.gguf"):
+        peft_sgrq.load_gguf(tmp_path, target)
+
+
+def test_what_the_hook_stands_on_is_there():
+    # Each of these is not documented; a change of one breaks loading.
+    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS, is_gguf_arch_supported
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
+
+    assert issubclass(AUTO_QUANTIZER_MAPPING["gguf"], GgufHfQuantizer)
+    assert {"llama", "gemma2", "gemma3"} <= set(TENSOR_PROCESSORS)
+    assert set(GGUF_CONFIG_ARCHS) == {"qwen35", "qwen35moe", "lfm2"}  # those in it take another path
+    assert not any(is_gguf_arch_supported(architecture) for architecture, _, _ in ARCHITECTURES.values())
+    assert "llama-bpe" in GGUF_PRE_TOKENIZER_SPLITS
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert AutoTokenizer is not None

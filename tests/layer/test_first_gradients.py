@@ -1,0 +1,183 @@
+"""Each delta that takes part in training gets a gradient in the first backward pass, or an error names its layer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from support.single_layers import linear_4bit, linear_dense
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from peft_sgrq import SGRQConfig
+from peft_sgrq.adapter.gradient_paths import lost_gradient
+
+
+class Net(nn.Module):
+    """A layer, two branches and a layer; what happens to the branches is `way`'s."""
+
+    def __init__(self, way: Any) -> None:
+        super().__init__()
+        self.first, self.left, self.right, self.last = (linear_4bit(64, 64) for _ in range(4))
+        self.way = way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.last(x + self.way(self, x))
+
+
+def not_recorded(net: Net, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return net.left(x)
+
+
+def reentrant(part: Any) -> Any:
+    return lambda net, x: checkpoint(lambda z: part(net, z), x, use_reentrant=True)
+
+
+def recomputed(part: Any) -> Any:
+    return lambda net, x: checkpoint(lambda z: part(net, z), x, use_reentrant=False)
+
+
+def both(net: Net, x: torch.Tensor) -> torch.Tensor:
+    return net.left(x) + net.right(x)
+
+
+def one_lost(net: Net, x: torch.Tensor) -> torch.Tensor:
+    return net.left(x).detach() + net.right(x)
+
+
+def adapted(way: Any) -> Any:
+    return get_peft_model(Net(way), SGRQConfig(ratio=0.5)).train()
+
+
+def steps(model: Any, count: int = 2) -> None:
+    for _ in range(count):
+        model(torch.randn(3, 64, requires_grad=True)).square().sum().backward()
+
+
+@pytest.mark.parametrize("way", [one_lost, reentrant(one_lost), recomputed(one_lost), not_recorded])
+def test_a_delta_without_a_gradient_is_an_error_that_names_its_layer(way):
+    with pytest.raises(RuntimeError, match=r"No gradient reached the deltas of 1 layers .*'left'"):
+        steps(adapted(way))
+
+
+@pytest.mark.parametrize("way", [one_lost, reentrant(one_lost), recomputed(one_lost)])
+def test_it_is_found_in_the_first_backward_pass(way):
+    with pytest.raises(RuntimeError, match="'left'"):
+        steps(adapted(way), count=1)
+
+
+@pytest.mark.parametrize("way", [both, reentrant(both), recomputed(both)])
+def test_training_that_reaches_every_delta_goes_on(way):
+    model = adapted(way)
+    steps(model, count=3)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters() if p.requires_grad), "hooks are left"
+
+
+def test_an_expert_without_tokens_may_have_no_gradient_until_it_gets_some():
+    used = [True, False]
+    model = adapted(
+        lambda net, x: sum(layer(x) for layer, use in zip((net.left, net.right), used, strict=True) if use)
+    )
+    steps(model)
+    used[1] = True
+    steps(model)
+    model = adapted(lambda net, x: net.left(x) + (net.right(x).detach() if used[1] else 0))
+    used[1] = False
+    steps(model)
+    used[1] = True
+    with pytest.raises(RuntimeError, match="'right'"):
+        steps(model)
+
+
+def test_frozen_deltas_and_adapters_that_are_not_active_are_not_watched():
+    model = adapted(one_lost)
+    model.base_model.model.left.sgrq_delta["default"].weight.requires_grad_(False)
+    steps(model)
+    model = adapted(both)
+    model.add_adapter("other", SGRQConfig())
+    steps(model)
+
+
+def test_gradients_of_inputs_and_passes_without_a_backward_pass_are_no_training():
+    model = adapted(both)
+    x = torch.randn(3, 64, requires_grad=True)
+    torch.autograd.grad(model(x).sum(), x)
+    torch.autograd.grad(model(x).sum(), model.base_model.model.last.sgrq_delta["default"].weight)
+    model(x)
+    with torch.no_grad():
+        model(x)
+    steps(model)
+
+
+def test_several_forward_passes_before_their_backward_passes_are_told_apart():
+    used = [False]
+    model = adapted(lambda net, x: net.left(x) + (net.right(x) if used[0] else 0))
+    x = torch.randn(3, 64)
+    one = model(x).sum()
+    used[0] = True
+    other = model(x).sum()
+    one.backward()
+    other.backward()
+    (model(x).sum() + model(x).sum()).backward()
+
+
+def test_a_copy_in_the_middle_of_a_step_is_watched_on_its_own():
+    model = adapted(one_lost)
+    model(torch.randn(3, 64))
+    other = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match="'left'"):
+        steps(other, count=1)
+
+
+# layers without an adapter
+
+
+class Rounded(nn.Linear):
+    """Rounds its input without a gradient, as quantized activations are in libraries for inference."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = x.detach().abs().amax() / 127
+        return super().forward((x / scale).round() * scale)
+
+
+class Unrecorded(nn.Linear):
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("cls", [Rounded, Unrecorded])
+def test_training_around_any_layer_that_loses_the_gradient_is_refused(cls):
+    model = nn.Sequential(linear_dense(64, 64), cls(64, 64), linear_dense(64, 64))
+    with pytest.raises(ValueError, match="Layer '1' loses the gradient of its input"):
+        get_peft_model(model, SGRQConfig(target_modules=["0", "2"]))
+    get_peft_model(model, SGRQConfig(target_modules=["0", "2"], inference_mode=True))
+
+
+def test_a_refused_format_that_loses_the_gradient_is_not_harmless():
+    from support.library_formats import FORMATS
+
+    torchao = next(format for format in FORMATS if format.name == "torchao-int8-dynamic")
+    torchao.require()
+    layer = torchao.layer(nn.Linear(256, 128, bias=False))
+    layer.weight.act_pre_scale = torch.ones(256)  # refused, and its activations are quantized
+    assert "loses the gradient of its input" in str(lost_gradient("1", layer, 64))
+    weights_alone = next(format for format in FORMATS if format.name == "torchao-int8-row").layer(nn.Linear(256, 128))
+    weights_alone.weight.act_pre_scale = torch.ones(256)  # refused, too, but the gradient passes
+    assert lost_gradient("1", weights_alone, 64) is None
+
+
+def test_a_layer_that_only_looks_otherwise_may_be_left_out():
+    class Gain(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).relu() * 2
+
+    model = nn.Sequential(linear_dense(64, 64), Gain(64, 64), linear_dense(64, 64))
+    model = get_peft_model(model, SGRQConfig(target_modules=["0", "2"])).train()
+    steps(model)
