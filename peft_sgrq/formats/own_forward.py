@@ -67,14 +67,11 @@ def _defined_in(function: Any) -> str:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling a module is more than its forward pass."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or _has_any_global_hook()
-    )
+    """Whether calling a module is more than its forward pass; hooks of this package surround the layer's own alone."""
+    spaces = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(spaces) and any(_defined_in(hook) != "peft_sgrq" for hooks in spaces for hook in hooks.values()):
+        return True
+    return bool(_has_any_global_hook())
 
 
 def call_as(module: nn.Module, forward: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:

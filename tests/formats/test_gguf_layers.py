@@ -9,7 +9,8 @@ import pytest
 import torch
 from peft import get_peft_model
 from support.ggml import ALL_TYPES, dequantize, random_blocks, some_blocks
-from support.layers import delta_of, relative_error, the_layer
+from support.oracle import relative_error
+from support.single_layers import delta_of, the_layer
 from torch import nn
 
 from peft_sgrq import SGRQConfig

@@ -8,10 +8,11 @@ import pytest
 import torch
 from peft import get_peft_model
 from support.format_base import Format
-from support.formats import FORMATS
 from support.ggml import dequantize, quantize
 from support.gguf_files import mixed, tiny_model, write_gguf
-from support.layers import relative_error, the_layer
+from support.library_formats import FORMATS
+from support.oracle import relative_error
+from support.single_layers import the_layer
 from torch import nn
 
 import peft_sgrq

@@ -112,6 +112,7 @@ def test_any_share_above_zero_is_a_ratio(ratio):
 # files
 
 FULL = {
+    "zero_points": True,
     "task_type": TaskType.CAUSAL_LM,
     "target_modules": ["q_proj", "v_proj"],
     "exclude_modules": ["o_proj"],

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ggml
 import numpy as np
 import pytest
 import torch
+from support import ggml
 from support.bases import byte_tokenizer
 
 from peft_sgrq.formats.gguf.blocks import BY_NAME
