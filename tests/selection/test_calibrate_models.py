@@ -128,7 +128,9 @@ def test_a_memory_limit_splits_passes_and_changes_no_score(limit, llama_dir: Pat
 
     plans = []
     passes = input_scores._Collection.passes
-    monkeypatch.setattr(input_scores._Collection, "passes", lambda self, plan: (plans.append(plan), passes(self, plan))[1])
+    monkeypatch.setattr(
+        input_scores._Collection, "passes", lambda self, plan: (plans.append(plan), passes(self, plan))[1]
+    )
     found = run(Scaled(DENSE.load(llama_dir), 0.7), config=projections(), memory_limit=limit)
     expected = run(Scaled(DENSE.load(llama_dir), 0.7), config=projections())
     same_scores(found, expected, 1e-6)
