@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 
 class SGRQModel(BaseTuner):
-    """Tunes the quantization scales of the salient columns of a model's linear layers.
+    """Tunes the quantization scales of a model's linear layers: all of them, or with `ratio` the most salient ones.
 
     Codes, zero points and all other parameters stay as they are. An adapter holds the relative changes of the
     selected scales; merging writes them into the scales of the quantized base and quantizes nothing again.
@@ -79,7 +80,9 @@ class SGRQModel(BaseTuner):
     prefix = "sgrq_"
     tuner_layer_cls = SGRQLinear
     target_module_mapping: dict[str, list[str]] = {}
-    _starting_point: StartingPoint | None = None  # of the adapter that is being injected
+    # Of the adapter that is being injected: where it starts, and the layers it goes to.
+    _starting_point: StartingPoint | None = None
+    _found: Mapping[str, ScaledWeight] = MappingProxyType({})
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(compiled_in_place(model), *args, **kwargs)
@@ -106,7 +109,7 @@ class SGRQModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
-            self._starting_point = None
+            self._starting_point, self._found = None, {}
         if start is not None:
             start.write(model, adapter_name)
             config.init_weights = True  # where it is saved, its own deltas say where it is
@@ -123,7 +126,7 @@ class SGRQModel(BaseTuner):
         if peft_config.loaded_from is not None:
             check_adapter_file(peft_config.loaded_from)
         check_modules_to_save(model, peft_config)
-        scaled_weights = find_targets(model, peft_config, self._check_target_module_exists)
+        scaled_weights = self._found = find_targets(model, peft_config, self._check_target_module_exists)
         if peft_config.auto_mapping is None:
             peft_config.auto_mapping = describe_class(model)
         check_group_sizes(model, scaled_weights)
@@ -191,15 +194,18 @@ class SGRQModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        scaled_weight = scaled_weight_of(current_key, base_layer_of(target), peft_config.group_size)
+        scaled_weight, base_layer = self._found.get(current_key), base_layer_of(target)
+        if scaled_weight is None or scaled_weight.module is not base_layer:
+            # The layers are those of a state dict, not of the config.
+            scaled_weight = scaled_weight_of(current_key, base_layer, peft_config.group_size)
         selection = peft_config.selection = peft_config.selection or {}
-        if current_key not in selection:  # only when the layers are those of a state dict, not of the config
+        if current_key not in selection:
             selection |= select_without_data({current_key: scaled_weight}, peft_config)
         groups = decode_mask(selection[current_key], scaled_weight.selectable, none=peft_config.zero_points)
         if isinstance(target, SGRQLinear):
             target.update_layer(adapter_name, config=peft_config, groups=groups)
             return
-        layer = SGRQLinear(target, adapter_name, peft_config, groups)
+        layer = SGRQLinear(target, adapter_name, peft_config, groups, scaled_weight)
         layer.watch_gradients(current_key, self._first_gradients)
         layer.train(target.training)
         if adapter_name not in self.active_adapters:
@@ -285,7 +291,7 @@ class SGRQModel(BaseTuner):
         selection: dict[str, str] = {}
         for name, layer in self.model.named_modules():
             if isinstance(layer, SGRQLinear):
-                groups = [layer._delta(adapter).groups for adapter in adapters if adapter in layer.sgrq_delta]
+                groups = [layer.delta(adapter).groups for adapter in adapters if adapter in layer.sgrq_delta]
                 if groups:
                     selection[name] = encode_mask(torch.cat(groups).unique(), layer.scaled_weight.selectable)
         return selection

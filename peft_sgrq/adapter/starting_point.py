@@ -106,9 +106,9 @@ class StartingPoint:
         modules = dict(model.named_modules())
         for name, stored in self._deltas.items():
             layer = modules[name]
-            if not isinstance(layer, SGRQLinear) or layer._delta(adapter_name).weight.is_meta:
+            if not isinstance(layer, SGRQLinear) or layer.delta(adapter_name).weight.is_meta:
                 continue  # on the meta device: loaded into later
-            delta = layer._delta(adapter_name)
+            delta = layer.delta(adapter_name)
             rows = torch.isin(stored.groups, delta.groups.cpu())
             places = torch.searchsorted(delta.groups.cpu(), stored.groups[rows])
             dim = layer.scaled_weight.unit.dim

@@ -14,11 +14,10 @@ from torch import nn
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.registry import resolve_weight
 from peft_sgrq.formats.scaled_weight import ScaledWeight
-from peft_sgrq.layer.decoding import Decoder
 from peft_sgrq.layer.delta import Delta
 from peft_sgrq.layer.first_gradients import FirstGradients
 from peft_sgrq.layer.functional import effective_scales
-from peft_sgrq.layer.prepared import PreparedScales
+from peft_sgrq.layer.inference import Decoder
 
 
 def _quantize_again() -> None:
@@ -34,17 +33,25 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         adapter_name (`str`): Name of the first adapter.
         config (`SGRQConfig`): Its configuration.
         groups (`torch.Tensor`): The groups it selects, int64 `[n]`, ascending.
+        scaled_weight (`ScaledWeight` or `None`): The base layer as codes and scales, if it is known already.
     """
 
     adapter_layer_names = ("sgrq_delta", "sgrq_zero_points")
     other_param_names = ()
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SGRQConfig, groups: torch.Tensor) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: SGRQConfig,
+        groups: torch.Tensor,
+        scaled_weight: ScaledWeight | None = None,
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         # For PEFT's status and repr only: PEFT's own backends merge by quantizing again.
         self.quantization_backend = resolve_quantization_backend(base_layer, get_apply_tensor_subclass=_quantize_again)
-        self._scaled_weight = resolve_weight(base_layer, config.group_size)
+        self._scaled_weight = scaled_weight or resolve_weight(base_layer, config.group_size)
         self.in_features, self.out_features = self.scaled_weight.in_features, self.scaled_weight.out_features
         self.sgrq_delta = nn.ModuleDict()
         self.sgrq_zero_points = nn.ModuleDict()  # of adapters that move zero points, all of them
@@ -52,7 +59,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
         self._unmerged_scales: tuple[Any, ...] = ()  # in a tuple, lest a parameter in it is registered
-        self._prepared = PreparedScales()
         self._decoder: Decoder | None = None
         self._unions: dict[tuple[str, ...], torch.Tensor | None] = {}
         self._name = ""
@@ -72,7 +78,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         # Another module put in place of the base layer is the one that computes from then on.
         if name == "base_layer" and "_scaled_weight" in self.__dict__:
             self.__dict__["_scaled_weight"] = resolve_weight(value, self._scaled_weight.group_size)
-            self._forget()
+            self._forget_all()
         super().__setattr__(name, value)
 
     # adapters
@@ -116,21 +122,22 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        self._forget()
+        self._forget_all()
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         active = self._present(self.active_adapters)
         if len(active) > 1:
             self._union(active)  # depends on data, so not something torch.compile could trace in the forward pass
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self._forget()
+        self._forget_all()
         super().delete_adapter(adapter_name)
 
     def _present(self, adapter_names: Sequence[str]) -> tuple[str, ...]:
         # In one fixed order: the sum of deltas then has the same bits when merging as in the forward pass.
         return tuple(name for name in self.sgrq_delta if name in adapter_names)
 
-    def _delta(self, name: str) -> Delta:
+    def delta(self, name: str) -> Delta:
+        """The deltas of an adapter."""
         return self.sgrq_delta[name]  # type: ignore[return-value]
 
     def _zero_points(self, name: str) -> Delta:
@@ -138,7 +145,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def _trained(self, name: str) -> list[Delta]:
         """What an adapter trains here: deltas of scales, and of zero points if it moves them."""
-        return [self._delta(name), *([self._zero_points(name)] if name in self.sgrq_zero_points else [])]
+        return [self.delta(name), *([self._zero_points(name)] if name in self.sgrq_zero_points else [])]
 
     def _weights(self, name: str) -> list[torch.Tensor]:
         return [trained.weight for trained in self._trained(name)]
@@ -167,7 +174,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             The deltas, float32, shaped as `effective_scales` takes them, and the groups they belong to, the union of
             the adapters' selections (`None` for all).
         """
-        deltas = [self._delta(name) for name in adapter_names]
+        deltas = [self.delta(name) for name in adapter_names]
         if len(deltas) == 1:
             return deltas[0].values(), deltas[0].selected()
         scaled_weight, dim = self.scaled_weight, self.scaled_weight.unit.dim
@@ -182,22 +189,22 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def _union(self, adapter_names: tuple[str, ...]) -> torch.Tensor | None:
         """Indices of the groups that any of the adapters selects, int64, ascending; `None` for all of them."""
         if adapter_names not in self._unions:
-            groups = torch.cat([self._delta(name).groups for name in adapter_names]).unique()
+            groups = torch.cat([self.delta(name).groups for name in adapter_names]).unique()
             self._unions[adapter_names] = None if len(groups) == self.scaled_weight.selectable else groups
         return self._unions[adapter_names]
 
-    def _forget(self) -> None:
-        self._forget_prepared()
+    def _forget_all(self) -> None:
+        self.forget()
         self._unions.clear()
 
-    def _forget_prepared(self) -> None:
-        self._prepared.clear()
+    def forget(self) -> None:
+        """Has the next forward pass look everything up again."""
         self._decoder = None
 
     # module
 
     def train(self, mode: bool = True) -> AdaptedLayer:
-        self._forget_prepared()
+        self.forget()
         for name in self.sgrq_delta:
             self._accept(name)
         return super().train(mode)
@@ -206,11 +213,11 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return {**super().__getstate__(), "_decoder": None}  # what is bound to this layer's tensors is not a copy's
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._forget()
+        self._forget_all()
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
-        self._forget()
+        self._forget_all()
         self._unmerged_scales = tuple(
             self.scaled_weight.convert_stored(stored, fn) for stored in self._unmerged_scales
         )

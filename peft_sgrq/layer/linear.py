@@ -14,8 +14,8 @@ from torch import nn
 from peft_sgrq.formats.own_forward import call_as, forward_obstacle, has_hooks
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.adapters import AdaptedLayer
-from peft_sgrq.layer.decoding import Decoder, is_one_token
 from peft_sgrq.layer.functional import scaled_linear
+from peft_sgrq.layer.inference import Decoder, is_one_token
 from peft_sgrq.layer.mixed_batch import check_rows, forward_mixed
 from peft_sgrq.layer.saved_inputs import SavedInput
 
@@ -28,6 +28,7 @@ class SGRQLinear(AdaptedLayer):
         adapter_name (`str`): Name of the first adapter.
         config (`SGRQConfig`): Its configuration.
         groups (`torch.Tensor`): The groups it selects, int64 `[n]`, ascending.
+        scaled_weight (`ScaledWeight` or `None`): The base layer as codes and scales, if it is known already.
     """
 
     # forward
@@ -80,12 +81,12 @@ class SGRQLinear(AdaptedLayer):
         if self.training and not torch.compiler.is_compiling():
             self._expect_gradients(names, recorded)
         if recorded:
-            self._forget_prepared()
+            self.forget()
             moves = self.combined_zero_points(names)
             y = scaled_linear(x_cast, *self.combined_delta(names), scaled_weight, SavedInput(x), moves)
         else:
             with torch.no_grad():
-                prepared = self._prepared_scales(names, x_cast)
+                prepared = scaled_weight.prepare(self.effective_scales(names))
                 y = scaled_weight.linear(x_cast, prepared)
             if decodes and is_one_token(self, x):  # not for some rows of a mixed batch
                 self._decoder = Decoder.of(scaled_weight.bind(prepared), *self._decoding_state())
@@ -97,9 +98,10 @@ class SGRQLinear(AdaptedLayer):
 
     def _expect_gradients(self, names: tuple[str, ...], recorded: bool) -> None:
         for name in names:
-            delta = self._delta(name)
-            if not delta.has_had_gradient and delta.weight.requires_grad and self._first_gradients is not None:
-                self._first_gradients.expect(self._name, name, delta, recorded)
+            for what, trained in zip((name, f"{name} (zero points)"), self._trained(name), strict=False):
+                if self._first_gradients is None or trained.has_had_gradient or not trained.weight.requires_grad:
+                    continue
+                self._first_gradients.expect(self._name, what, trained, recorded)
 
     def _decoding_state(self) -> tuple[tuple[object, ...], list[torch.Tensor]]:
         """All that decides what a forward pass computes, as `Decoder` compares it."""
@@ -115,33 +117,21 @@ class SGRQLinear(AdaptedLayer):
             return False
         return x.requires_grad or any(weight.requires_grad for name in names for weight in self._weights(name))
 
-    def _prepared_scales(self, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
-        def prepare() -> torch.Tensor:
-            return self.scaled_weight.prepare(self.effective_scales(names))
-
-        if self.training or torch.compiler.is_compiling():
-            return prepare()
-        sources = [weight for name in names for weight in self._weights(name)] + self.scaled_weight.sources()
-        # A sequence makes them anew, its further tokens reuse them: a change through `.data` goes unseen only between
-        # two inputs of one token each, with no training step and no `train()` or `eval()` between them.
-        decoding = x.dim() > 1 and x.shape[-2] == 1
-        return self._prepared.get(names, sources, prepare, reuse=decoding)
-
     # merging and combining
 
     @torch.no_grad()
     def add_weighted(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """Adds `sum_a weight_a delta_a` to the deltas of an adapter that selects all their groups."""
-        target = self._delta(adapter_name)
+        target = self.delta(adapter_name)
         for name, weight in zip(adapters, weights, strict=True):
             if name in self.sgrq_delta:
-                positions = torch.searchsorted(target.groups, self._delta(name).groups)
-                values = self._delta(name).values() * weight
+                positions = torch.searchsorted(target.groups, self.delta(name).groups)
+                values = self.delta(name).values() * weight
                 target.weight.index_add_(self.scaled_weight.unit.dim, positions, values)
             if name in self.sgrq_zero_points:
                 moves = self._zero_points(name).values() * weight
                 self._zero_points(adapter_name).weight.add_(moves)
-        self._forget_prepared()
+        self.forget()
 
     def check_finite(self, adapter_names: list[str] | None = None) -> None:
         """Raises a ValueError if merging the adapters (`None`: the active ones) would write NaN or infinite scales."""
@@ -189,7 +179,7 @@ class SGRQLinear(AdaptedLayer):
                 self.scaled_weight.restore_scales(stored)
             raise
         self.merged_adapters = merged
-        self._forget_prepared()
+        self.forget()
 
     def unmerge(self) -> None:
         """Puts the original scale tensors back."""

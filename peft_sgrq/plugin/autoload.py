@@ -46,17 +46,24 @@ def _forget_package() -> None:
 
 
 class _AfterPeft(MetaPathFinder):
-    """Finds `peft` once, by the other finders, and registers SGRQ when it has been executed."""
+    """Finds `peft` by the other finders, and has SGRQ registered when it has been executed."""
+
+    def __init__(self) -> None:
+        self._asking = False
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != "peft":
+        if fullname != "peft" or self._asking:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        self._asking = True
+        try:
+            spec = find_spec(fullname)  # looked for without being imported, too: transformers asks whether it is there
+        finally:
+            self._asking = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
+                sys.meta_path.remove(self)
                 execute(module)
                 _register()
 

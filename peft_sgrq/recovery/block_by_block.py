@@ -130,7 +130,7 @@ class BlockByBlock:
     def _release(self, names: Sequence[str]) -> None:
         """Frees what layers keep for inference, such as the scaled weight of a dense layer."""
         for name in names:
-            self._job.layers[name]._forget_prepared()
+            self._job.layers[name].forget()
 
     @torch.no_grad()
     def _targets(self, index: int, augmented: bool) -> tuple[list[torch.Tensor], float]:

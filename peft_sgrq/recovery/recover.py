@@ -165,7 +165,7 @@ def recover(
         with untouched(model), untouched(before.model), tqdm(desc="Recovering", disable=not progress) as bar:
             if not any(map(is_quantized, model.modules())):
                 refuse_unquantized(before, scaled_weights)
-            deltas = {name: layer._delta(adapter_name) for name, layer in layers.items()}
+            deltas = {name: layer.delta(adapter_name) for name, layer in layers.items()}
             job = Job(model, layers, stack, deltas, before, batches, settings, bar)
             if epochs:
                 made_with = identity(job, peft_model.peft_config[adapter_name])

@@ -41,7 +41,7 @@ DECODING = [change for change in (*OPTIMIZERS, *OTHERS) if change not in (by_ave
 ]
 
 
-@pytest.mark.parametrize(  # on the other bases what shows elsewhere: see test_prepared.py
+@pytest.mark.parametrize(  # on the other bases what shows elsewhere: see test_inference.py
     ("base", "change"),
     [
         *((NF4, change) for change in DECODING),

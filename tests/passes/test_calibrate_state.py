@@ -148,5 +148,5 @@ def test_what_is_trained_inside_keeps_what_it_has(llama_dir: Path):
     layer = next(module for module in model.modules() if isinstance(module, SGRQLinear))
     layer.train()
     with untouched(model):
-        layer.kept = layer._delta("default").kept = True
-    assert layer.kept and layer._delta("default").kept and layer.training
+        layer.kept = layer.delta("default").kept = True
+    assert layer.kept and layer.delta("default").kept and layer.training

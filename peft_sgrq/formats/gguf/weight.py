@@ -35,6 +35,10 @@ class GGUFWeight(ScaledWeight):
     def matches(module: nn.Module) -> bool:
         return isinstance(module, GGUFLinear)
 
+    @staticmethod
+    def known_class(module: nn.Module) -> type[nn.Module]:
+        return GGUFLinear
+
     @property
     def _held(self) -> BlockScales:
         return self.module.scales()

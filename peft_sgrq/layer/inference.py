@@ -1,4 +1,4 @@
-"""Decoding token by token: all that a layer needs for one token, looked up once."""
+"""Inference token by token: all that a layer needs for one token, looked up once."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ def is_one_token(layer: nn.Module, x: torch.Tensor) -> bool:
 class Decoder:
     """The forward pass of a layer for one token, valid as long as nothing it was made of changes.
 
-    A token takes so little arithmetic that looking up adapters, scales and codes anew would show. As with
-    `PreparedScales`, a change through `.data` that keeps the storage goes unseen.
+    A token takes so little arithmetic that looking up adapters, scales and codes anew would show. A change is seen in
+    the storage of a tensor or in its version counter; a write through `.data`, as optimizers and averaging callbacks
+    make it, shows in neither, so inputs of more than one token, training steps, `train()` and `eval()` end a decoder.
 
     Args:
         run (`Callable`): Takes the input and returns the output.
