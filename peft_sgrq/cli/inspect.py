@@ -1,7 +1,7 @@
 """Show what an adapter or a saliency file selects (ratios, saliency held, sizes), or what a .gguf file holds.
 
 A saliency file also says what adapters of several ratios would take. The layers are shown as a grid, a row for each
-block and a column for each kind of layer; `--json` has them one by one.
+block and a column for each kind of layer; `--json` lists them one by one.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from peft_sgrq.choices import DEFAULT_BUDGET, NAMED_RATIOS
 
 if TYPE_CHECKING:
     from peft_sgrq.formats.gguf.report import FileReport
-    from peft_sgrq.selection.report.report import LayerReport, Report, SizeReport
+    from peft_sgrq.selection.report.report import Report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
     if args.path.endswith(".gguf"):
         from peft_sgrq.formats.gguf.report import report_file
 
-        found = report_file(args.path)
-        print(json.dumps(found.as_dict(), indent=1) if args.json else describe_file(found))
+        file = report_file(args.path)
+        print(json.dumps(file.as_dict(), indent=1) if args.json else describe_file(file))
         return 0
     if args.plot:
         from peft_sgrq.selection.report.plot import check_picture
@@ -74,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
         from peft_sgrq.selection.report.plot import plot_report
 
         plot_report(report, args.plot, saliency)
-    text = json.dumps(report.as_dict(), indent=1) if args.json else describe(report)
+    found = {**report.facts, "layers": report.layers, "sizes": report.sizes}
+    text = json.dumps(found, indent=1) if args.json else describe(report)
     print(text, file=sys.stderr if args.plot and is_standard_output(args.plot) else None)
     return 0
 
@@ -98,17 +99,18 @@ def _budget(text: str) -> float | int | str:
 
 def describe(report: Report) -> str:
     """The report as text with tables."""
-    parts = ["\n".join(f"{key}: {_spell(value)}" for key, value in report.facts.items() if value not in (None, []))]
-    scales = sum(layer.scales for layer in report.layers)
+    facts = {key: value for key, value in report.facts.items() if key != "kind" and value not in (None, [])}
+    parts = ["\n".join(f"{key}: {_spell(value)}" for key, value in facts.items())]
+    scales = sum(layer["scales"] for layer in report.layers)
     parts.append(f"{scales:,} scales in {len(report.layers)} layers")
-    parts.append(_grid("Share of the groups selected, %", report, lambda layer: layer.ratio))
-    parts.append(_grid("Share of the layer's saliency they hold, %", report, lambda layer: layer.held))
-    parts.append(_grid("Root mean square of the deltas, %", report, lambda layer: layer.change, digits=2))
+    if all(layer["ratio"] is None for layer in report.layers):
+        parts.append(_grid("Groups selected", report, "selected"))
+    parts.append(_grid("Share of the groups selected, %", report, "ratio", 100))
+    parts.append(_grid("Share of the layer's saliency they hold, %", report, "held", 100))
+    parts.append(_grid("Root mean square of the deltas, %", report, "change", 100, digits=2))
     if report.sizes:
-        parts.append("Adapters to come")
-        parts[-1] += "\n" + _table(
-            ["ratio", "scales", "of all", "saliency held", "float32", "bfloat16"], [_size_row(s) for s in report.sizes]
-        )
+        head = ["ratio", "scales", "of all", "saliency held", "float32", "bfloat16"]
+        parts.append("Adapters to come\n" + _table(head, [_size_row(size) for size in report.sizes]))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -138,42 +140,23 @@ def _spell(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _size_row(size: SizeReport) -> list[str]:
-    return [
-        str(size.ratio),
-        f"{size.scales:,}",
-        f"{100 * size.share:.1f} %",
-        f"{100 * size.held:.1f} %",
-        f"{size.bytes_float32 / 1e6:.2f} MB",
-        f"{size.bytes_bfloat16 / 1e6:.2f} MB",
-    ]
+def _size_row(size: dict[str, Any]) -> list[str]:
+    shares = [f"{100 * size[key]:.1f} %" for key in ("share", "held")]
+    sizes = [f"{size[key] / 1e6:.2f} MB" for key in ("bytes_float32", "bytes_bfloat16")]
+    return [str(size["ratio"]), f"{size['scales']:,}", *shares, *sizes]
 
 
-def _grid(title: str, report: Report, value: Callable[[LayerReport], float | None], digits: int = 0) -> str:
+def _grid(title: str, report: Report, key: str, factor: int = 1, digits: int = 0) -> str:
     """A row for each block and a column for each kind of layer; layers of a kind in one block are averaged."""
-    from peft_sgrq.selection.report.report import shorten
-
-    cells: dict[tuple[int | None, str], list[float]] = {}
-    for layer in report.layers:
-        found = value(layer)
-        if found is not None:
-            cells.setdefault(layer.place, []).append(100 * found)
-    if not cells:
+    blocks, kinds, means = report.grid(key)
+    if not blocks:
         return ""
-    kinds = list(dict.fromkeys(kind for block, kind in cells if block is not None))
-    blocks = list(dict.fromkeys(block for block, _ in cells if block is not None))
-
-    def spell(values: list[float] | None) -> str:
-        return "" if values is None else f"{sum(values) / len(values):.{digits}f}"
-
-    rows = [[str(block), *(spell(cells.get((block, kind))) for kind in kinds)] for block in blocks]
-    if len(blocks) > 1:
-        columns = [[v for block in blocks for v in cells.get((block, kind), [])] for kind in kinds]
-        rows.append(["mean", *map(spell, columns)])
-    text = f"{title}\n" + (_table(["block", *shorten(kinds)], rows) if blocks else "")
-    for (block, kind), values in cells.items():
-        text += f"\n{kind}: {spell(values)}" if block is None else ""
-    return text
+    rows = [
+        ["other" if block is None else str(block)]
+        + ["" if mean is None else f"{factor * mean:.{digits}f}" for mean in row]
+        for block, row in zip(blocks, means, strict=True)
+    ]
+    return f"{title}\n{_table(['block', *kinds], rows)}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--learning-rate", type=float, help="of the first stage, of relative changes")
     parser.add_argument("--augmented", action=argparse.BooleanOptionalAction, help="match f(X_q) as well as f(X)")
     parser.add_argument("--preservation", type=float, metavar="WEIGHT", help="how much salient weights are held")
-    parser.add_argument("--importance", help="which are: fisher, diag, obs, billm or magnitude")
+    parser.add_argument("--importance", help="which are: fisher, or magnitude for all alike")
     parser.add_argument("--distill-steps", type=int, help="steps of the second stage")
     parser.add_argument("--distill-learning-rate", type=float, help="of the second stage")
     parser.add_argument("--progress-file", metavar="FILE", help="to go on from when interrupted (default: beside -o)")
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     output = check_output_folder(args.output)
     check_sources(args, model=args.model, reference=args.reference)
-    from peft_sgrq.recovery.progress_file import check_progress_file
+    from peft_sgrq.recovery.progress import check_progress_file
 
     progress_file = args.progress_file or f"{os.path.normpath(args.output)}.progress"
     check_progress_file(progress_file)

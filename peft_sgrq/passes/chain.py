@@ -1,14 +1,13 @@
-"""Running a model block by block: all batches through one transformer block before the next one is looked at.
+"""Running a model block by block: all batches through one transformer block before the next one.
 
-What a block is called with besides its hidden states (masks, position embeddings) is asked of the model itself: it
-runs once with blocks that pass their input on. That is right for models whose blocks are a chain and depend on each
-other through their hidden states alone. Whether this is one is found out by running it plainly on one sequence.
+The model itself gives a block's arguments besides its hidden states (masks, position embeddings): it runs once with
+blocks that pass their input on. That is right for models whose blocks are a chain and depend on each other through
+their hidden states alone. One ordinary forward pass on one sequence checks this assumption.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import nn
 from peft_sgrq.formats.own_forward import forward_replaced
 from peft_sgrq.passes.data import Batch
 
-logger = logging.getLogger(__name__)
+_Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
 
 
 class NotAChainError(RuntimeError):
@@ -40,6 +39,15 @@ def find_stack(model: nn.Module, names: Collection[str]) -> tuple[str, nn.Module
     return found
 
 
+def layers_by_block(names: Iterable[str], stack: str, count: int) -> list[list[str]]:
+    """The layers in each of the `count` blocks of a stack, up to the last block that has some."""
+    names = list(names)
+    blocks = [[name for name in names if name.startswith(f"{stack}.{index}.")] for index in range(count)]
+    while not blocks[-1]:
+        blocks.pop()
+    return blocks
+
+
 class Chain:
     """The blocks of a model and what they are called with, ready to run one after another.
 
@@ -49,39 +57,35 @@ class Chain:
         batches (`Sequence[Batch]`): The data. The hidden states of all of it are kept, of one block at a time.
 
     Raises:
-        NotAChainError: If each block is not called exactly once, with the hidden states the one before it returned.
+        NotAChainError: If each block is not called exactly once, with the hidden states the one before it returned, or
+            if the blocks give other hidden states of the first sequence than in the model.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], run: Callable[[Batch], Any], batches: Sequence[Batch]) -> None:
         self._blocks = blocks
-        self._expected, widths = _trace(blocks, run, batches[0].first())
-        self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []  # by batch, by block
+        first = batches[0].first()
+        expected, widths = _trace(blocks, run, first)
+        self._record(run, widths, [first])
+        for index in range(len(blocks)):
+            self.run_block(index, 0)
+        _check_same(self._hidden[0], expected)
+        self._record(run, widths, batches)
+
+    def _record(self, run: Callable[[Batch], Any], widths: Sequence[int | None], batches: Sequence[Batch]) -> None:
+        self._calls: list[list[_Call]] = []  # by batch, by block
         self._hidden: list[torch.Tensor] = []  # by batch
         with ExitStack() as stack:
-            record: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-            for index, block in enumerate(blocks):
-                last = index == len(blocks) - 1
+            record: list[_Call] = []
+            for index, block in enumerate(self._blocks):
+                last = index == len(self._blocks) - 1
                 stack.enter_context(forward_replaced(block, _pass_on(record, widths[index], last)))
             for batch in batches:
                 record.clear()
                 _run_until_stopped(run, batch)
-                if len(record) != len(blocks):
-                    raise NotAChainError(f"{len(record)} of {len(blocks)} blocks were called")
+                if len(record) != len(self._blocks):
+                    raise NotAChainError(f"{len(record)} of {len(self._blocks)} blocks were called")
                 self._hidden.append(_hidden_of(*record[0]))
                 self._calls.append([_without_hidden(*call) for call in record])
-
-    @classmethod
-    def checked(cls, blocks: Sequence[nn.Module], run: Callable[[Batch], Any], batches: Sequence[Batch]) -> Chain:
-        """A chain whose blocks have been run on the first sequence, and give what they give in the model.
-
-        Raises:
-            NotAChainError: If they do not.
-        """
-        first = cls(blocks, run, [batches[0].first()])
-        for index in range(len(blocks)):
-            first.run_block(index, 0)
-        first.check()
-        return cls(blocks, run, batches)
 
     def hidden(self, batch: int) -> torch.Tensor:
         """The hidden states of a batch that the next block takes, `[B, T, D]`."""
@@ -97,15 +101,14 @@ class Chain:
         self._hidden[batch] = self.call(index, batch, self._hidden[batch])
         self._calls[batch][index] = ((), {})  # needed no more
 
-    def check(self) -> None:
-        """Raises NotAChainError if the first sequence has not come out of the last block as it does in the model."""
-        expected = self._expected.float()
-        found = self._hidden[0][: len(expected)].float()
-        # Kernels may round in another way, with a batch of another size say; the arguments are to be the same.
-        tolerance = 1e-3 if self._expected.dtype in (torch.float32, torch.float64) else 5e-2
-        difference = (found - expected).norm(dim=-1).nan_to_num()  # by token
-        if bool((difference > tolerance * expected.norm(dim=-1).nan_to_num()).any()):
-            raise NotAChainError("outside of the model the blocks compute something else")
+
+def _check_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    # Kernels may round in another way outside of the model; only the arguments must be the same.
+    tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 5e-2
+    expected = expected.float()
+    difference = (found.float() - expected).norm(dim=-1).nan_to_num()  # by token
+    if bool((difference > tolerance * expected.norm(dim=-1).nan_to_num()).any()):
+        raise NotAChainError("outside of the model the blocks compute something else")
 
 
 def _trace(
@@ -141,7 +144,7 @@ def _trace(
     return outputs[-1][0], [form for _, form in outputs]
 
 
-def _pass_on(record: list[tuple[tuple[Any, ...], dict[str, Any]]], width: int | None, last: bool) -> Any:
+def _pass_on(record: list[_Call], width: int | None, last: bool) -> Any:
     def forward(*args: Any, **kwargs: Any) -> Any:
         record.append((args, kwargs))
         if last:
@@ -168,7 +171,7 @@ def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     return hidden
 
 
-def _without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
     return args[1:], {key: value for key, value in kwargs.items() if args or key != "hidden_states"}
 
 

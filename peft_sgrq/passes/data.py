@@ -72,14 +72,14 @@ def load_batches(
         data: A `DataLoader` or another iterable of batches (mappings with `input_ids` `[B, T]`, or tensors of that),
             of which each process gives its own; or the same on all processes: texts, tokenized examples, or a
             `datasets.Dataset`.
-        tokenizer: For texts; its settings and state are not changed.
+        tokenizer: The tokenizer for texts; its settings and state are not changed.
         column (`str` or `None`): Column of a dataset with texts, chats (lists of messages) or token ids; `None` takes
-            the first of `input_ids`, `text` and `messages` that there is.
-        samples (`int` or `None`): Sequences at most, chosen at random by `seed`; of a DataLoader and of streamed data
-            the first ones. `None` takes all.
-        max_length (`int`): Tokens of a sequence at most.
+            the first it has of `input_ids`, `text` and `messages`.
+        samples (`int` or `None`): The most sequences, chosen at random by `seed`; from a DataLoader and from streamed
+            data the first ones. `None` takes all.
+        max_length (`int`): The most tokens of a sequence.
         batch_size (`int`): Sequences in a batch, where the data is not in batches already.
-        seed (`int`): Of the choice of samples.
+        seed (`int`): Seed for choosing samples.
 
     Raises:
         ValueError: If there is no data, or no token but padding, on all processes together; if the column is missing.

@@ -13,13 +13,11 @@ from torch.autograd.function import once_differentiable
 from peft_sgrq.formats.compressed_tensors.weight import pass_gradients
 from peft_sgrq.formats.own_forward import forward_replaced
 from peft_sgrq.passes.data import IGNORED, Batch
+from peft_sgrq.passes.running import loss_of
 
 
 class _Observed(torch.autograd.Function):
-    """A copy of a layer's output; its backward pass hands the layer's input and output gradient on.
-
-    A copy and no view, because models may add to it in place.
-    """
+    """A copy of a layer's output, as models may add to it in place; its backward pass takes input and gradient."""
 
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, anchor: torch.Tensor, take: Any) -> torch.Tensor:
@@ -35,16 +33,12 @@ class _Observed(torch.autograd.Function):
         return grads[0], None, torch.zeros((), device=grads[0].device), None
 
 
-# Of a layer's weight gradients, `[N, K]` of each sequence, in the order of the batch.
-TakeGradients = Callable[[str, Iterator[torch.Tensor]], None]
-
-
 def observe_gradients(
     model: nn.Module,
     layers: Mapping[str, tuple[nn.Module, Callable[..., torch.Tensor]]],
     batch: Batch,
     run: Callable[[Batch], Any],
-    take: TakeGradients,
+    take: Callable[[str, Iterator[torch.Tensor]], None],
 ) -> None:
     """Hands on the gradient of each sequence's loss in the weights of layers, while a backward pass runs.
 
@@ -87,13 +81,7 @@ def observe_gradients(
     with torch.enable_grad(), ExitStack() as stack:
         for name, (module, forward) in layers.items():
             stack.enter_context(forward_replaced(module, _observed(forward, anchor, taker(name))))
-        loss = getattr(run(batch), "loss", None)
-        if not isinstance(loss, torch.Tensor):
-            raise ValueError(
-                f"The model returned no loss for a batch with {sorted(batch.inputs)}, expected one to differentiate; "
-                "give data with the labels its forward method takes, or another criterion."
-            )
-        torch.autograd.grad(loss, anchor)
+        torch.autograd.grad(loss_of(run(batch), batch.inputs), anchor)
 
 
 def _observed(forward: Callable[..., torch.Tensor], anchor: torch.Tensor, take: Any) -> Any:

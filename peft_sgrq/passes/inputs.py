@@ -15,11 +15,11 @@ from peft_sgrq.passes.padding import Padding
 from peft_sgrq.passes.processes import gather, sum_over_processes
 from peft_sgrq.passes.statistics import InputStatistics
 
-_RECENT = 4  # inputs remembered to see which layers share one; these are called soon after one another
+_RECENT = 4  # inputs remembered to see which layers share one; such layers are called soon after one another
 
 
 class SharingBrokenError(RuntimeError):
-    """Layers that had one input in a batch had several in a later one, so their statistics were not one."""
+    """Layers that shared an input in one batch had different inputs in a later one."""
 
 
 class InputCollector:
@@ -39,10 +39,7 @@ class InputCollector:
         self, scaled_weights: Mapping[str, ScaledWeight], padding: Padding, full: bool, share: bool = True
     ) -> None:
         self.statistics: dict[str, InputStatistics] = {}
-        self._scaled_weights = scaled_weights
-        self._padding = padding
-        self._full = full
-        self._share = share
+        self._scaled_weights, self._padding, self._full, self._share = scaled_weights, padding, full, share
         self._broken = False
         self._new: set[InputStatistics] = set()  # made in this batch
         self._inputs: dict[InputStatistics, int] = {}  # how many each has had in this batch
@@ -72,11 +69,8 @@ class InputCollector:
         shared = self._find_shared(x) if self._share else None
         own = self.statistics.get(name)
         if own is None:
-            if shared is not None and shared in self._new:
-                own = shared
-            else:
-                own = InputStatistics(x.shape[-1], self._full, x.device)
-                self._new.add(own)
+            own = shared if shared in self._new else InputStatistics(x.shape[-1], self._full, x.device)
+            self._new.add(own)
             self.statistics[name] = own
         if shared is own:
             return
@@ -86,10 +80,8 @@ class InputCollector:
 
     def _find_shared(self, x: torch.Tensor) -> InputStatistics | None:
         for seen, version, statistics in self._recent:
-            same = seen is x or (
-                seen.data_ptr() == x.data_ptr() and seen.shape == x.shape and seen.stride() == x.stride()
-            )
-            if same and version == x._version:
+            view = (seen.data_ptr(), seen.shape, seen.stride()) == (x.data_ptr(), x.shape, x.stride())
+            if (seen is x or view) and version == x._version:
                 return statistics
         return None
 
@@ -107,7 +99,7 @@ class InputCollector:
                 for name in names[1:]:
                     self.statistics[name] = self.statistics[name].copy()
         for name, scaled_weight in self._scaled_weights.items():
-            if name not in self.statistics:  # a layer no token has come to, an expert say
+            if name not in self.statistics:  # a layer that no token has come to, such as an expert
                 self.statistics[name] = InputStatistics(scaled_weight.in_features, self._full, scaled_weight.device)
         ordered = dict.fromkeys(self.statistics[name] for name in self._scaled_weights)
         sum_over_processes(tensor for one in ordered for tensor in (one.total, one.tokens))

@@ -1,13 +1,17 @@
-"""Running a model on batches of data."""
+"""Running a model on batches of data, and its layers otherwise than they do by themselves."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
 from torch import nn
 
+from peft_sgrq.formats.own_forward import within_accelerate
+from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.layer.functional import scaled_linear
 from peft_sgrq.passes.data import Batch
 
 
@@ -33,3 +37,25 @@ def runner(model: nn.Module, with_labels: bool = False) -> Callable[[Batch], Any
         return model(**{key: value.to(device) for key, value in wanted.items()}, **extra)
 
     return run
+
+
+def loss_of(output: Any, inputs: Collection[str]) -> torch.Tensor:
+    """The loss that a model returned; a ValueError if there is none. `inputs` names what it was given."""
+    loss = getattr(output, "loss", None)
+    if not isinstance(loss, torch.Tensor):
+        raise ValueError(
+            f"The model returned no loss for a batch with {sorted(inputs)}, expected one to differentiate; give data "
+            "with the labels its forward method takes, or choose what needs no loss."
+        )
+    return loss
+
+
+def tuned_forward(
+    scaled_weight: ScaledWeight, delta: torch.Tensor, groups: torch.Tensor | None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The forward pass of a layer as if an adapter had these deltas, see `scaled_linear`."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return scaled_weight.cast_output(scaled_linear(scaled_weight.cast_input(x), delta, groups, scaled_weight), x)
+
+    return within_accelerate(scaled_weight.module, forward)

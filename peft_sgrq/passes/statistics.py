@@ -16,7 +16,7 @@ _COLUMNS = 1024  # of the inverse Cholesky factor at a time
 
 
 class InputStatistics:
-    """What is kept of the inputs that one layer, or several with the same input, have seen.
+    """Second moments of the inputs of one layer, or of several with the same input.
 
     Args:
         features (`int`): Columns of the layer's weight, `K`.

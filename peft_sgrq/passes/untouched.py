@@ -79,13 +79,13 @@ def _parts_of_adapters(modules: list[nn.Module]) -> set[nn.Module]:
 
 
 def _configs(modules: list[nn.Module]) -> list[Any]:
-    found: dict[int, Any] = {}
+    found: list[Any] = []
     for module in modules:
         config: Any = getattr(module, "config", None)
         if config is None:
             continue
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         for one in (config, text):
-            if hasattr(one, "use_cache"):
-                found[id(one)] = one
-    return list(found.values())
+            if hasattr(one, "use_cache") and not any(one is known for known in found):
+                found.append(one)
+    return found

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from peft_sgrq.layer.delta import Delta
 from peft_sgrq.passes.data import Batch
+from peft_sgrq.passes.running import runner
 from peft_sgrq.recovery.descent import Descent
+from peft_sgrq.recovery.job import Job
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -21,7 +24,7 @@ class Distillation:
 
     Attributes:
         before, after (`float`): `KL(p_reference || p)` over the data, before and after, in nats a token.
-        steps (`list[float]`): That of each step's batch, before the step.
+        steps (`list[float]`): The same for each step's batch, before the step.
     """
 
     before: float
@@ -46,42 +49,29 @@ def divergence(logits: torch.Tensor, reference: torch.Tensor, counted: torch.Ten
     return total
 
 
-class DistillationStage:
-    """The training of all scales on the divergence.
+class Distilling:
+    """The training of all scales on the divergence; `job` is the recovery."""
 
-    Args:
-        run, reference (`Callable`): Run the quantized model and the reference on a batch; both return `logits`.
-        counted (`Callable`): The tokens of a batch whose logits count, bool `[B, T]`.
-        deltas (`Sequence[Delta]`): What is trained.
-        batches (`Sequence[Batch]`): The data.
-    """
+    def __init__(self, job: Job) -> None:
+        self._batches, self._deltas, self._settings, self._bar = job.batches, job.deltas, job.settings, job.bar
+        # An encoder-decoder makes the inputs of its decoder of the labels.
+        self._decoder = bool(getattr(getattr(job.model, "config", None), "is_encoder_decoder", False))
+        self._run = runner(job.model, self._decoder)
+        self._reference = job.reference.run_with_labels if self._decoder else job.reference.run
 
-    def __init__(
-        self,
-        run: Callable[[Batch], Any],
-        reference: Callable[[Batch], Any],
-        counted: Callable[[Batch], torch.Tensor],
-        deltas: Sequence[Delta],
-        batches: Sequence[Batch],
-    ) -> None:
-        self._run, self._reference, self._counted = run, reference, counted
-        self._deltas, self._batches = deltas, batches
-
-    def train(self, steps: int, learning_rate: float, seed: int, advance: Callable[[float], object]) -> Distillation:
+    def train(self) -> Distillation:
         """Trains by AdamW with a cosine schedule, and puts the deltas back if the divergence has not become less.
 
-        Args:
-            steps (`int`): How many steps, a batch each, in an order that `seed` sets anew each time round.
-            learning_rate (`float`): The largest one of the schedule; deltas are relative changes.
-            seed (`int`): Of the order of the batches.
-            advance (`Callable`): Given the divergence of each step, in nats a token.
+        A step takes a batch, in an order that the seed sets anew each time round.
 
         Raises:
             ValueError: If the models return no logits, of other shapes, or not finite ones.
         """
+        steps = self._settings.distill_steps
+        self._bar.reset(total=steps)
         found = Distillation(self.measure(), math.nan)
-        descent = Descent(self._deltas, learning_rate, steps)
-        generator = torch.Generator().manual_seed(seed)
+        descent = Descent(list(self._deltas.values()), self._settings.distill_learning_rate, steps)
+        generator = torch.Generator().manual_seed(self._settings.seed)
         order: list[int] = []
         for _ in range(steps):
             order = order or torch.randperm(len(self._batches), generator=generator).tolist()
@@ -89,10 +79,16 @@ class DistillationStage:
             with torch.enable_grad():
                 loss = self._divergence(batch)
             descent.step(loss)
-            found.steps.append(loss.item() / max(1, int(self._counted(batch).sum())))
-            advance(found.steps[-1])
+            found.steps.append(loss.item() / max(1, self._tokens(batch)))
+            self._bar.set_postfix_str(f"divergence {found.steps[-1]:.4f}", refresh=False)
+            self._bar.update()
         found.after = self.measure()
         if not found.after < found.before:
+            logger.warning(
+                "Distillation did not lower the divergence of %.4g nats a token and was undone; lower "
+                "`distill_learning_rate`.",
+                found.before,
+            )
             found.after = found.before
             descent.undo()
         return found
@@ -100,8 +96,14 @@ class DistillationStage:
     @torch.no_grad()
     def measure(self) -> float:
         """The divergence over all of the data, in nats a token."""
-        tokens = sum(int(self._counted(batch).sum()) for batch in self._batches)
+        tokens = sum(self._tokens(batch) for batch in self._batches)
         return sum(self._divergence(batch).item() for batch in self._batches) / max(1, tokens)
+
+    def _counted(self, batch: Batch) -> torch.Tensor:
+        return batch.decoder_counted if self._decoder and batch.decoder_counted is not None else batch.counted
+
+    def _tokens(self, batch: Batch) -> int:
+        return int(self._counted(batch).sum())
 
     def _divergence(self, batch: Batch) -> torch.Tensor:
         with torch.no_grad():

@@ -6,15 +6,15 @@ With `W` the weight before quantization, `W_q` the quantized one and `F >= 0` ho
     A_s = sum F W_q^2,    B_s = sum F W_q (W_q - W)        over the weights that scale s multiplies,
 
 so that two numbers for each scale are all that is kept of `F`, whatever its size. This is the saliency-aware
-preservation of Cao and Aref 2025 (arXiv 2504.13932), there for low-rank updates, with squared gradients as `F`.
+preservation of Cao and Aref 2025 (arXiv 2504.13932), there for low-rank updates, with squared gradients as `F`
+("fisher") or without (all alike, "magnitude").
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,19 +24,12 @@ from peft_sgrq.formats.own_forward import forward_replaced
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.passes.data import Batch
 from peft_sgrq.passes.gradients import observe_gradients
-from peft_sgrq.passes.statistics import InputStatistics
-from peft_sgrq.recovery.reference import Reference
+from peft_sgrq.passes.reference import Reference
 
-FROM_INPUTS: dict[str, Callable[[InputStatistics], torch.Tensor]] = {
-    "diag": lambda inputs: inputs.diagonal,  # (K,)
-    "obs": lambda inputs: 1 / inputs.inverse_diagonal,
-    "billm": lambda inputs: 1 / inputs.inverse_diagonal.square(),
-}
-IMPORTANCES = ("fisher", *FROM_INPUTS, "magnitude")
+IMPORTANCES = ("fisher", "magnitude")
 
 
-@dataclass
-class Pull:
+class Pull(NamedTuple):
     """The preservation term of one layer, as the quadratic function of its deltas that it is.
 
     Attributes:
@@ -51,13 +44,7 @@ class Pull:
 
     @classmethod
     def of(cls, scaled_weight: ScaledWeight, original: torch.Tensor, importance: torch.Tensor) -> Pull:
-        """The term of a layer.
-
-        Args:
-            scaled_weight (`ScaledWeight`): The quantized layer.
-            original (`torch.Tensor`): `W`, float32 `[N, K]`.
-            importance (`torch.Tensor`): `F`, float32 `[N, K]`, or `[K]` for all rows.
-        """
+        """The term of a quantized layer, from `W`, float32 `[N, K]`, and `F`, `[N, K]`, or `[K]` for all rows."""
         weight = scaled_weight.dequantize(scaled_weight.scales(), torch.float32)  # (N, K)
         error = weight - original
         weighted = importance * weight
@@ -67,16 +54,6 @@ class Pull:
             (importance * error.square()).sum(),
         )
 
-    def to(self, device: torch.device) -> Pull:
-        """The same on a device."""
-        return Pull(self.curvature.to(device), self.slope.to(device), self.constant.to(device))
-
-    def add(self, other: Pull) -> None:
-        """Adds the term for a further part of the importance."""
-        self.curvature += other.curvature
-        self.slope += other.slope
-        self.constant += other.constant
-
     def at(self, delta: torch.Tensor, groups: torch.Tensor | None, dim: int) -> torch.Tensor:
         """The term at deltas of the selected groups, differentiable; float32 scalar."""
         curvature, slope = self.curvature, self.slope
@@ -85,48 +62,22 @@ class Pull:
         return (curvature * delta.square() + 2 * slope * delta).sum() + self.constant
 
 
-def magnitude_pulls(reference: Reference, scaled_weights: Mapping[str, ScaledWeight]) -> dict[str, Pull]:
-    """The terms of layers with every weight equally important."""
-    return {
-        name: Pull.of(
-            scaled_weight,
-            reference.weight(name, scaled_weight),
-            torch.ones(scaled_weight.in_features, device=scaled_weight.device),
-        )
-        for name, scaled_weight in scaled_weights.items()
-    }
-
-
-def input_pulls(
-    reference: Reference,
-    scaled_weights: Mapping[str, ScaledWeight],
-    inputs: Mapping[str, InputStatistics],
+def preservation_terms(
     importance: str,
-) -> dict[str, Pull]:
-    """The terms of layers with an importance that second moments of the reference's inputs give."""
-    return {
-        name: Pull.of(
-            scaled_weight,
-            reference.weight(name, scaled_weight),
-            FROM_INPUTS[importance](inputs[name]).to(scaled_weight.device, torch.float32),
-        )
-        for name, scaled_weight in scaled_weights.items()
-    }
-
-
-def gradient_pulls(
     reference: Reference,
     blocks: Sequence[nn.Module],
     scaled_weights: Mapping[str, ScaledWeight],
     batches: Sequence[Batch],
     advance: Callable[[], Any],
 ) -> dict[str, Pull]:
-    """The terms of layers with squared gradients of the reference's loss: the diagonal of its Fisher information.
+    """The terms of layers, by name.
 
-    One backward pass of each batch through the reference. Its blocks are run again in it, so that of a streamed
-    reference one block is in memory at a time.
+    Squared gradients of the reference's loss, the diagonal of its Fisher information, need one backward pass of each
+    batch through the reference. Its blocks are run again in it, so that one block of a streamed reference is in memory
+    at a time.
 
     Args:
+        importance (`"fisher"` or `"magnitude"`): Which weights matter: by squared gradients, or all alike.
         reference (`Reference`): The model before quantization.
         blocks (`Sequence[nn.Module]`): Its blocks.
         scaled_weights (`dict[str, ScaledWeight]`): The quantized layers.
@@ -135,26 +86,28 @@ def gradient_pulls(
     """
     pulls: dict[str, Pull] = {}
 
-    def take(name: str, gradients: Iterator[torch.Tensor]) -> None:
-        squares = sum(gradient.square() for gradient in gradients)  # (N, K)
-        scaled_weight = scaled_weights[name]
-        pull = Pull.of(scaled_weight, reference.weight(name, scaled_weight), squares.to(scaled_weight.device))  # type: ignore[union-attr]
-        if name in pulls:
-            pulls[name].add(pull)
-        else:
-            pulls[name] = pull
+    def add(name: str, matters: torch.Tensor) -> None:
+        weight = scaled_weights[name]
+        pull = Pull.of(weight, reference.weight(name, weight), matters.to(weight.device))
+        pulls[name] = Pull(*map(torch.add, pulls[name], pull)) if name in pulls else pull
 
-    layers = {name: (reference.layers[name], reference.layers[name].forward) for name in scaled_weights}
-    with ExitStack() as stack:
-        for block in blocks:
-            stack.enter_context(forward_replaced(block, _run_again(block.forward)))
-        for batch in batches:
-            observe_gradients(reference.model, layers, batch, reference.run_with_labels, take)
-            advance()
-    for name, scaled_weight in scaled_weights.items():
-        if name not in pulls:  # a layer no token has come to, an expert say
-            nothing = torch.zeros(scaled_weight.in_features, device=scaled_weight.device)
-            pulls[name] = Pull.of(scaled_weight, reference.weight(name, scaled_weight), nothing)
+    if importance == "fisher":
+        layers = {name: (reference.layers[name], reference.layers[name].forward) for name in scaled_weights}
+        with ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(forward_replaced(block, _run_again(block.forward)))
+            for batch in batches:
+                observe_gradients(
+                    reference.model,
+                    layers,
+                    batch,
+                    reference.run_with_labels,
+                    lambda name, gradients: add(name, sum(gradient.square() for gradient in gradients)),  # type: ignore[arg-type]
+                )
+                advance()
+    for name, weight in scaled_weights.items():
+        if name not in pulls:  # for "fisher" a layer that no token has come to, such as an expert
+            add(name, torch.full((weight.in_features,), float(importance == "magnitude")))
     return pulls
 
 

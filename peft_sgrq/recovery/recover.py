@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import time
-from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,18 +18,15 @@ from peft_sgrq.formats.registry import is_quantized
 from peft_sgrq.layer.base_layers import refuse_adapters
 from peft_sgrq.layer.linear import SGRQLinear
 from peft_sgrq.passes.chain import find_stack
-from peft_sgrq.passes.data import Batch, load_batches
+from peft_sgrq.passes.data import load_batches
 from peft_sgrq.passes.processes import process_count
-from peft_sgrq.passes.running import longest, runner
+from peft_sgrq.passes.reference import Reference, check_tokenizer, read_config, refuse_unquantized
+from peft_sgrq.passes.running import longest
 from peft_sgrq.passes.untouched import untouched
-from peft_sgrq.recovery.block import BlockError
-from peft_sgrq.recovery.distillation import Distillation, DistillationStage
-from peft_sgrq.recovery.progress_file import ProgressFile, check_progress_file
-from peft_sgrq.recovery.reference import Reference, check_tokenizer, read_config, refuse_unquantized
-from peft_sgrq.recovery.settings import Settings, first_stage
-from peft_sgrq.recovery.stage import BlockStage
-
-logger = logging.getLogger(__name__)
+from peft_sgrq.recovery.block_by_block import BlockByBlock
+from peft_sgrq.recovery.distillation import Distillation, Distilling
+from peft_sgrq.recovery.job import Job, Settings
+from peft_sgrq.recovery.progress import BlockError, ProgressFile, check_progress_file, identity
 
 
 @dataclass
@@ -43,8 +37,8 @@ class Recovery:
         model (`PeftModel`): The quantized model with the adapter on it.
         blocks (`list[BlockError]`): How far each block's outputs were off before and after, and the seconds it took.
         distillation (`Distillation` or `None`): How far next-token probabilities were off before and after the second
-            stage, if there was one.
-        seconds (`float`): All in all.
+            stage; `None` without one.
+        seconds (`float`): The wall time of all.
     """
 
     model: PeftModel
@@ -84,8 +78,8 @@ def recover(
     ordinary SGRQ adapter: save it, merge it (exactly), go on training it, or start another from it with
     `SGRQConfig(init_weights=path)`.
 
-    Beside the model in memory are one block of the reference, if that is a checkpoint, and the hidden states of the
-    data at one block: what the quantized block gets, and what it is to give (with `augmented` also `f(X)` itself).
+    Memory holds the model, one block of the reference, if that is a checkpoint, and the hidden states of the data at
+    one block: the inputs of the quantized block and its targets (with `augmented` also `f(X)` itself).
 
     Args:
         model (`nn.Module`): The quantized model, without adapters.
@@ -96,20 +90,20 @@ def recover(
         tokenizer: The tokenizer for texts.
         adapter_name (`str`): Name of the adapter.
         epochs (`int`): How often each block sees the data; 0 leaves the first stage out.
-        learning_rate (`float`): Of the first stage. Deltas are relative changes. The default is for bases of few bits;
-            where blocks do not get better, a warning says so, and a smaller one helps.
+        learning_rate (`float`): That of the first stage. Deltas are relative changes. The default is for bases of few
+            bits; where blocks do not get better, a warning says so, and a smaller one helps.
         augmented (`bool`): Match `f(X_q)` as well as `f(X)`: what the reference's block makes of the inputs that the
             quantized block really gets.
         preservation (`float`): How much salient weights are held at their values before quantization, relative to the
-            error of the outputs; 0 does not.
+            error of the outputs; 0 turns it off.
         importance (`str`): Which weights are salient there: `"fisher"` by squared gradients of the reference's loss,
-            `"diag"`, `"obs"`, `"billm"` by its inputs, `"magnitude"` all alike.
+            `"magnitude"` all alike.
         distill_steps (`int`): Steps of the second stage, a batch each.
-        distill_learning_rate (`float`): Of the second stage.
-        column, samples, max_length, batch_size: Of the data, as in [`calibrate`].
-        seed (`int`): Of the choice of samples and the order of batches.
-        progress_file (`str`, path or `None`): A file to keep finished blocks in. Called again with the same arguments
-            an interrupted recovery goes on from it. Delete it when the adapter is saved.
+        distill_learning_rate (`float`): That of the second stage.
+        column, samples, max_length, batch_size: How the data is read, as in [`calibrate`].
+        seed (`int`): Seed for choosing samples and ordering batches.
+        progress_file (`str`, path or `None`): A file that keeps finished blocks. An interrupted recovery goes on from
+            it when it is called again with the same arguments. Delete it when the adapter is saved.
         progress (`bool`): Show a progress bar, with the block's error before and after.
 
     Returns:
@@ -133,7 +127,14 @@ def recover(
     """
     start = time.perf_counter()
     settings = Settings(
-        epochs, learning_rate, augmented, preservation, importance, distill_steps, distill_learning_rate, seed
+        epochs=epochs,
+        learning_rate=learning_rate,
+        augmented=augmented,
+        preservation=preservation,
+        importance=importance,
+        distill_steps=distill_steps,
+        distill_learning_rate=distill_learning_rate,
+        seed=seed,
     )
     settings.check()
     config = _checked_config(config)
@@ -151,13 +152,26 @@ def recover(
         read_config(os.fspath(reference))
     check_tokenizer(tokenizer, reference)
     batches = load_batches(data, tokenizer, column, samples, longest(model, max_length), batch_size, seed)
-    for parameter in model.parameters():
-        if parameter.is_meta:
-            raise ValueError("The model is on the meta device, expected one with weights; load them first.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("The model is on the meta device, expected one with weights; load them first.")
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     peft_model = get_peft_model(model, config, adapter_name)
+    recovery = Recovery(peft_model)
     try:
-        recovery = _recover(peft_model, model, reference, batches, adapter_name, settings, progress_file, progress)
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, SGRQLinear)}
+        scaled_weights = {name: layer.scaled_weight for name, layer in layers.items()}
+        stack = find_stack(model, layers)
+        before = Reference(reference, model, stack and stack[0], scaled_weights)
+        with untouched(model), untouched(before.model), tqdm(desc="Recovering", disable=not progress) as bar:
+            if not any(map(is_quantized, model.modules())):
+                refuse_unquantized(before, scaled_weights)
+            deltas = {name: layer.delta(adapter_name) for name, layer in layers.items()}
+            job = Job(model, layers, stack, deltas, before, batches, settings, bar)
+            if epochs:
+                made_with = identity(job, peft_model.peft_config[adapter_name])
+                recovery.blocks = BlockByBlock(job, ProgressFile(progress_file, made_with)).run()
+            if distill_steps:
+                recovery.distillation = Distilling(job).train()
     except BaseException:
         peft_model.unload()
         for parameter, required in trainable.items():
@@ -165,72 +179,6 @@ def recover(
         raise
     recovery.seconds = time.perf_counter() - start
     return recovery
-
-
-def _recover(
-    peft_model: PeftModel,
-    model: nn.Module,
-    reference: Any,
-    batches: list[Batch],
-    adapter_name: str,
-    settings: Settings,
-    progress_file: str | os.PathLike[str] | None,
-    progress: bool,
-) -> Recovery:
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SGRQLinear)}
-    stack = find_stack(model, layers)
-    scaled_weights = {name: layer.scaled_weight for name, layer in layers.items()}
-    recovery = Recovery(peft_model)
-    with (
-        closing(Reference(reference, model, stack and stack[0], scaled_weights)) as before,
-        untouched(model),
-        untouched(before.model),
-        tqdm(desc="Recovering", disable=not progress) as bar,
-    ):
-        if not any(map(is_quantized, model.modules())):
-            refuse_unquantized(before, scaled_weights)
-        if settings.epochs:
-            made_with = first_stage(settings, peft_model.peft_config[adapter_name], model, before, batches)
-            file = ProgressFile(progress_file, made_with)
-            recovery.blocks = BlockStage(
-                model, layers, stack, before, batches, adapter_name, settings, file, bar
-            ).run()
-        if settings.distill_steps:
-            recovery.distillation = _distill(model, before, layers, batches, adapter_name, settings, bar)
-    return recovery
-
-
-def _distill(
-    model: nn.Module,
-    reference: Reference,
-    layers: Mapping[str, SGRQLinear],
-    batches: list[Batch],
-    adapter_name: str,
-    settings: Settings,
-    bar: Any,
-) -> Distillation:
-    bar.reset(total=settings.distill_steps)
-    # An encoder-decoder makes the inputs of its decoder of the labels.
-    with_labels = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    found = DistillationStage(
-        runner(model, with_labels),
-        reference.run_with_labels if with_labels else reference.run,
-        lambda batch: batch.counted if batch.decoder_counted is None or not with_labels else batch.decoder_counted,
-        [layer.delta(adapter_name) for layer in layers.values()],
-        batches,
-    ).train(
-        settings.distill_steps,
-        settings.distill_learning_rate,
-        settings.seed,
-        lambda divergence: (bar.set_postfix_str(f"divergence {divergence:.4f}", refresh=False), bar.update()),
-    )
-    if not found.after < found.before:
-        logger.warning(
-            "Distillation did not lower the divergence of %.4g nats a token and was undone; lower "
-            "`distill_learning_rate`.",
-            found.before,
-        )
-    return found
 
 
 def _checked_config(config: SGRQConfig | None) -> SGRQConfig:

@@ -19,17 +19,9 @@ if TYPE_CHECKING:
 
 
 def select_without_data(scaled_weights: Mapping[str, ScaledWeight], config: SGRQConfig) -> dict[str, str]:
-    """The selection a config asks for where no calibration made one.
+    """The selection a config asks for where no calibration made one: module name -> bit mask in hexadecimal.
 
-    Args:
-        scaled_weights (`dict[str, ScaledWeight]`): The layers, by module name.
-        config (`SGRQConfig`): Its `criterion` must need no data; `None` means `"magnitude"`.
-
-    Returns:
-        `dict[str, str]`: Module name -> bit mask in hexadecimal.
-
-    Raises:
-        ValueError: If the criterion or the ratio needs calibration.
+    The config's criterion `None` means `"magnitude"`; a criterion or ratio that needs calibration is a ValueError.
     """
     if not scaled_weights:
         return {}
@@ -50,5 +42,4 @@ def select_without_data(scaled_weights: Mapping[str, ScaledWeight], config: SGRQ
         name: LayerSaliency.of(scaled_weight, weight_scores(name, scaled_weight, criterion), fingerprint="")
         for name, scaled_weight in scaled_weights.items()
     }
-    bytes_per_scale = 2 if config.adapter_dtype == "bfloat16" else 4
-    return Saliency(layers, criterion).select(config.ratio, config.ratio_pattern, config.budget, bytes_per_scale)
+    return Saliency(layers, criterion).selection_for(config)

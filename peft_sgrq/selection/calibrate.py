@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,24 +21,18 @@ from peft_sgrq.choices import CUSTOM, DEFAULT_CRITERION, WITHOUT_DATA, check_cri
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.base_layers import refuse_adapters
+from peft_sgrq.passes.chain import find_stack
 from peft_sgrq.passes.data import Batch, load_batches
 from peft_sgrq.passes.processes import gather, process_index
-from peft_sgrq.passes.running import longest, runner
+from peft_sgrq.passes.reference import Reference
+from peft_sgrq.passes.running import longest
 from peft_sgrq.passes.statistics import InputStatistics
 from peft_sgrq.passes.untouched import untouched
-from peft_sgrq.selection.collect import collect_input_scores
-from peft_sgrq.selection.criteria import (
-    DIAGONAL,
-    GRADIENTS,
-    HESSIAN,
-    Criterion,
-    LayerStatistics,
-    weight_scores,
-)
-from peft_sgrq.selection.gradient_scores import GradientScores
+from peft_sgrq.selection.criteria import DIAGONAL, GRADIENTS, HESSIAN, Criterion, LayerStatistics, weight_scores
+from peft_sgrq.selection.gradient_scores import collect_gradient_scores
+from peft_sgrq.selection.input_scores import collect_input_scores
 from peft_sgrq.selection.layer_saliency import LayerSaliency
-from peft_sgrq.selection.layerwise.allocate_ratios import allocate_ratios, check_affordable
-from peft_sgrq.selection.original import original_weights
+from peft_sgrq.selection.layerwise.allocate_ratios import check_affordable, ratios_on
 from peft_sgrq.selection.saliency import Saliency
 
 logger = logging.getLogger(__name__)
@@ -62,12 +56,12 @@ def calibrate(
 ) -> Saliency:
     """Scores the columns of the layers a config targets on calibration data, and fills the config's selection.
 
-    To be called before `get_peft_model`, on the quantized model, in train or eval mode. The model is left as it was,
-    bit for bit, also when interrupted; only bitsandbytes' repacking of 4-bit layers on CPUs stays switched off, as
-    `get_peft_model` does, too. Transformer blocks are looked at one after another, so that beside the model there are
-    the statistics of one block and the hidden states of the data in memory, however deep it is.
+    Call it before `get_peft_model`, on the quantized model, in train or eval mode. The model is left as it was, bit
+    for bit, also when interrupted; only bitsandbytes' repacking of 4-bit layers on CPUs stays switched off, which
+    `get_peft_model` does, too. Transformer blocks are processed one after another, so that memory holds the model, the
+    statistics of one block and the hidden states of the data, however deep the model is.
 
-    With several processes (torch.distributed, accelerate) each looks at its part of the data; the statistics are
+    With several processes (torch.distributed, accelerate) each processes its part of the data; the statistics are
     summed, and all processes select the same.
 
     Args:
@@ -75,30 +69,31 @@ def calibrate(
         config (`SGRQConfig`): What is targeted, the ratio and the criterion. Its `selection`, `criterion` and
             `base_fingerprint` are filled in place; the rest stays.
         data: A `DataLoader` (or other batches: mappings with `input_ids` `[B, T]`), a list of texts, or a
-            `datasets.Dataset`. Tokens with `attention_mask` 0 do not count. `None` will do where the criterion needs
-            no data.
+            `datasets.Dataset`. Tokens with `attention_mask` 0 do not count. May be `None` if the criterion needs no
+            data.
         tokenizer: The tokenizer for texts.
-        criterion (`str`, `Callable` or `None`): Instead of the config's; `None` in both is `"diag"`. A function is
-            given a [`LayerStatistics`] with the whole Hessian and returns scores >= 0 of each weight,
+        criterion (`str`, `Callable` or `None`): Replaces the config's; `None` in both is `"diag"`. A function is given
+            a [`LayerStatistics`] with the whole Hessian and returns scores >= 0 of each weight,
             `[out_features, in_features]`, or of each column, `[in_features]` (each row in a row format).
-        column (`str` or `None`): Column of the dataset with texts, chats or token ids; `None` takes the first of
-            `input_ids`, `text` and `messages` there is.
-        samples (`int` or `None`): Sequences to use at most; `None` for all.
-        max_length (`int`): Tokens of a text at most.
+        column (`str` or `None`): Column of the dataset with texts, chats or token ids; `None` takes the first it has
+            of `input_ids`, `text` and `messages`.
+        samples (`int` or `None`): The most sequences to use; `None` for all.
+        max_length (`int`): The most tokens of a text to use.
         batch_size (`int`): Texts in a batch; a DataLoader has its own.
         original (`nn.Module`, `str` or `None`): For the criterion `"error"`: the model before quantization, or its
-            checkpoint.
-        memory_limit (`int`, `str` or `None`): What Hessians may take at once, in bytes or as `"4GB"`, in models that
-            are no chain of blocks; these take several forward passes over the data then. `None` for no limit.
-        seed (`int`): Of the choice of samples, and of the criterion `"random"`.
+            checkpoint, which is read block by block.
+        memory_limit (`int`, `str` or `None`): The most memory that Hessians may use at once, in bytes or as `"4GB"`,
+            in models that are not a chain of blocks, which then need several forward passes over the data. `None` for
+            no limit.
+        seed (`int`): Seed for choosing samples, and for the criterion `"random"`.
         progress (`bool`): Show a progress bar.
 
     Returns:
-        `Saliency`: The scores of all columns, from which other ratios can be selected without calibrating again.
+        `Saliency`: The scores of all columns; other ratios can be selected from it without calibrating again.
 
     Raises:
         ValueError: If the data is empty or all padding, the dataset has no such column, the model is on the meta
-            device, has an adapter or no layer that is targeted, or activations are not finite.
+            device, has an adapter or no targeted layer, or activations are not finite.
         TypeError: If an argument has the wrong type.
 
     Example:
@@ -115,7 +110,8 @@ def calibrate(
     chosen = criterion if criterion is not None else config.criterion or DEFAULT_CRITERION
     if not callable(chosen):
         check_criterion(chosen)
-    if chosen == "error" and original is None:
+    name = f"{CUSTOM}{getattr(chosen, '__name__', type(chosen).__name__)}" if callable(chosen) else chosen
+    if name == "error" and original is None:
         raise ValueError(
             "The criterion 'error' compares with the weights before quantization, found no `original`; give that "
             "model, or its checkpoint."
@@ -129,9 +125,8 @@ def calibrate(
             "0.4, now or later by `saliency.configure(config, ratio=0.4)`."
         )
     prepare_base(model)
-    name = f"{CUSTOM}{getattr(chosen, '__name__', type(chosen).__name__)}" if callable(chosen) else chosen
-    saliency = Saliency({layer: _unscored(scaled_weight) for layer, scaled_weight in scaled_weights.items()}, name)
-    # A ratio that cannot be had is found now, not after the work.
+    saliency = Saliency({layer: _unscored(weight) for layer, weight in scaled_weights.items()}, name)
+    # Reject an impossible ratio before the long computation.
     if config.ratio == "layerwise":
         check_affordable(config, saliency)
     else:
@@ -140,20 +135,17 @@ def calibrate(
     with untouched(model), tqdm(desc="Calibrating", disable=not progress or process_index() > 0) as bar:
         if name not in WITHOUT_DATA or data is not None:
             batches = load_batches(data, tokenizer, column, samples, longest(model, max_length), batch_size, seed)
-            saliency.tokens = sum(gather(sum(int(batch.counted.sum()) for batch in batches)))
+        saliency.tokens = sum(gather(sum(int(batch.counted.sum()) for batch in batches)))
         loaded = time.perf_counter()
         if name in WITHOUT_DATA:
-            scores = {
-                layer: weight_scores(layer, scaled_weight, name, seed)
-                for layer, scaled_weight in scaled_weights.items()
-            }
+            scores = {layer: weight_scores(layer, weight, name, seed) for layer, weight in scaled_weights.items()}
         elif name in GRADIENTS:
-            scores = _gradient_scores(model, scaled_weights, batches, GRADIENTS[name], saliency.tokens, bar)
+            found = collect_gradient_scores(model, scaled_weights, batches, GRADIENTS[name], saliency.tokens, bar)
+            scores = {layer: _checked(layer, values) for layer, values in found.items()}
         else:
-            function = chosen if callable(chosen) else (HESSIAN | DIAGONAL)[_known(name)]
-            score = _scorer(model, scaled_weights, function, original if name == "error" or callable(chosen) else None)
+            score = _scorer(model, scaled_weights, chosen, original)
             scores = collect_input_scores(
-                model, scaled_weights, batches, runner(model), score, name not in DIAGONAL, memory_limit, bar
+                model, scaled_weights, batches, score, name not in DIAGONAL, memory_limit, bar
             )
     if name == "error" and not any(bool(values.any()) for values in scores.values()):
         raise ValueError(
@@ -163,9 +155,9 @@ def calibrate(
     saliency.layers = {name: layer.scored(scores[name]) for name, layer in saliency.layers.items()}
     saliency.seconds = {"data": loaded - start, "scores": time.perf_counter() - loaded}
     if config.ratio == "layerwise":
-        found = allocate_ratios(model, config, [batch.inputs for batch in batches], saliency, progress=progress)
-        saliency.ratios = gather(found.ratios)[0]
-        saliency.seconds["ratios"] = found.seconds
+        allocated = ratios_on(model, config, batches, saliency, progress=progress)
+        saliency.ratios = gather(allocated.ratios)[0]
+        saliency.seconds["ratios"] = allocated.seconds
     saliency.configure(config)
     saliency.seconds["total"] = time.perf_counter() - start
     return saliency
@@ -173,15 +165,6 @@ def calibrate(
 
 def _unscored(scaled_weight: ScaledWeight) -> LayerSaliency:
     return LayerSaliency.of(scaled_weight, torch.zeros(scaled_weight.lines))
-
-
-def _known(name: str) -> str:
-    if name.startswith(CUSTOM):
-        raise ValueError(
-            f"`criterion` is {name!r}, a function that was given to an earlier calibration, expected the function "
-            "itself; give it as `criterion=` again."
-        )
-    return name
 
 
 def _targets(model: nn.Module, config: SGRQConfig) -> dict[str, ScaledWeight]:
@@ -204,35 +187,23 @@ def _targets(model: nn.Module, config: SGRQConfig) -> dict[str, ScaledWeight]:
     return scaled_weights
 
 
-def _gradient_scores(
-    model: nn.Module,
-    scaled_weights: dict[str, ScaledWeight],
-    batches: list[Batch],
-    criterion: Any,
-    tokens: int,
-    bar: Any,
-) -> dict[str, torch.Tensor]:
-    collected = GradientScores(scaled_weights, criterion)
-    run = runner(model, with_labels=True)
-    bar.reset(total=len(batches))
-    for batch in batches:
-        collected.add(model, batch, run)
-        bar.update()
-    scores = collected.finish(tokens)
-    for name, values in scores.items():
-        _check_scores(name, values)
-    return scores
-
-
 def _scorer(
-    model: nn.Module, scaled_weights: dict[str, ScaledWeight], criterion: Criterion, original: Any
+    model: nn.Module, scaled_weights: Mapping[str, ScaledWeight], chosen: str | Criterion, original: Any
 ) -> Callable[[str, InputStatistics], torch.Tensor]:
-    weight_before = None if original is None else original_weights(original, model, scaled_weights)
+    """The scores of a layer from its name and the statistics of its inputs, checked."""
+    if isinstance(chosen, str) and chosen.startswith(CUSTOM):
+        raise ValueError(
+            f"`criterion` is {chosen!r}, a function that was given to an earlier calibration, expected the function "
+            "itself; give it as `criterion=` again."
+        )
+    criterion = (HESSIAN | DIAGONAL)[chosen] if isinstance(chosen, str) else chosen
+    reference = None
+    if original is not None and (chosen == "error" or callable(chosen)):
+        stack = find_stack(model, scaled_weights)
+        reference = Reference(original, model, stack and stack[0], scaled_weights, "original")
 
     def score(name: str, inputs: InputStatistics) -> torch.Tensor:
         scaled_weight = scaled_weights[name]
-        weight = scaled_weight.dequantize(scaled_weight.scales(), torch.float32)  # (N, K)
-        before = None if weight_before is None else weight_before(name, scaled_weight)
         if not inputs.tokens:
             logger.warning("No calibration token came to layer %s; all of its columns score 0.", name)
         elif not bool(torch.isfinite(inputs.diagonal).all()):
@@ -240,6 +211,8 @@ def _scorer(
                 f"The inputs of layer {name!r} are not finite on the calibration data, expected finite activations; "
                 "check the model, or load it in bfloat16 or float32."
             )
+        weight = scaled_weight.dequantize(scaled_weight.scales(), torch.float32)  # (N, K)
+        before = None if reference is None else reference.weight(name, scaled_weight)
         scores = criterion(LayerStatistics(name, weight, inputs, before))
         whole = (scaled_weight.out_features, scaled_weight.in_features)
         summed = (scaled_weight.lines,)
@@ -248,16 +221,15 @@ def _scorer(
                 f"The criterion returned {tuple(scores.shape) if isinstance(scores, torch.Tensor) else scores!r} for "
                 f"layer {name!r}, expected a tensor of shape {whole} or {summed}; correct the function."
             )
-        scores = scaled_weight.unit.sum_to_lines(scores)
-        _check_scores(name, scores)
-        return scores
+        return _checked(name, scaled_weight.unit.sum_to_lines(scores))
 
     return score
 
 
-def _check_scores(name: str, scores: torch.Tensor) -> None:
+def _checked(name: str, scores: torch.Tensor) -> torch.Tensor:
     if not (torch.isfinite(scores).all() and (scores >= 0).all()):
         raise ValueError(
             f"The scores of layer {name!r} are negative, NaN or infinite, expected finite numbers >= 0; check the "
             "criterion and the model's activations on this data."
         )
+    return scores

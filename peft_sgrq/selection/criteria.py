@@ -41,7 +41,7 @@ class LayerStatistics:
     Attributes:
         name (`str`): Name of the module.
         weight (`torch.Tensor`): The weight the layer computes with, float32 `[N, K]`.
-        inputs (`InputStatistics`): Of its inputs: `diagonal` and `inverse_diagonal` float64 `[K]`, `hessian` `[K, K]`.
+        inputs (`InputStatistics`): Its inputs: `diagonal` and `inverse_diagonal` float64 `[K]`, `hessian` `[K, K]`.
         original (`torch.Tensor` or `None`): The weight before quantization, float32 `[N, K]`.
     """
 
@@ -76,12 +76,12 @@ def error(layer: LayerStatistics) -> torch.Tensor:
 
 
 def fisher(weight: torch.Tensor, gradient: torch.Tensor, scaled_weight: ScaledWeight) -> torch.Tensor:
-    """Of one sequence: `w^2 g^2`, from the weight and its gradient, float32 `[N, K]`."""
+    """`w^2 g^2` of one sequence, from the weight and its gradient, float32 `[N, K]`."""
     return (weight * gradient).square()  # (N, K)
 
 
 def gradient(weight: torch.Tensor, gradient: torch.Tensor, scaled_weight: ScaledWeight) -> torch.Tensor:
-    """Of one sequence: the squared gradient of each scale's relative change, shared out to the columns it scales.
+    """The squared gradient of each scale's relative change for one sequence, divided among the columns it scales.
 
     `dL/ddelta = sum w g` over what the scale multiplies; the columns of a group get equal parts of the square, so that
     they add up to it.

@@ -12,7 +12,7 @@ from peft_sgrq.formats.selectable_unit import SelectableUnit
 
 @dataclass(frozen=True, eq=False)
 class LayerSaliency:
-    """The saliency of one layer, and what of its geometry a selection needs.
+    """The saliency of one layer, and the geometry that a selection needs.
 
     Attributes:
         scores (`torch.Tensor`): Saliency of each column, float32 `[in_features]`; in a row format of each row,
@@ -60,6 +60,11 @@ class LayerSaliency:
     def scales_per_group(self) -> int:
         """How many scales are trained for each selected unit."""
         return self.scales_shape[1 - self.unit.dim]
+
+    @property
+    def scales(self) -> int:
+        """How many scales the layer has."""
+        return self.scales_per_group * self.selectable
 
     @property
     def scales_shape(self) -> tuple[int, int]:

@@ -73,7 +73,7 @@ def counts_above_threshold(
     """How many groups of each layer lie above the one threshold at which a budget is spent.
 
     Args:
-        scores (`Sequence[torch.Tensor]`): Of the groups of each layer, comparable between layers, `[selectable]`.
+        scores (`Sequence[torch.Tensor]`): Scores of each layer's groups, comparable between layers, `[selectable]`.
         costs (`Sequence[int]`): Scales in a group of each layer.
         budget (`int`): Scales to select in all.
         fixed (`int`): Scales selected elsewhere already, part of the budget.

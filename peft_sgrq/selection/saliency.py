@@ -73,18 +73,14 @@ class Saliency:
         bytes_per_scale: int = 4,
     ) -> dict[str, int]:
         """How many groups of each layer are selected; the arguments are those of [`select`]."""
-        pattern = dict(ratio_pattern or {})
-        check_ratio_pattern(pattern)
         if not isinstance(ratio, Mapping):
             check_ratio(ratio)
-        keys = {name: get_pattern_key(list(pattern), name) for name in self.layers}
-        counts = {
-            name: self._count(name, pattern[keys[name]]) for name in self.layers if keys[name] in pattern
-        }  # what the user overrules
+        fixed_ratios = self.overruled(ratio_pattern)
+        counts = {name: self._count(name, found) for name, found in fixed_ratios.items()}
         rest = {name: layer for name, layer in self.layers.items() if name not in counts}
         if ratio == "global":
             fixed = sum(self.layers[name].scales_per_group * count for name, count in counts.items())
-            total = sum(layer.scales_per_group * layer.selectable for layer in self.layers.values())
+            total = sum(layer.scales for layer in self.layers.values())
             found = counts_above_threshold(
                 [self._comparable_scores(layer) for layer in rest.values()],
                 [layer.scales_per_group for layer in rest.values()],
@@ -95,6 +91,13 @@ class Saliency:
         else:
             counts |= {name: self._count(name, self._ratio_of(name, ratio)) for name in rest}
         return {name: counts[name] for name in self.layers}
+
+    def overruled(self, ratio_pattern: Mapping[str, Ratio] | None) -> dict[str, Ratio]:
+        """The layers that a `ratio_pattern` names, and their ratios."""
+        pattern = dict(ratio_pattern or {})
+        check_ratio_pattern(pattern)
+        keys = {name: get_pattern_key(list(pattern), name) for name in self.layers}
+        return {name: pattern[key] for name, key in keys.items() if key in pattern}
 
     def _ratio_of(self, name: str, ratio: Ratio | Mapping[str, float]) -> Ratio:
         if ratio == "layerwise":
@@ -158,6 +161,17 @@ class Saliency:
             for name, layer in self.layers.items()
         }
 
+    def selection_for(
+        self, config: SGRQConfig, ratio: Ratio | Mapping[str, float] | None = None, budget: Budget | None = None
+    ) -> dict[str, str]:
+        """What [`select`] gives for the fields of a config, or for another ratio or budget."""
+        return self.select(
+            config.ratio if ratio is None else ratio,
+            config.ratio_pattern,
+            config.budget if budget is None else budget,
+            bytes_per_scale=2 if config.adapter_dtype == "bfloat16" else 4,
+        )
+
     def configure(
         self, config: SGRQConfig, ratio: Ratio | Mapping[str, float] | None = None, budget: Budget | None = None
     ) -> SGRQConfig:
@@ -175,12 +189,7 @@ class Saliency:
             ValueError: If the config targets none of the layers, or an argument cannot be used; it is unchanged then.
         """
         chosen = self._targeted_by(config)
-        selection = chosen.select(
-            config.ratio if ratio is None else ratio,
-            config.ratio_pattern,
-            config.budget if budget is None else budget,
-            bytes_per_scale=2 if config.adapter_dtype == "bfloat16" else 4,
-        )
+        selection = chosen.selection_for(config, ratio, budget)
         if ratio is not None and not isinstance(ratio, Mapping):
             config.ratio = ratio
         if budget is not None:
@@ -218,7 +227,7 @@ class Saliency:
                 )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file, beside `path` first, so that a file that is there is replaced whole."""
+        """Writes one safetensors file; an existing file is replaced only by a whole one."""
         described = {
             "criterion": self.criterion,
             "tokens": self.tokens,

@@ -13,7 +13,7 @@ from support.calibration import TEXTS
 
 from peft_sgrq import SGRQConfig, recover
 from peft_sgrq.cli import main
-from peft_sgrq.recovery import stage
+from peft_sgrq.recovery import block_by_block
 
 BASE = Base("nf4", False, torch.bfloat16)
 _OPTIONS = ["--quantize", "nf4", "--dtype", "bfloat16", "--epochs", "2", "--batch-size", "4", "--quiet"]
@@ -34,7 +34,9 @@ def data(tmp_path: Path) -> Path:
 
 def test_the_command_writes_what_python_finds(llama_dir: Path, data: Path, tmp_path: Path, capsys, ids):
     output = tmp_path / "adapter"
-    assert command(llama_dir, data, output, "--preservation", "0.1", "--importance", "diag", "--no-augmented") == 0
+    assert (
+        command(llama_dir, data, output, "--preservation", "0.1", "--importance", "magnitude", "--no-augmented") == 0
+    )
     printed = capsys.readouterr().out
     assert "model.layers.1: error " in printed
     expected = recover(
@@ -46,7 +48,7 @@ def test_the_command_writes_what_python_finds(llama_dir: Path, data: Path, tmp_p
         epochs=2,
         batch_size=4,
         preservation=0.1,
-        importance="diag",
+        importance="magnitude",
         augmented=False,
         progress=False,
     )
@@ -57,15 +59,15 @@ def test_the_command_writes_what_python_finds(llama_dir: Path, data: Path, tmp_p
 
 def test_an_interrupted_command_goes_on(llama_dir: Path, data: Path, tmp_path: Path, monkeypatch):
     output = tmp_path / "adapter"
-    train, trained = stage.BlockTraining.train, []
+    train, trained = block_by_block.train_block, []
 
-    def interrupted(self, *args):
+    def interrupted(*args):
         trained.append(args)
         if len(trained) == 2:
             raise KeyboardInterrupt
-        return train(self, *args)
+        return train(*args)
 
-    monkeypatch.setattr(stage.BlockTraining, "train", interrupted)
+    monkeypatch.setattr(block_by_block, "train_block", interrupted)
     with pytest.raises(KeyboardInterrupt):
         command(llama_dir, data, output)
     assert not output.exists()
@@ -76,7 +78,7 @@ def test_an_interrupted_command_goes_on(llama_dir: Path, data: Path, tmp_path: P
 
 
 def test_an_output_that_cannot_be_written_is_found_before_the_work(llama_dir: Path, data: Path, monkeypatch, capsys):
-    monkeypatch.setattr(stage.BlockTraining, "train", None)
+    monkeypatch.setattr(block_by_block, "train_block", None)
     assert command(llama_dir, data, data / "adapter") == 2
     assert "Not a directory" in capsys.readouterr().err
 

@@ -18,7 +18,7 @@ from support.saliencies import example
 from peft_sgrq import SGRQConfig, merge_checkpoint
 from peft_sgrq.cli import main
 from peft_sgrq.files.output import check_output, check_output_folder, written
-from peft_sgrq.recovery.progress_file import ProgressFile
+from peft_sgrq.recovery.progress import ProgressFile
 from peft_sgrq.selection.report.plot import plot_report
 from peft_sgrq.selection.report.report import report_saliency
 

@@ -20,6 +20,7 @@ from peft_sgrq import SGRQConfig, merge_checkpoint, verify_checkpoint
 from peft_sgrq.formats.gguf.blocks import BY_NAME
 from peft_sgrq.formats.gguf.layers import GGUFLinear
 from peft_sgrq.layer.functional import ZERO_POINT_UNIT
+from peft_sgrq.selection.report.report import report_adapter
 
 ROWS, COLUMNS = 128, 256
 
@@ -194,6 +195,7 @@ def test_a_file_with_moved_zero_points_is_saved_loaded_trained_and_merged(ratio,
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     model.eval().save_pretrained(tmp_path / "adapter")
+    assert all((row["change"] is None) == (ratio == 0) for row in report_adapter(tmp_path / "adapter").layers)
     with torch.no_grad():
         expected = model(input_ids=ids).logits
         again, _ = peft_sgrq.load_gguf(path, adapter=tmp_path / "adapter")

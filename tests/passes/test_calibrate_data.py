@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.bases import DENSE, NF4, adapted, byte_tokenizer
+from support.bases import DENSE, INT8, NF4, adapted, byte_tokenizer
 from support.calibration import TEXTS, check_same, padded_batches, run_on, snapshot
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM
@@ -165,13 +165,16 @@ def test_a_model_without_weights_or_with_an_adapter_is_refused(llama_dir: Path):
         run_on(DENSE.load(llama_dir), padded_batches(), config=SGRQConfig(target_modules=["c_attn"]))
 
 
-def test_the_original_must_be_what_was_quantized(llama_dir: Path, gpt2_dir: Path):
+def test_the_original_must_be_what_was_quantized(llama_dir: Path, gpt2_dir: Path, tmp_path: Path):
     for original in (str(llama_dir), DENSE.load(llama_dir)):
         assert run_on(NF4.load(llama_dir), padded_batches(), "error", original=original).criterion == "error"
     with pytest.raises(ValueError, match=r"no difference between the model and `original`"):
         run_on(DENSE.load(llama_dir), padded_batches(), "error", original=llama_dir)
     with pytest.raises(ValueError, match=r"`original` has no layer 'model.layers.0.self_attn.q_proj'"):
         run_on(NF4.load(llama_dir), padded_batches(), "error", original=DENSE.load(gpt2_dir))
+    INT8.load(llama_dir).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"`original` .* is quantized itself"):
+        run_on(NF4.load(llama_dir), padded_batches(), "error", original=tmp_path)
 
 
 def test_activations_that_are_not_finite_are_named(llama_dir: Path):

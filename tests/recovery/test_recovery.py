@@ -16,9 +16,10 @@ from transformers.masking_utils import create_causal_mask
 from peft_sgrq import SGRQConfig
 from peft_sgrq.layer.linear import SGRQLinear
 from peft_sgrq.passes.data import load_batches
-from peft_sgrq.recovery.block import BlockTraining
+from peft_sgrq.recovery import block_by_block
+from peft_sgrq.recovery.block_training import squared_error, train_block
 from peft_sgrq.recovery.descent import LEAST_DELTA
-from peft_sgrq.recovery.distillation import DistillationStage
+from peft_sgrq.recovery.distillation import Distilling
 
 
 @torch.no_grad()
@@ -115,8 +116,8 @@ def test_no_scale_loses_its_sign_however_large_the_steps(how, llama_dir: Path, m
     if how == "blocks":
         found = recovered(llama_dir, learning_rate=0.5, epochs=10)
     else:
-        measured = iter([2.0, 1.0])  # lest what such steps do is undone
-        monkeypatch.setattr(DistillationStage, "measure", lambda self: next(measured))
+        measured = iter([2.0, 1.0])  # so that such steps are not undone
+        monkeypatch.setattr(Distilling, "measure", lambda self: next(measured))
         found = recovered(llama_dir, epochs=0, distill_steps=3, distill_learning_rate=5.0)
     smallest = min(float(delta.min()) for delta in deltas(found.model).values())
     assert smallest > -1
@@ -191,16 +192,15 @@ def test_logits_a_model_masks_do_not_count_and_others_must_be_finite(llama_dir: 
 def test_the_augmented_loss_has_the_gradient_of_its_formula(llama_dir: Path, monkeypatch):
     """`|f_q(X_q) - f(X)|^2 + |f_q(X_q) - f(X_q)|^2`: the second target is the reference's block on the same input."""
     seen = []
-    train = BlockTraining.train
 
-    def spy(self: BlockTraining, *args: Any) -> bool:
-        seen.append((self, [delta.weight for delta in self._deltas]))
+    def spy(run: Any, targets: Any, counted: Any, deltas: Any, *args: Any) -> bool:
+        weights = [delta.weight for delta in deltas]
         with torch.enable_grad():
-            loss = self._error(0)
-        seen[-1] += (torch.autograd.grad(loss, seen[-1][1]),)
-        return train(self, *args)
+            loss = squared_error(run(0), targets[0], counted[0])
+        seen.append((weights, torch.autograd.grad(loss, weights)))
+        return train_block(run, targets, counted, deltas, *args)
 
-    monkeypatch.setattr(BlockTraining, "train", spy)
+    monkeypatch.setattr(block_by_block, "train_block", spy)
     data = sequences(count=4)
     found = recovered(llama_dir, data=data, augmented=True)
     (batch,) = load_batches(data, batch_size=4)
@@ -208,7 +208,7 @@ def test_the_augmented_loss_has_the_gradient_of_its_formula(llama_dir: Path, mon
     inputs: list[torch.Tensor] = []
     for one in (model, reference):
         one.model.layers[1].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    _, weights, gradients = seen[1]
+    weights, gradients = seen[1]
     with torch.no_grad():
         for weight in weights:
             weight.zero_()  # as when the training of this block began

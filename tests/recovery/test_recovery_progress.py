@@ -12,8 +12,8 @@ from support.calibration import check_same, snapshot
 from support.rounded_models import deltas, full, recovered, rounded, sequences
 
 from peft_sgrq import SGRQConfig
-from peft_sgrq.recovery import stage
-from peft_sgrq.recovery.progress_file import ProgressFile
+from peft_sgrq.recovery import block_by_block
+from peft_sgrq.recovery.progress import ProgressFile
 
 
 class Stopped(Exception):
@@ -22,21 +22,22 @@ class Stopped(Exception):
 
 def interrupt_in_block(index: int, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]) -> None:
     """The training of that block is interrupted half-way."""
-    train, calls = stage.BlockTraining.train, []
+    train, calls = block_by_block.train_block, []
 
-    def interrupted(self: Any, epochs: int, learning_rate: float, seed: int, advance: Any) -> bool:
-        calls.append(seed)
+    def interrupted(*args: Any) -> bool:
+        *others, advance = args
+        calls.append(args)
         steps = []
 
-        def count(*args: Any) -> None:
+        def count() -> None:
             steps.append(1)
             if len(calls) > index and len(steps) == 4:
                 raise error
             advance()
 
-        return train(self, epochs, learning_rate, seed, count)
+        return train(*others, count)
 
-    monkeypatch.setattr(stage.BlockTraining, "train", interrupted)
+    monkeypatch.setattr(block_by_block, "train_block", interrupted)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Stopped])
@@ -68,9 +69,9 @@ def test_a_resumed_recovery_gives_the_bits_of_one_never_stopped(options, llama_d
             recovered(llama_dir, progress_file=file, **options)
     assert file.exists()
     trained = []
-    train = stage.BlockTraining.train
-    monkeypatch.setattr(stage.BlockTraining, "train", lambda self, *args: trained.append(args) or train(self, *args))
-    monkeypatch.setattr(stage, "gradient_pulls", None)  # kept in the file
+    train = block_by_block.train_block
+    monkeypatch.setattr(block_by_block, "train_block", lambda *args: trained.append(args) or train(*args))
+    monkeypatch.setattr(block_by_block, "preservation_terms", None)  # kept in the file
     resumed = recovered(llama_dir, progress_file=file, **options)
     assert len(trained) == 1
     for name, delta in deltas(whole.model).items():

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGen
 from peft_sgrq import SGRQConfig
 from peft_sgrq.layer.base_layers import scaled_weight_of
 from peft_sgrq.passes.data import load_batches
-from peft_sgrq.recovery.reference import Reference
+from peft_sgrq.passes.reference import Reference
 
 
 @pytest.mark.parametrize("options", [{}, {"preservation": 0.3}, {"augmented": False, "distill_steps": 2}], ids=str)
@@ -130,8 +130,8 @@ def test_a_reference_with_more_blocks_is_refused(llama_dir: Path):
 
 
 def test_a_reference_that_is_not_there_is_named(llama_dir: Path, tmp_path: Path):
-    for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match="could not be read"):
+    for path, message in ((tmp_path, "could not be read"), (tmp_path / "nowhere", "is no folder here")):
+        with pytest.raises(ValueError, match=message):
             recovered(llama_dir, reference=path)
 
 

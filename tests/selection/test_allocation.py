@@ -115,7 +115,7 @@ def test_the_front_of_seven_layers_and_five_ratios_is_short_and_exact():
     pairs = {pair: random.normal(size=(5, 5)) * 0.1 for pair in itertools.combinations(range(7), 2)}
     block = Block(costs, values, pairs)
     front = pareto_front(block)
-    assert block.combinations == 78125 and len(front.costs) < 300
+    assert len(front.costs) < 300
     assert (np.diff(front.costs) > 0).all() and (np.diff(front.values) < 0).all()
     for index in (0, len(front.costs) // 2, -1):
         choice = tuple(np.unravel_index(int(front.origins[index]), [5] * 7))
@@ -138,20 +138,13 @@ def test_a_block_too_large_to_enumerate_is_refused():
         allocate([block], 1000)
 
 
-@pytest.mark.parametrize(
-    ("values", "pairs", "message"),
-    [
-        ([[0.0, 1.0]], {}, "as many values as costs"),
-        ([[0.0, 1.0], [0.0]], {}, "as many values as costs"),
-        ([[0.0, np.nan], [0.0, 1.0]], {}, "NaN"),
-        ([[0.0, 1.0], [0.0, 1.0]], {(1, 0): np.zeros((2, 2))}, "lower layer first"),
-        ([[0.0, 1.0], [0.0, 1.0]], {(0, 1): np.zeros((2, 3))}, r"shape \(2, 3\)"),
-        ([[0.0, 1.0], [0.0, 1.0]], {(0, 1): np.full((2, 2), np.inf)}, "infinite"),
-    ],
-)
-def test_a_block_whose_tables_do_not_fit_is_refused(values, pairs, message):
-    with pytest.raises(ValueError, match=message):
-        Block([np.array([1, 2]), np.array([1, 2])], [np.array(row) for row in values], pairs)
+@pytest.mark.parametrize("where", ["values", "pairs"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_block_with_values_that_are_not_finite_is_refused(where, value):
+    values, pairs = [np.zeros(2), np.zeros(2)], {(0, 1): np.zeros((2, 2))}
+    (values[1] if where == "values" else pairs[0, 1])[0] = value
+    with pytest.raises(ValueError, match="NaN or infinite values"):
+        Block([np.array([1, 2]), np.array([1, 2])], values, pairs)
 
 
 def test_no_blocks_cost_nothing():

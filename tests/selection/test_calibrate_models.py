@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.bases import DENSE
+from support.bases import DENSE, INT8
 from support.calibration import close, reference, run
 from torch import nn
 from transformers import (
@@ -53,6 +53,11 @@ def test_models_that_are_no_chain_of_blocks_are_passed_through_whole(llama_dir: 
     assert [name.removeprefix("model.") for name in found.scores] == list(plain.scores)
     for name, scores in plain.scores.items():
         close(found.scores["model." + name], scores.double())
+
+
+def test_kernels_that_depend_on_the_batch_do_not_hide_a_chain(llama_dir: Path, caplog):
+    run(INT8.load(llama_dir))  # which columns are outliers depends on what else is in the batch
+    assert "cannot be run one by one" not in caplog.text
 
 
 @pytest.mark.parametrize("criterion", ["fisher", "gradient"])
@@ -119,11 +124,13 @@ def test_a_stack_that_only_looks_like_a_chain_is_noticed(kind, caplog):
 
 @pytest.mark.parametrize("limit", [None, 4 * 128**2, "70KB", "1GB"])
 def test_a_memory_limit_splits_passes_and_changes_no_score(limit, llama_dir: Path, monkeypatch):
-    from peft_sgrq.selection import collect
+    from peft_sgrq.selection import input_scores
 
     plans = []
-    passes = collect._Collection.passes
-    monkeypatch.setattr(collect._Collection, "passes", lambda self, plan: (plans.append(plan), passes(self, plan))[1])
+    passes = input_scores._Collection.passes
+    monkeypatch.setattr(
+        input_scores._Collection, "passes", lambda self, plan: (plans.append(plan), passes(self, plan))[1]
+    )
     found = run(Scaled(DENSE.load(llama_dir), 0.7), config=projections(), memory_limit=limit)
     expected = run(Scaled(DENSE.load(llama_dir), 0.7), config=projections())
     same_scores(found, expected, 1e-6)

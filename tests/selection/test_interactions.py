@@ -15,6 +15,8 @@ from peft_sgrq import SGRQConfig
 from peft_sgrq.selection.layerwise.gains import STEP_LENGTHS, Options, directions, estimate, halves, measure
 from peft_sgrq.selection.layerwise.probe import count_labels, probing, stack_rows
 
+COUNTS = (1, 3)  # groups that the two options of each layer select
+
 
 @pytest.fixture
 def dense(llama_dir) -> tuple[Any, SGRQConfig]:
@@ -25,10 +27,8 @@ def options_for(scaled_weights: dict[str, Any], counts: tuple[int, ...]) -> dict
     """Each layer may take its first groups."""
     return {
         name: Options(
-            ranks=torch.arange(scaled_weight.selectable),
-            dim=scaled_weight.unit.dim,
-            counts=counts,
-            costs=tuple(count * scaled_weight.out_features for count in counts),
+            masks=(torch.arange(scaled_weight.selectable) < torch.tensor(counts)[:, None]).float().unsqueeze(1),
+            costs=np.array(counts) * scaled_weight.out_features,
         )
         for name, scaled_weight in scaled_weights.items()
     }
@@ -42,7 +42,7 @@ def block(dense):
         name: scaled_weight for name, scaled_weight in scaled_weights_of(model, config).items() if ".layers.0." in name
     }
     rows = rows_of(text(8))
-    return model, scaled_weights, options_for(scaled_weights, (1, 3)), [list(scaled_weights)], rows
+    return model, scaled_weights, options_for(scaled_weights, COUNTS), [list(scaled_weights)], rows
 
 
 def test_directions_are_the_first_step_of_adam_on_the_mean_gradient(block):
@@ -71,7 +71,7 @@ def test_measured_terms_are_changes_of_the_loss(block):
                 probe.set(name, 0.0)
             for name, option in chosen:
                 step = eta * steps[name]
-                step[:, options[name].counts[option] :] = 0
+                step[:, COUNTS[option] :] = 0
                 probe.set(name, step)
             return float(probe.loss(batch).detach().double())
 
@@ -85,7 +85,7 @@ def test_measured_terms_are_changes_of_the_loss(block):
                 both = loss(eta, (names[i], m), (names[j], k)) - base
                 assert found.pairs[i, j][m, k] == pytest.approx(both - one - other, abs=2e-6)
     assert min(values.min() for values in found.values) < -1e-4  # far more than the tolerance
-    assert [list(costs) for costs in found.costs] == [list(options[name].costs) for name in names]
+    assert all(costs is options[name].costs for costs, name in zip(found.costs, names, strict=True))
 
 
 def _loss_of_all(probe: Any, steps: dict[str, torch.Tensor], eta: float, batch: dict[str, torch.Tensor]) -> float:
@@ -104,7 +104,7 @@ def test_estimated_terms_are_those_of_the_fisher_information(block):
         gradients = [probe.gradients(row) for row in rows]
     columns, last = [], []
     for name in names:
-        for option, count in enumerate(options[name].counts):
+        for option, count in enumerate(COUNTS):
             step = steps[name].double().clone()
             step[:, count:] = 0
             columns.append([float((gradient[name].double() * step).sum()) for gradient in gradients])

@@ -162,7 +162,7 @@ def test_blocks_are_split_by_name_and_large_ones_by_parent():
         ({"budget": 0.01}, text(), ValueError, r"allows \d+ scales, but the smallest ratio \(0.1\) takes \d+"),
         ({"budget": 0.4, "method": "exact"}, text(), ValueError, "'exact', expected one of"),
         ({"budget": 0.4, "ratios": (0.1, 2.0)}, text(), ValueError, "in \\(0, 1\\]"),
-        ({"budget": 0.4, "ratios": (0.1, "knee")}, text(), TypeError, "'knee', expected numbers"),
+        ({"budget": 0.4, "ratios": (0.1, "knee")}, text(), TypeError, "'knee'.*, expected some numbers"),
         ({"budget": 0.4, "ratios": ()}, text(), TypeError, "expected some numbers"),
         ({"budget": 0.4}, [], ValueError, "is empty"),
         ({"budget": 0.4}, [{"input_ids": torch.zeros(2, 1, dtype=torch.int64)}], ValueError, "at least two tokens"),

@@ -9,6 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from peft_sgrq.formats.selectable_unit import SelectableUnit
 from peft_sgrq.layer.masks import decode_mask
 from peft_sgrq.selection.layer_saliency import LayerSaliency
 from peft_sgrq.selection.ratio import budget_in_scales, count_selected, counts_above_threshold, knee
@@ -123,7 +124,7 @@ def test_budgets_by_hand(budget, scales):
 
 
 def layer(scores: torch.Tensor, rows: int = 8, size: int = 4) -> LayerSaliency:
-    return LayerSaliency(scores, (rows, len(scores)), "group", size, "dense-4:0:")
+    return LayerSaliency(scores, (rows, len(scores)), SelectableUnit.GROUP, size, "dense-4:0:")
 
 
 @pytest.fixture
@@ -192,7 +193,7 @@ def test_ratios_by_name_are_taken_from_a_dict_or_from_the_saliency(saliency):
 
 
 def test_rows_are_selected_by_their_own_scores():
-    rows = LayerSaliency(torch.tensor([1.0, 4.0, 2.0, 3.0]), (4, 64), "row", 64, "bnb-int8-row:0:0")
+    rows = LayerSaliency(torch.tensor([1.0, 4.0, 2.0, 3.0]), (4, 64), SelectableUnit.ROW, 64, "bnb-int8-row:0:0")
     assert (rows.selectable, rows.scales_per_group) == (4, 1)
     assert decode_mask(Saliency({"a": rows}, "obs").select(0.5)["a"], 4).tolist() == [1, 3]
 
@@ -200,6 +201,6 @@ def test_rows_are_selected_by_their_own_scores():
 def test_columns_out_of_order_belong_to_the_groups_they_say():
     groups = torch.randperm(40) // 4
     scores = torch.rand(40)
-    shuffled = LayerSaliency(scores, (8, 40), "group", 4, "x", groups)
+    shuffled = LayerSaliency(scores, (8, 40), SelectableUnit.GROUP, 4, "x", groups)
     expected = torch.stack([scores[groups == group].double().sum() for group in range(10)])
     torch.testing.assert_close(shuffled.group_scores().double(), expected, rtol=1e-6, atol=0)

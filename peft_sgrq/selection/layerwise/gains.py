@@ -1,6 +1,6 @@
 """What tuning the selected scales of a layer gains, alone and together with other layers of its block.
 
-This is the matrix `M` of `allocation.py`. In the paper it comes from (arXiv 2511.17801) the perturbation of a layer is
+This is the matrix `M` of `knapsack.py`. In the paper it comes from (arXiv 2511.17801) the perturbation of a layer is
 the error of quantizing it, which raises the loss. Here it is what tuning does: a step on the selected scales,
 
     D[l, m] = -eta * E[g] / sqrt(E[g^2])    on the groups that layer l selects at ratio m, zero elsewhere,
@@ -12,9 +12,10 @@ by its part in a joint step and not by the longer one it could take alone. What 
 
     dL = sum_l dL[l, m_l] + sum_{l1 < l2} (dL[l1, m1; l2, m2] - dL[l1, m1] - dL[l2, m2])
 
-with pair terms inside a block only; as values are losses, negative is good, and pair terms are mostly positive: two
-layers that do the same work gain less together than the sum. In terms of the paper, `M_ll = 2 dL[l, m]`, its
-off-diagonal entries are the pair terms, and this is `1/2 d^T M d`.
+with pair terms inside a block only. Values are losses, so negative is good. Pair terms are mostly positive: two layers
+that do the same work gain less together than the sum. In terms of the paper, `M_ll = 2 dL[l, m]`, its off-diagonal
+entries are the pair terms, and this is `1/2 d^T M d`. `measure` takes these terms as the paper does, `estimate` takes
+the quadratic form they stand for, with the Fisher information as the curvature.
 
 Directions are taken on one half of the rows and judged on the other. On the same rows every layer would be credited
 with the noise it can fit, those with many scales the most.
@@ -23,45 +24,31 @@ with the noise it can fit, those with many scales the most.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from peft_sgrq.passes.processes import gather, sum_over_processes
 from peft_sgrq.selection.layerwise.knapsack import Block
-from peft_sgrq.selection.layerwise.probe import Probe, count_labels
+from peft_sgrq.selection.layerwise.probe import Probe, Row, count_labels
 
 STEP_LENGTHS = tuple(2.0**-power for power in range(14))  # relative changes of a scale, from 1.2e-4 to 1
 
-Row = dict[str, torch.Tensor]
 
-
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What a layer can choose from.
 
     Attributes:
-        ranks (`torch.Tensor`): For each of the groups the probe has deltas for, its place by saliency, int64.
-        dim (`int`): The dimension of the deltas along which groups lie.
-        counts (`tuple[int, ...]`): How many groups each option selects, ascending.
-        costs (`tuple[int, ...]`): How many scales that is.
+        masks (`torch.Tensor`): For each option the groups it selects of those with deltas, float32
+            `[options, 1, groups]`, or `[options, rows, 1]` in a row format.
+        costs (`numpy.ndarray`): How many scales each selects, ascending, int64 `[options]`.
     """
 
-    ranks: torch.Tensor
-    dim: int
-    counts: tuple[int, ...]
-    costs: tuple[int, ...]
-
-    def masks(self) -> torch.Tensor:
-        """For each option which groups it selects, float32 `[options, groups]`."""
-        return (self.ranks < torch.tensor(self.counts).unsqueeze(1)).float()
-
-    def restrict(self, step: torch.Tensor, option: int) -> torch.Tensor:
-        """A step of the shape of the deltas, zero where the option selects nothing."""
-        mask = self.masks()[option].to(step.device)
-        return step * (mask if self.dim == 1 else mask.unsqueeze(1))
+    masks: torch.Tensor
+    costs: NDArray[np.int64]
 
 
 def halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
@@ -102,29 +89,21 @@ def estimate(
     information is larger than the curvature. A common factor shortens `eta` and the expected gain by as much and does
     not change what is chosen.
 
-    Args:
-        probe (`Probe`): The model.
-        steps (`Mapping`): What `directions` returned.
-        options (`Mapping`): What each layer can choose.
-        blocks (`Sequence[Sequence[str]]`): Names of the layers of each block.
-        rows (`Sequence`): Other rows than the directions are from.
-        tick (`Callable`): Called after each row.
-
-    Returns:
-        `list[Block]`: The blocks with their terms, in units of the loss.
+    `steps` is what `directions` returned, `rows` are others than those it was given, `blocks` names the layers of each
+    block. The terms are in units of the loss. `tick` is called after each row.
     """
-    masks = {name: option.masks().to(steps[name].device) for name, option in options.items()}
-    slopes: list[dict[str, torch.Tensor]] = []  # by row, by layer, float64 [options]
+    found: list[tuple[int, dict[str, torch.Tensor]]] = []  # by row: its labels, and by layer slopes, float64 [options]
     for row in rows:
-        slopes.append({})
+        slopes = {}
         for name, gradient in probe.gradients(row).items():
-            by_group = (gradient * steps[name]).sum(1 - options[name].dim)  # (groups,)
-            slopes[-1][name] = (masks[name] @ by_group).double().cpu()
+            masks = options[name].masks
+            by_group = (gradient * steps[name]).sum(0 if masks.shape[1] == 1 else 1)  # (groups,)
+            slopes[name] = (masks.flatten(1) @ by_group).double().cpu()
+        found.append((count_labels(row), slopes))
         tick()
-    slopes = [row for part in gather(slopes) for row in part]
-    counts = [count for part in gather([count_labels(row) for row in rows]) for count in part]
-    tokens = torch.tensor(counts, dtype=torch.float64).unsqueeze(1)  # (S, 1)
-    sums = {name: torch.stack([row[name] for row in slopes]) * tokens for name in options}  # (S, options)
+    found = [row for part in gather(found) for row in part]
+    tokens = torch.tensor([count for count, _ in found], dtype=torch.float64).unsqueeze(1)  # (S, 1)
+    sums = {name: torch.stack([slopes[name] for _, slopes in found]) * tokens for name in options}  # (S, options)
     means = {name: values.sum(0) / tokens.sum() for name, values in sums.items()}  # (options,)
     noise = {name: values - tokens * means[name] for name, values in sums.items()}  # (S, options)
 
@@ -138,7 +117,7 @@ def estimate(
     eta = min(-mean_all / curvature, STEP_LENGTHS[0]) if mean_all < 0 else STEP_LENGTHS[-1]
     return [
         Block(
-            costs=[np.array(options[name].costs) for name in names],
+            costs=[options[name].costs for name in names],
             values=[(eta * means[name] + eta**2 / 2 * fisher(name, name).diagonal()).numpy() for name in names],
             pairs={
                 (i, j): (eta**2 * fisher(names[i], names[j])).numpy() for i, j in combinations(range(len(names)), 2)
@@ -159,17 +138,7 @@ def measure(
     """The terms as measured changes of the loss: a forward pass over the batches for each of them.
 
     For a block of `n` layers with `r` options these are `n r + n (n - 1) / 2 r^2` passes: 560 for 7 layers, 5 ratios.
-
-    Args:
-        probe (`Probe`): The model.
-        steps (`Mapping`): What `directions` returned.
-        options (`Mapping`): What each layer can choose.
-        blocks (`Sequence[Sequence[str]]`): Names of the layers of each block.
-        batches (`Sequence`): Batches of other rows than the directions are from.
-        tick (`Callable`): Called after each term.
-
-    Returns:
-        `list[Block]`: The blocks with their terms, in units of the loss.
+    Arguments and result are those of `estimate`, with rows in batches; `tick` is called after each term.
     """
     batches = list(batches)
     base = probe.mean_loss(batches)
@@ -177,7 +146,7 @@ def measure(
 
     def change(*chosen: tuple[str, int]) -> float:
         for name, option in chosen:
-            probe.set(name, eta * options[name].restrict(steps[name], option))
+            probe.set(name, eta * (steps[name] * options[name].masks[option]))
         loss = probe.mean_loss(batches)
         for name, _ in chosen:
             probe.set(name, 0.0)
@@ -186,25 +155,14 @@ def measure(
 
     measured = []
     for names in blocks:
-        values = [np.array([change((name, m)) for m in range(len(options[name].counts))]) for name in names]
+        values = [np.array([change((name, m)) for m in range(len(options[name].costs))]) for name in names]
         pairs = {}
         for i, j in combinations(range(len(names)), 2):
-            table = [
-                [change((names[i], m), (names[j], k)) - values[i][m] - values[j][k] for k in range(len(values[j]))]
-                for m in range(len(values[i]))
-            ]
-            pairs[i, j] = np.array(table)
-        measured.append(Block([np.array(options[name].costs) for name in names], values, pairs))
+            pairs[i, j] = np.zeros((len(values[i]), len(values[j])))
+            for m, k in product(*map(range, pairs[i, j].shape)):
+                pairs[i, j][m, k] = change((names[i], m), (names[j], k)) - values[i][m] - values[j][k]
+        measured.append(Block([options[name].costs for name in names], values, pairs))
     return measured
-
-
-def count_terms(options: Mapping[str, Options], blocks: Sequence[Sequence[str]]) -> int:
-    """How many terms `measure` measures."""
-    total = 0
-    for names in blocks:
-        sizes = [len(options[name].counts) for name in names]
-        total += sum(sizes) + sum(a * b for a, b in combinations(sizes, 2))
-    return total
 
 
 def _best_step(probe: Probe, steps: Mapping[str, torch.Tensor], batches: list[Row]) -> float:

@@ -2,8 +2,8 @@
 
 The quadratic program is that of Layer-Wise High-Impact Parameter Ratio Optimization (arXiv 2511.17801, equations 5 to
 9): with `d` the one-hot choices of all layers, minimise `d^T M d` under a budget, where `M` couples layers of the same
-block only. The paper names no solver. None is needed: a block of 7 layers and 5 ratios has 78,125 combinations, of
-which only the Pareto front in cost and value can be part of an optimum, and over the fronts the problem is a
+block only. The paper names no solver, and none is needed. A block of 7 layers and 5 ratios has 78,125 combinations,
+and only their Pareto front in cost and value can be part of an optimum. Over the fronts the problem is a
 multiple-choice knapsack, solved by dynamic programming over Pareto-optimal states. A Lagrangian bound discards states
 that cannot lead to the optimum (Pisinger, "A minimal algorithm for the multiple-choice knapsack problem", 1995), so
 that 80 blocks take seconds. Costs are whole numbers and are never rounded.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 MAX_COMBINATIONS = 20_000_000  # of one block: 160 MB for each of a few arrays
 _SLACK = 1e-12  # relative: what is less than this better is the rounding of sums
-_CHUNK = 4_000_000  # sums looked at in one go
+_CHUNK = 4_000_000  # sums computed in one go
 
 
 @dataclass(frozen=True)
@@ -41,27 +42,15 @@ class Block:
     pairs: Mapping[tuple[int, int], NDArray[np.float64]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        sizes = [len(costs) for costs in self.costs]
-        if not sizes or min(sizes) == 0 or sizes != [len(values) for values in self.values]:
-            raise ValueError(
-                f"A block has {sizes} costs and {[len(values) for values in self.values]} values by layer, expected "
-                "as many values as costs and at least one option for each layer; give every option both."
-            )
-        for (i, j), table in self.pairs.items():
-            if not 0 <= i < j < len(sizes) or np.shape(table) != (sizes[i], sizes[j]):
-                raise ValueError(
-                    f"The pair term {(i, j)} of a block has shape {np.shape(table)}, expected the options of two "
-                    f"layers i < j out of {sizes}; name each pair once, the lower layer first."
-                )
         if not all(np.isfinite(table).all() for table in (*self.values, *self.pairs.values())):
             raise ValueError(
                 "A block has NaN or infinite values, expected finite ones; check the loss on the calibration data."
             )
 
     @property
-    def combinations(self) -> int:
-        """In how many ways its layers can choose."""
-        return math.prod(len(costs) for costs in self.costs)
+    def shape(self) -> tuple[int, ...]:
+        """How many options each of its layers has."""
+        return tuple(len(costs) for costs in self.costs)
 
 
 class Allocation(NamedTuple):
@@ -89,34 +78,23 @@ class _Front(NamedTuple):
 def _pareto(costs: NDArray[np.int64], values: NDArray[np.float64]) -> _Front:
     order = np.lexsort((values, costs))
     best = np.minimum.accumulate(values[order])
-    keep = np.concatenate([[True], best[1:] < best[:-1]])
+    keep = np.append(True, best[1:] < best[:-1])[: len(order)]
     order = order[keep]
     return _Front(costs[order], values[order], order)
 
 
 def pareto_front(block: Block) -> _Front:
-    """All combinations of a block's options that are cheaper or better than every other.
-
-    Raises:
-        ValueError: If there are more combinations than can be enumerated.
-    """
-    if block.combinations > MAX_COMBINATIONS:
+    """All combinations of a block's options that are cheaper or better than every other, if they can be enumerated."""
+    shape, dims = block.shape, len(block.shape)
+    if math.prod(shape) > MAX_COMBINATIONS:
         raise ValueError(
-            f"A block of {len(block.costs)} layers has {block.combinations:,} combinations of ratios, expected "
-            f"at most {MAX_COMBINATIONS:,}; give fewer ratios, or split the block where layers interact little."
+            f"A block of {dims} layers has {math.prod(shape):,} combinations of ratios, expected at most "
+            f"{MAX_COMBINATIONS:,}; give fewer ratios, or split the block where layers interact little."
         )
-    dims = len(block.costs)
-
-    def along(table: NDArray, *axes: int) -> NDArray:
-        return table.reshape([table.shape[axes.index(axis)] if axis in axes else 1 for axis in range(dims)])
-
-    shape = tuple(len(costs) for costs in block.costs)
-    costs, values = np.zeros(shape, dtype=np.int64), np.zeros(shape)
-    for layer in range(dims):
-        costs += along(np.asarray(block.costs[layer], dtype=np.int64), layer)
-        values += along(np.asarray(block.values[layer], dtype=np.float64), layer)
-    for (i, j), table in block.pairs.items():
-        values += along(np.asarray(table, dtype=np.float64), i, j)
+    costs = reduce(np.add.outer, [np.asarray(one, dtype=np.int64) for one in block.costs])  # (options, ...) by layer
+    values = reduce(np.add.outer, [np.asarray(one, dtype=np.float64) for one in block.values])
+    for pair, table in block.pairs.items():
+        values = values + np.expand_dims(table, tuple(layer for layer in range(dims) if layer not in pair))
     return _pareto(costs.ravel(), values.ravel())
 
 
@@ -128,7 +106,7 @@ def allocate(blocks: Sequence[Block], budget: int) -> Allocation:
         budget (`int`): The most that the chosen options may cost together.
 
     Returns:
-        `Allocation`: An optimum, exact but for the rounding of float64 sums.
+        `Allocation`: An optimum, exact except for the rounding of float64 sums.
 
     Raises:
         ValueError: If even the cheapest options cost more than the budget, or a block is too large to enumerate.
@@ -145,67 +123,58 @@ def allocate(blocks: Sequence[Block], budget: int) -> Allocation:
     # is known early.
     order = sorted(range(len(fronts)), key=lambda index: index != critical)
     found = _search([fronts[index] for index in order], budget, price, [points[index] for index in order])
-    for index, point in zip(order, found, strict=True):
-        points[index] = point
+    points = [point for _, point in sorted(zip(order, found, strict=True))]
+    choices = [
+        [int(option) for option in np.unravel_index(int(front.origins[point]), block.shape)]
+        for block, front, point in zip(blocks, fronts, points, strict=True)
+    ]
+    return Allocation(choices, *_total(fronts, points))
+
+
+def _total(fronts: Sequence[_Front], points: Sequence[int]) -> tuple[int, float]:
+    """What a point of each front costs, and is worth."""
     chosen = list(zip(fronts, points, strict=True))
-    choices = []
-    for block, front, point in zip(blocks, fronts, points, strict=True):
-        shape = [len(costs) for costs in block.costs]
-        choices.append([int(index) for index in np.unravel_index(int(front.origins[point]), shape)])
     cost = sum(int(front.costs[point]) for front, point in chosen)
-    value = sum(float(front.values[point]) for front, point in chosen)
-    return Allocation(choices, cost, float(value))
+    return cost, float(sum(float(front.values[point]) for front, point in chosen))
 
 
-def _search(fronts: Sequence[_Front], budget: int, price: float, points: list[int]) -> list[int]:
+def _search(fronts: Sequence[_Front], budget: int, price: float, relaxed: list[int]) -> list[int]:
     """The optimal point of each front.
 
     States are the Pareto-optimal choices for the blocks so far. A lower bound for what a state can lead to is given by
-    the relaxed problem at its price for costs, an upper bound by the points the relaxed problem takes in the blocks to
+    the relaxed problem at its `price` for costs, an upper bound by the points `relaxed` it takes in the blocks to
     come. States that cannot lead to better than the best choice known are dropped; when none is left, it is optimal.
-
-    Args:
-        fronts (`Sequence[_Front]`): The fronts of all blocks.
-        budget (`int`): The most the points may cost.
-        price (`float`): The multiplier of the relaxed problem.
-        points (`list[int]`): For each front the point the relaxed problem takes; they keep to the budget.
     """
-    priced = [front.values + price * front.costs for front in fronts]
     slack = _SLACK * sum(float(np.abs(front.values).max()) for front in fronts)
-    best = float(sum(front.values[point] for front, point in zip(fronts, points, strict=True)))
-    relaxed = points
+    points = relaxed
     rest_least = sum(int(front.costs[0]) for front in fronts)
-    rest_priced = sum(float(prices.min()) for prices in priced)
-    rest_cost = sum(int(front.costs[point]) for front, point in zip(fronts, relaxed, strict=True))
-    rest_value = float(sum(front.values[point] for front, point in zip(fronts, relaxed, strict=True)))
+    rest_priced = sum(float((front.values + price * front.costs).min()) for front in fronts)
+    rest_cost, rest_value = _total(fronts, relaxed)
+    best = rest_value
     states = _Front(np.zeros(1, dtype=np.int64), np.zeros(1), np.zeros(1, dtype=np.int64))
     history: list[_Front] = []
-    for index, (front, prices) in enumerate(zip(fronts, priced, strict=True)):
+    for index, front in enumerate(fronts):
         rest_least -= int(front.costs[0])
-        rest_priced -= float(prices.min())
+        rest_priced -= float((front.values + price * front.costs).min())
         rest_cost -= int(front.costs[relaxed[index]])
         rest_value -= float(front.values[relaxed[index]])
-        costs, values, origins = _extend(states, front, budget - rest_least, price, best - rest_priced - slack, budget)
-        if not len(costs):
+        states = _extend(states, front, budget - rest_least, price, best - rest_priced - slack, budget)
+        if not len(states.costs):
             break
-        states = _pareto(costs, values)
-        states = states._replace(origins=origins[states.origins])
         history.append(states)
         # What the states come to with the relaxed problem's points of the blocks to come.
         feasible = int(np.searchsorted(states.costs, budget - rest_cost, side="right"))
         if feasible and states.values[feasible - 1] + rest_value < best:
             best = float(states.values[feasible - 1] + rest_value)
-            points = _trace(history, [len(front.costs) for front in fronts], feasible - 1) + relaxed[index + 1 :]
+            points = _trace(history, fronts, feasible - 1) + relaxed[index + 1 :]
         bound = states.values + price * (states.costs - budget) + rest_priced
         if not (bound < best - slack).any():
             break
     return points
 
 
-def _extend(
-    states: _Front, front: _Front, most: int, price: float, bound: float, budget: int
-) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-    """Costs, values and origins of all states with all points of a front that stay below `most` and `bound`."""
+def _extend(states: _Front, front: _Front, most: int, price: float, bound: float, budget: int) -> _Front:
+    """The Pareto front of all states with all points of a front that stay below `most` and `bound`."""
     kept: list[tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]] = []
     count = len(front.costs)
     step = max(1, _CHUNK // count)
@@ -215,14 +184,15 @@ def _extend(
         possible = np.flatnonzero((costs <= most) & (values + price * (costs - budget) < bound))
         kept.append((costs[possible], values[possible], possible + start * count))
     costs, values, origins = (np.concatenate(parts) for parts in zip(*kept, strict=True))
-    return costs, values, origins
+    best = _pareto(costs, values)
+    return best._replace(origins=origins[best.origins])
 
 
-def _trace(history: list[_Front], sizes: list[int], state: int) -> list[int]:
+def _trace(history: list[_Front], fronts: Sequence[_Front], state: int) -> list[int]:
     """The points of the blocks so far that led to a state of the last of them."""
     points = []
-    for index in range(len(history) - 1, -1, -1):
-        state, point = divmod(int(history[index].origins[state]), sizes[index])
+    for states, front in zip(history[::-1], fronts[len(history) - 1 :: -1], strict=True):
+        state, point = divmod(int(states.origins[state]), len(front.costs))
         points.append(point)
     return points[::-1]
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from itertools import groupby
 
 import torch
 from torch import nn
 
 from peft_sgrq.formats.compressed_tensors.weight import pass_gradients
-from peft_sgrq.formats.own_forward import forward_replaced, within_accelerate
+from peft_sgrq.formats.own_forward import forward_replaced
 from peft_sgrq.formats.scaled_weight import ScaledWeight
-from peft_sgrq.layer.functional import scaled_linear
 from peft_sgrq.passes.data import IGNORED, Batch
 from peft_sgrq.passes.processes import gather
+from peft_sgrq.passes.running import loss_of, tuned_forward
 from peft_sgrq.passes.untouched import untouched
+
+Row = dict[str, torch.Tensor]
 
 
 class Probe:
@@ -34,24 +36,18 @@ class Probe:
     def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The model's own loss of a batch, differentiable in the deltas."""
         output = self._model(**{key: value.to(self._device) for key, value in batch.items()})
-        if getattr(output, "loss", None) is None:
-            raise ValueError(
-                f"The model returned no loss for a batch with {sorted(batch)}, expected one to differentiate; give "
-                "data with the labels its forward method takes."
-            )
-        return output.loss.float()
+        return loss_of(output, batch).float()
 
     def gradients(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Gradients of the loss of a batch in the deltas, by layer, float32; zero for a layer that was not used."""
         with torch.enable_grad():
-            gradients = torch.autograd.grad(self.loss(batch), list(self.deltas.values()), allow_unused=True)
-        return {
-            name: torch.zeros_like(delta) if gradient is None else gradient
-            for (name, delta), gradient in zip(self.deltas.items(), gradients, strict=True)
-        }
+            gradients = torch.autograd.grad(
+                self.loss(batch), list(self.deltas.values()), allow_unused=True, materialize_grads=True
+            )
+        return dict(zip(self.deltas, gradients, strict=True))
 
     @torch.no_grad()
-    def mean_loss(self, batches: list[dict[str, torch.Tensor]]) -> float:
+    def mean_loss(self, batches: list[Row]) -> float:
         """The loss by label over the batches of all processes, in float64."""
         counts = [count_labels(batch) for batch in batches]
         losses = [self.loss(batch).double().item() * count for batch, count in zip(batches, counts, strict=True)]
@@ -75,27 +71,15 @@ def probing(
         scaled_weights (`Mapping[str, ScaledWeight]`): Its target layers by name.
         groups (`Mapping[str, torch.Tensor]`): The groups (rows in a row format) with deltas, by layer, int64.
     """
-    deltas = {
-        name: torch.zeros(
-            scaled_weight.delta_shape(len(groups[name])), device=scaled_weight.device, requires_grad=True
-        )
-        for name, scaled_weight in scaled_weights.items()
-    }
+    deltas = {}
     with untouched(model), ExitStack() as stack:
         pass_gradients(model)
-        for name, scaled_weight in scaled_weights.items():
-            forward = _forward(scaled_weight, deltas[name], groups[name].to(scaled_weight.device))
-            stack.enter_context(forward_replaced(scaled_weight.module, forward))
+        for name, weight in scaled_weights.items():
+            shape = weight.delta_shape(len(groups[name]))
+            deltas[name] = torch.zeros(shape, device=weight.device, requires_grad=True)
+            selected = None if len(groups[name]) == weight.selectable else groups[name].to(weight.device)
+            stack.enter_context(forward_replaced(weight.module, tuned_forward(weight, deltas[name], selected)))
         yield Probe(model, deltas)
-
-
-def _forward(scaled_weight: ScaledWeight, delta: torch.Tensor, groups: torch.Tensor) -> Any:
-    selected = None if len(groups) == scaled_weight.selectable else groups
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return scaled_weight.cast_output(scaled_linear(scaled_weight.cast_input(x), delta, selected, scaled_weight), x)
-
-    return within_accelerate(scaled_weight.module, forward)
 
 
 def count_labels(batch: Mapping[str, torch.Tensor]) -> int:
@@ -103,7 +87,7 @@ def count_labels(batch: Mapping[str, torch.Tensor]) -> int:
     return int((batch["labels"] != IGNORED).sum())
 
 
-def split_rows(batches: Iterable[Batch]) -> list[dict[str, torch.Tensor]]:
+def split_rows(batches: Iterable[Batch]) -> list[Row]:
     """The rows of all batches, each a batch of one without padding; labels are the inputs where there are none.
 
     Rows without two tokens and a label are left out.
@@ -131,17 +115,11 @@ def split_rows(batches: Iterable[Batch]) -> list[dict[str, torch.Tensor]]:
     return rows
 
 
-def stack_rows(rows: list[dict[str, torch.Tensor]], size: int) -> list[dict[str, torch.Tensor]]:
+def stack_rows(rows: list[Row], size: int) -> list[Row]:
     """Batches of at most `size` rows that follow one another and have the same shapes."""
-    batches: list[list[dict[str, torch.Tensor]]] = []
-    for row in rows:
-        last = batches[-1] if batches else None
-        if last and len(last) < size and _shapes(last[0]) == _shapes(row):
-            last.append(row)
-        else:
-            batches.append([row])
-    return [{key: torch.cat([row[key] for row in batch]) for key in batch[0]} for batch in batches]
-
-
-def _shapes(row: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
-    return {key: value.shape for key, value in row.items()}
+    batches = []
+    for _, same in groupby(rows, key=lambda row: {key: value.shape for key, value in row.items()}):
+        run = list(same)
+        for part in (run[start : start + size] for start in range(0, len(run), size)):
+            batches.append({key: torch.cat([row[key] for row in part]) for key in part[0]})
+    return batches

@@ -10,7 +10,7 @@ import torch
 
 from peft_sgrq.files.output import check_output, written
 from peft_sgrq.selection.ratio import knee
-from peft_sgrq.selection.report.report import LayerReport, Report, cumulative_share, shorten
+from peft_sgrq.selection.report.report import Report, place, shorten
 
 if TYPE_CHECKING:
     from peft_sgrq.selection.saliency import Saliency
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, told apart in the usual forms of colour blindness; markers tell them apart without colour.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
-_ANNOTATED = 16  # with more blocks than that numbers would not fit into the cells
 _POINTS = 401
 
 
@@ -34,20 +33,11 @@ def plot_report(report: Report, path: str | os.PathLike[str], saliency: Saliency
         ImportError: If matplotlib is not installed.
         ValueError: If matplotlib does not know the ending of `path`.
     """
-    figure_class = _import_figure()
-    kinds = list(dict.fromkeys(layer.place[1] for layer in report.layers))
-    blocks = sorted({block for layer in report.layers if (block := layer.place[0]) is not None})
-    labels = dict(zip(kinds, shorten(kinds), strict=True))
-    grid_height = 1.5 + 0.34 * len(kinds)
-    curve_height = 4.6 if saliency is not None else 0.0
-    figure = figure_class(figsize=(max(8.0, min(16.0, 3.0 + 0.5 * len(blocks))), grid_height + curve_height))
-    figure.set_layout_engine("constrained")
-    axes = figure.subplots(
-        1 if saliency is None else 2, 1, squeeze=False, height_ratios=[curve_height, grid_height][saliency is None :]
-    )[:, 0]
+    figure = _import_figure()(figsize=(9, 4.5 if saliency is None else 9), layout="constrained")
+    axes = figure.subplots(1 if saliency is None else 2, 1, squeeze=False)[:, 0]
     if saliency is not None:
-        _draw_curves(axes[0], report, saliency, labels)
-    _draw_ratios(figure, axes[-1], report.layers, kinds, blocks, labels)
+        _draw_curves(axes[0], report, saliency)
+    _draw_ratios(figure, axes[-1], report)
     with written(path) as file:
         figure.savefig(file, dpi=150, format=picture_format(path))
 
@@ -83,104 +73,43 @@ def _import_figure() -> Any:
     return Figure
 
 
-def _draw_curves(axes: Any, report: Report, saliency: Saliency, labels: dict[str, str]) -> None:
+def cumulative_share(scores: torch.Tensor) -> torch.Tensor:
+    """The share of saliency in the most salient share `p` of columns, float64 `[401]`, for `p` from 0 to 1.
+
+    Between columns it is that of the nearest number of them.
+    """
+    curve = torch.cat([torch.zeros(1), scores.sort(descending=True).values]).double().cumsum(0)
+    at = (torch.linspace(0, 1, _POINTS, dtype=torch.float64) * len(scores)).round().long()
+    return curve[at] / curve[-1] if curve[-1] else at / len(scores)
+
+
+def _draw_curves(axes: Any, report: Report, saliency: Saliency) -> None:
     by_kind: dict[str, list[torch.Tensor]] = {}
     for layer in report.layers:
-        by_kind.setdefault(layer.place[1], []).append(saliency.layers[layer.name].scores)
-    axes.plot([0, 100], [0, 100], color="0.6", linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(
-        "all alike", (73, 73), (0, -4), textcoords="offset points", va="top", ha="left", color="0.4", fontsize=8
-    )
-    for index, (kind, layers) in enumerate(by_kind.items()):
-        colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
-        curves = [cumulative_share(scores, _POINTS) for scores in layers]
-        x = 100 * curves[0][0].numpy()
-        y = 100 * torch.stack([curve[1] for curve in curves])  # (layers, points)
-        axes.fill_between(x, y.amin(0).numpy(), y.amax(0).numpy(), color=colour, alpha=0.10, linewidth=0)
-        middle = y.median(0).values
-        at = median(knee(scores) for scores in layers)
-        held = float(middle[round(at * (_POINTS - 1))])
-        text = f"{labels[kind]}: knee at {100 * at:.0f} %, holds {held:.0f} %"
-        axes.plot(x, middle.numpy(), color=colour, linewidth=1.6, label=text, marker=marker, markevery=[])
-        axes.plot([100 * at], [held], color=colour, marker=marker, markersize=8, markeredgecolor="white", zorder=5)
-    # The marker of the knee is what the legend shows with the line.
-    axes.legend(
-        handles=[_legend_entry(line) for line in axes.get_lines() if not line.get_label().startswith("_")],
-        loc="lower right",
-        fontsize=8,
-        frameon=False,
-    )
+        by_kind.setdefault(place(layer["name"])[1], []).append(saliency.layers[layer["name"]].scores)
+    axes.plot([0, 100], [0, 100], color="0.6", linewidth=1, linestyle="--", label="all columns alike")
+    x = torch.linspace(0, 100, _POINTS).tolist()
+    for index, (kind, layers) in enumerate(zip(shorten(list(by_kind)), by_kind.values(), strict=True)):
+        curve = 100 * torch.stack([cumulative_share(scores) for scores in layers]).median(0).values
+        at = round(median(knee(scores) for scores in layers) * (_POINTS - 1))
+        text = f"{kind}: knee at {x[at]:.0f} %, holds {float(curve[at]):.0f} %"
+        style = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
+        axes.plot(x, curve.tolist(), markevery=[at], label=text, **style)
+    axes.legend(loc="lower right", fontsize=8, frameon=False)
     axes.set(xlim=(0, 100), ylim=(0, 101), xlabel="most salient columns, %", ylabel="share of saliency, %")
-    axes.set_title(
-        f"Cumulative saliency ({report.facts['criterion'] if report.kind == 'saliency' else saliency.criterion}): "
-        "median of the blocks, their range, and the knee",
-        fontsize=10,
-        loc="left",
-    )
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="0.92", linewidth=0.8)
-    axes.set_axisbelow(True)
+    axes.set_title(f"Cumulative saliency ({saliency.criterion}), median of the blocks, and its knee", fontsize=10)
+    axes.grid(color="0.92")
 
 
-def _legend_entry(line: Any) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D(
-        [],
-        [],
-        color=line.get_color(),
-        linewidth=1.6,
-        marker=line.get_marker(),
-        markersize=7,
-        markeredgecolor="white",
-        label=line.get_label(),
-    )
-
-
-def _draw_ratios(
-    figure: Any,
-    axes: Any,
-    layers: list[LayerReport],
-    kinds: list[str],
-    blocks: list[int],
-    labels: dict[str, str],
-) -> None:
-    columns: list[int | None] = [*blocks]
-    if any(layer.place[0] is None for layer in layers):
-        columns.append(None)  # layers outside of all blocks
-    known = all(layer.ratio is not None for layer in layers)
-    sums = torch.zeros(len(kinds), len(columns), dtype=torch.float64)
-    counts = torch.zeros_like(sums)
-    for layer in layers:
-        block, kind = layer.place
-        cell = kinds.index(kind), columns.index(block)
-        sums[cell] += 100 * (layer.ratio or 0.0) if known else layer.scales
-        counts[cell] += 1
-    values = (sums / counts).numpy()  # NaN where there is no such layer: left blank
-    image = axes.imshow(values, cmap="cividis", vmin=0, vmax=100 if known else None, aspect="auto")
-    axes.set_yticks(range(len(kinds)), [labels[kind] for kind in kinds], fontsize=9)
-    every = -(-len(columns) // 32)
-    shown = range(0, len(columns), every)
-    axes.set_xticks(shown, ["other" if columns[i] is None else str(columns[i]) for i in shown], fontsize=8)
+def _draw_ratios(figure: Any, axes: Any, report: Report) -> None:
+    known = all(layer["ratio"] is not None for layer in report.layers)
+    blocks, kinds, means = report.grid("ratio" if known else "scales")
+    factor = 100 if known else 1
+    values = torch.tensor([[torch.nan if value is None else factor * value for value in row] for row in means]).T
+    image = axes.imshow(values.numpy(), cmap="cividis", vmin=0, vmax=100 if known else None, aspect="auto")
+    axes.set_yticks(range(len(kinds)), kinds, fontsize=9)
+    shown = range(0, len(blocks), -(-len(blocks) // 32))
+    axes.set_xticks(shown, ["other" if blocks[at] is None else str(blocks[at]) for at in shown], fontsize=8)
     axes.set_xlabel("block")
-    what = "selected groups, %" if known else "selected scales"
-    axes.set_title(f"By layer: {what}", fontsize=10, loc="left")
-    figure.colorbar(image, ax=axes, pad=0.01, aspect=12).ax.tick_params(labelsize=8)
-    if len(columns) <= _ANNOTATED:
-        middle = (image.norm.vmin + image.norm.vmax) / 2
-        for (row, column), value in zip(
-            torch.cartesian_prod(*map(torch.arange, values.shape)).tolist(), values.flat, strict=True
-        ):
-            if value == value:
-                text = f"{value:.0f}"
-                axes.text(
-                    column,
-                    row,
-                    text,
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="white" if value < middle else "black",
-                )
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+    axes.set_title(f"By layer: {'selected groups, %' if known else 'selected scales'}", fontsize=10)
+    figure.colorbar(image, ax=axes, pad=0.01)

@@ -1,62 +1,64 @@
-"""What a selection takes and holds, layer by layer: with a saliency for ratios to come, or in an adapter."""
+"""What a selection takes and holds, layer by layer: by a saliency at some ratio, or in a saved adapter."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from peft_sgrq.adapter.size import AdaptedShape, adapter_bytes
+from peft_sgrq.adapter.stored import read_adapter
 from peft_sgrq.choices import DEFAULT_BUDGET, Budget, Ratio
-from peft_sgrq.files.hub import check_source
-from peft_sgrq.layer.masks import unpack_mask
+from peft_sgrq.files.sources import find_folder
 from peft_sgrq.selection.layer_saliency import LayerSaliency
 from peft_sgrq.selection.ratio import knee
 from peft_sgrq.selection.saliency import Saliency
 
 RATIOS: tuple[Ratio, ...] = (0.05, 0.1, 0.2, 0.4, 1.0, "knee", "global")
-_INDEX = re.compile(r"(.*?\.)??(\d+)\.(.+)")
-_WEIGHT = re.compile(r"base_model\.model\.(.+)\.sgrq_delta\.weight")
+_NUMBERED = re.compile(r"(.*?\.)??(\d+)\.(.+)")
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """One layer.
+class Report(NamedTuple):
+    """A saliency at one ratio, or an adapter, in numbers and strings.
 
     Attributes:
-        name (`str`): Name of the module.
-        selected (`int`): How many of its groups (rows in a row format) are selected.
-        selectable (`int` or `None`): Of how many; `None` where only the adapter is known.
-        scales (`int`): How many scales that is.
-        held (`float` or `None`): The share of the layer's saliency that the selected groups hold.
-        knee (`float` or `None`): Its share of columns above the winsorised mean saliency.
-        change (`float` or `None`): Root mean square of the deltas of an adapter.
+        facts (`dict[str, Any]`): What is known about the whole; `kind` is `"saliency"` or `"adapter"`.
+        layers (`list[dict[str, Any]]`): By layer its `name`; how many groups (rows in a row format) are
+            `selected`, out of how many (`selectable`), and which share that is (`ratio`); how many `scales` are
+            trained; the share of the layer's saliency they have (`held`); its share of columns above the winsorised
+            mean (`knee`); the root mean square of an adapter's deltas (`change`). `None` is unknown.
+        sizes (`list[dict[str, Any]]`): By `ratio` that an adapter could have: its `scales`, their `share` of all, the
+            mean share of saliency (`held`), and the size of its file by `adapter_dtype` (`bytes_float32`,
+            `bytes_bfloat16`). Empty for an adapter.
     """
 
-    name: str
-    selected: int
-    selectable: int | None
-    scales: int
-    held: float | None = None
-    knee: float | None = None
-    change: float | None = None
+    facts: dict[str, Any]
+    layers: list[dict[str, Any]]
+    sizes: list[dict[str, Any]]
 
-    @property
-    def ratio(self) -> float | None:
-        """The share of its groups that are selected."""
-        return None if self.selectable is None else self.selected / self.selectable
+    def grid(self, key: str) -> tuple[list[int | None], list[str], list[list[float | None]]]:
+        """A number of each layer as a table: block numbers (`None`: no block), kinds of layers, `[blocks][kinds]`."""
+        cells: dict[tuple[int | None, str], list[float]] = {}
+        for layer in self.layers:
+            if layer[key] is not None:
+                cells.setdefault(place(layer["name"]), []).append(layer[key])
+        kinds = list(dict.fromkeys(kind for _, kind in cells))
+        blocks = sorted({block for block, _ in cells}, key=lambda block: (block is None, block))
+        means = [[_mean(cells.get((block, kind), [])) for kind in kinds] for block in blocks]
+        return blocks, shorten(kinds), means
 
-    @property
-    def place(self) -> tuple[int | None, str]:
-        """The number of its block, and what it is there; further numbers stand as `*`, for all of a kind."""
-        match = _INDEX.fullmatch(self.name)
-        if match is None:
-            return None, self.name
-        return int(match[2]), re.sub(r"\b\d+\b", "*", match[3])
+
+def place(name: str) -> tuple[int | None, str]:
+    """The number of a layer's block, and its kind: the name within the block, with `*` for further numbers."""
+    match = _NUMBERED.fullmatch(name)
+    return (None, name) if match is None else (int(match[2]), re.sub(r"\b\d+\b", "*", match[3]))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def shorten(kinds: Sequence[str]) -> list[str]:
@@ -69,48 +71,6 @@ def shorten(kinds: Sequence[str]) -> list[str]:
     return list(kinds)
 
 
-@dataclass(frozen=True)
-class SizeReport:
-    """What an adapter with some ratio takes.
-
-    Attributes:
-        ratio (`float` or `str`): The ratio.
-        scales (`int`): How many scales it trains.
-        share (`float`): Which share of all scales that is.
-        held (`float`): The share of the saliency that the selected groups hold, mean over layers.
-        bytes_float32, bytes_bfloat16 (`int`): Size of the adapter's weights file by `adapter_dtype`.
-    """
-
-    ratio: Ratio
-    scales: int
-    share: float
-    held: float
-    bytes_float32: int
-    bytes_bfloat16: int
-
-
-@dataclass(frozen=True)
-class Report:
-    """A saliency with one ratio, or an adapter.
-
-    Attributes:
-        kind (`"saliency"` or `"adapter"`): Which of them.
-        facts (`dict[str, Any]`): What is known about the whole of it, by what it is called.
-        layers (`list[LayerReport]`): Layer by layer.
-        sizes (`list[SizeReport]`): What other ratios would take; empty without a saliency.
-    """
-
-    kind: str
-    facts: dict[str, Any]
-    layers: list[LayerReport]
-    sizes: list[SizeReport] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Numbers and strings only, for JSON."""
-        layers = [{**asdict(layer), "ratio": layer.ratio} for layer in self.layers]
-        return {"kind": self.kind, **self.facts, "layers": layers, "sizes": [asdict(size) for size in self.sizes]}
-
-
 def report_saliency(
     saliency: Saliency, ratio: Ratio = "knee", budget: Budget = DEFAULT_BUDGET, ratios: Sequence[Ratio] = RATIOS
 ) -> Report:
@@ -119,7 +79,7 @@ def report_saliency(
     Args:
         saliency (`Saliency`): The saliency.
         ratio (`float` or `str`): The ratio to show layer by layer, as `Saliency.select` takes it.
-        budget (`float`, `int` or `str`): Of the ratio `"global"`.
+        budget (`float`, `int` or `str`): The budget of the ratio `"global"`.
         ratios (`Sequence`): The ratios to give sizes for.
 
     Raises:
@@ -127,76 +87,67 @@ def report_saliency(
     """
     counts = saliency.counts(ratio, budget=budget)
     layers = [
-        LayerReport(
-            name=name,
-            selected=counts[name],
-            selectable=layer.selectable,
-            scales=counts[name] * layer.scales_per_group,
-            held=share_held(layer, counts[name]),
-            knee=knee(layer.scores),
-        )
+        _row(name, counts[name], counts[name] * layer.scales_per_group, layer, share_held(layer, counts[name]))
         for name, layer in saliency.layers.items()
     ]
-    facts = {
-        "criterion": saliency.criterion,
-        "tokens": saliency.tokens,
-        "seconds": saliency.seconds,
-        "ratio": ratio,
-        "budget": budget,
+    facts = {name: getattr(saliency, name) for name in ("criterion", "tokens", "seconds")}
+    sizes = [_size(saliency, other, budget) for other in ratios]
+    return Report({"kind": "saliency", **facts, "ratio": ratio, "budget": budget}, layers, sizes)
+
+
+def _row(name: str, selected: int, scales: int, layer: LayerSaliency | None, held: float | None) -> dict[str, Any]:
+    row = {"name": name, "selected": selected, "scales": scales, "held": held, "change": None}
+    if layer is None:
+        return row | dict.fromkeys(("selectable", "ratio", "knee"))
+    return row | {
+        "selectable": layer.selectable,
+        "ratio": selected / layer.selectable,
+        "knee": knee(layer.scores),
     }
-    return Report("saliency", facts, layers, [_size(saliency, other, budget) for other in ratios])
 
 
-def _size(saliency: Saliency, ratio: Ratio, budget: Budget) -> SizeReport:
+def _size(saliency: Saliency, ratio: Ratio, budget: Budget) -> dict[str, Any]:
     counts = saliency.counts(ratio, budget=budget)
-    scales = sum(layer.scales_per_group * counts[name] for name, layer in saliency.layers.items())
-    total = sum(layer.scales_per_group * layer.selectable for layer in saliency.layers.values())
-    shapes = {name: _shape(layer, counts[name]) for name, layer in saliency.layers.items()}
-    held = [share_held(layer, counts[name]) for name, layer in saliency.layers.items()]
-    return SizeReport(
-        ratio=ratio,
-        scales=scales,
-        share=scales / total,
-        held=sum(held) / len(held),
-        bytes_float32=adapter_bytes(shapes, "float32"),
-        bytes_bfloat16=adapter_bytes(shapes, "bfloat16"),
-    )
+    layers = saliency.layers
+    scales = sum(layer.scales_per_group * counts[name] for name, layer in layers.items())
+    total = sum(layer.scales for layer in layers.values())
+    held = [share_held(layer, counts[name]) for name, layer in layers.items()]
+    shapes = {
+        name: (layer.unit.delta_shape(counts[name], layer.scales_shape), layer.selectable)
+        for name, layer in layers.items()
+    }
+    sizes = {f"bytes_{dtype}": adapter_bytes(shapes, dtype) for dtype in ("float32", "bfloat16")}
+    return {"ratio": ratio, "scales": scales, "share": scales / total, "held": _mean(held), **sizes}
 
 
-def _shape(layer: LayerSaliency, count: int) -> AdaptedShape:
-    return AdaptedShape(layer.unit.delta_shape(count, layer.scales_shape), layer.selectable)
+def adapter_bytes(shapes: Mapping[str, tuple[tuple[int, int], int]], adapter_dtype: str = "float32") -> int:
+    """The exact size of `adapter_model.safetensors` in bytes.
+
+    Args:
+        shapes (`Mapping`): By name of the layer: the shape of its deltas, and how many groups it has to select from.
+        adapter_dtype (`str`): `"float32"` or `"bfloat16"`, as in the config.
+    """
+    dtype, item = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}[adapter_dtype]
+    names = sorted(shapes)  # safetensors writes wide dtypes first, then by name
+    tensors: list[tuple[str, str, list[int], int]] = [
+        (f"{name}.sgrq_delta.weight", dtype, list(shapes[name][0]), item) for name in names
+    ]
+    tensors += [(f"{name}.sgrq_delta.selection", "U8", [-(-shapes[name][1] // 8)], 1) for name in names]
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, kind, shape, size in tensors:
+        start, offset = offset, offset + size * torch.Size(shape).numel()
+        header[f"base_model.model.{name}"] = {"dtype": kind, "shape": shape, "data_offsets": [start, offset]}
+    text = len(json.dumps(header, separators=(",", ":")).encode())
+    return 8 + -(-text // 8) * 8 + offset
 
 
 def share_held(layer: LayerSaliency, count: int, groups: torch.Tensor | None = None) -> float:
-    """The share of a layer's saliency in some of its groups: the `count` most salient ones, or those given.
-
-    A layer without any saliency counts as held whole.
-    """
+    """The share of a layer's saliency in its `count` most salient groups, or in those given; 1 if it has none."""
     scores = layer.group_scores().double()
     total = float(scores.sum())
     held = scores.sort(descending=True).values[:count] if groups is None else scores[groups]
     return float(held.sum()) / total if total else 1.0
-
-
-def cumulative_share(scores: torch.Tensor, points: int = 101) -> tuple[torch.Tensor, torch.Tensor]:
-    """The share of saliency that the most salient columns hold, as a curve.
-
-    Args:
-        scores (`torch.Tensor`): Saliency of each column, float `[n]`.
-        points (`int`): At how many shares of columns to give it.
-
-    Returns:
-        Two float64 tensors `[points]`: shares of columns from 0 to 1, and the shares of saliency they hold.
-    """
-    ordered = scores.double().sort(descending=True).values
-    curve = torch.cat([torch.zeros(1, dtype=torch.float64), ordered.cumsum(0)])
-    x = torch.linspace(0, 1, points, dtype=torch.float64)
-    if not curve[-1]:
-        return x, x
-    position = x * (len(curve) - 1)
-    low = position.floor().long().clamp(max=len(curve) - 2)
-    y = curve[low] + (position - low) * (curve[low + 1] - curve[low])
-    return x, y / curve[-1]
 
 
 def report_adapter(adapter: str | os.PathLike[str], saliency: Saliency | None = None) -> Report:
@@ -204,96 +155,35 @@ def report_adapter(adapter: str | os.PathLike[str], saliency: Saliency | None = 
 
     Args:
         adapter (`str`): Directory of a saved adapter, or its name on the Hub.
-        saliency (`Saliency` or `None`): That of its base, for the share of saliency held. It also tells how many
-            groups the layers have, which otherwise the config of the base model does, if it can be found.
+        saliency (`Saliency` or `None`): The saliency of its base: it knows the share of saliency held, and how many
+            groups there are to select from.
 
     Raises:
         ValueError: If it is no SGRQ adapter, or the saliency is that of another base.
     """
-    from peft import PeftConfig, load_peft_weights
-
-    from peft_sgrq.config import SGRQConfig
-
-    check_source(adapter, "adapter")
-    config = PeftConfig.from_pretrained(os.fspath(adapter))
-    if not isinstance(config, SGRQConfig):
-        raise ValueError(
-            f"{os.fspath(adapter)} is an adapter of type {config.peft_type}, expected one of SGRQ; inspect one that "
-            "peft_sgrq made."
-        )
-    tensors = load_peft_weights(os.fspath(adapter), device="cpu")
-    deltas = {match[1]: key for key in tensors if (match := _WEIGHT.fullmatch(key))}
-    if not deltas:
+    stored = read_adapter(find_folder(adapter, "adapter"))
+    if not stored.deltas:
         raise ValueError(f"{os.fspath(adapter)} holds no deltas, expected some for each adapted layer; save it again.")
-    fingerprints = config.base_fingerprint or {}
-    if saliency is not None:
-        _check_same_base(fingerprints, saliency, list(deltas))
-    sizes = None if saliency is not None else _groups_of_base(config, fingerprints)
+    config, fingerprints = stored.config, stored.config.base_fingerprint or {}
     layers = []
-    for name, key in deltas.items():
-        delta = tensors[key].double()
-        groups = unpack_mask(tensors[key.removesuffix("weight") + "selection"])
-        known = None if saliency is None else saliency.layers[name]
-        layers.append(
-            LayerReport(
-                name=name,
-                selected=len(groups),
-                selectable=(sizes or {}).get(name) if known is None else known.selectable,
-                scales=delta.numel(),
-                held=None if known is None else share_held(known, 0, groups),
-                knee=None if known is None else knee(known.scores),
-                change=float(delta.square().mean().sqrt()),
-            )
+    for name, (delta, groups, _) in stored.deltas.items():
+        known = None if saliency is None else _same_layer(name, saliency, fingerprints.get(name))
+        held = None if known is None else share_held(known, 0, groups)
+        row = _row(name, len(groups), delta.numel(), known, held)
+        change = float(delta.double().square().mean().sqrt()) if len(groups) else None  # zero points alone are moved
+        layers.append(row | {"change": change})
+    facts = {name: getattr(config, name) for name in ("criterion", "ratio", "adapter_dtype")}
+    formats = sorted({text.partition(":")[0] for text in fingerprints.values()})
+    base = config.base_model_name_or_path
+    return Report({"kind": "adapter", "base": base, **facts, "format": formats}, layers, [])
+
+
+def _same_layer(name: str, saliency: Saliency, fingerprint: str | None) -> LayerSaliency:
+    layer = saliency.layers.get(name)
+    if layer is None or fingerprint not in (None, layer.fingerprint):
+        raise ValueError(
+            f"The saliency is that of another base: layer {name!r} is "
+            f"{'missing' if layer is None else layer.fingerprint} in it, expected {fingerprint or 'to be there'} "
+            "(format:weights:scales); give the one the adapter was made with."
         )
-    facts = {
-        "base": config.base_model_name_or_path,
-        "criterion": config.criterion,
-        "ratio": config.ratio,
-        "adapter_dtype": config.adapter_dtype,
-        "format": sorted({text.partition(":")[0] for text in fingerprints.values()}),
-    }
-    return Report("adapter", facts, layers)
-
-
-def _check_same_base(fingerprints: Mapping[str, str], saliency: Saliency, names: list[str]) -> None:
-    for name in names:
-        layer = saliency.layers.get(name)
-        found = None if layer is None else layer.fingerprint
-        if found is None or fingerprints.get(name, found) != found:
-            raise ValueError(
-                f"The saliency is that of another base: layer {name!r} is {found or 'missing'} in it, expected "
-                f"{fingerprints.get(name, 'to be there')} (format:weights:scales); give the one the adapter was made "
-                "with."
-            )
-
-
-def _groups_of_base(config: Any, fingerprints: Mapping[str, str]) -> dict[str, int] | None:
-    """How many groups each layer has, from the config of the base model; `None` if that cannot be found."""
-    import transformers
-
-    gguf_file = (config.base_quantization or {}).get("gguf_file")
-    more = {} if gguf_file is None else {"gguf_file": gguf_file}
-    try:
-        check_source(config.base_model_name_or_path, "base model", config.revision)
-        base = transformers.AutoConfig.from_pretrained(
-            config.base_model_name_or_path, revision=config.revision, **more
-        )
-        with torch.device("meta"):
-            if gguf_file is None:
-                model = getattr(transformers, base.architectures[0])(base)
-            else:
-                model = transformers.AutoModelForCausalLM.from_config(base)
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None
-    groups = {}
-    for name, module in model.named_modules():
-        weight, form = getattr(module, "weight", None), fingerprints.get(name, "").partition(":")[0]
-        size = re.search(r"-(\d+)$", form)
-        if weight is None or weight.dim() != 2 or not form:
-            continue
-        rows, columns = reversed(weight.shape) if type(module).__name__ == "Conv1D" else weight.shape
-        if size:
-            groups[name] = -(-columns // int(size[1]))
-        elif form.endswith("-row"):
-            groups[name] = rows
-    return groups
+    return layer

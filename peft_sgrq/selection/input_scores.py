@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,17 +12,17 @@ from torch import nn
 
 from peft_sgrq.choices import size_in_bytes
 from peft_sgrq.formats.scaled_weight import ScaledWeight
-from peft_sgrq.passes.chain import Chain, NotAChainError, find_stack
+from peft_sgrq.passes.chain import Chain, NotAChainError, find_stack, layers_by_block
 from peft_sgrq.passes.data import Batch
 from peft_sgrq.passes.inputs import InputCollector, SharingBrokenError
 from peft_sgrq.passes.padding import Padding
 from peft_sgrq.passes.processes import gather
+from peft_sgrq.passes.running import runner
 from peft_sgrq.passes.statistics import InputStatistics
 
 logger = logging.getLogger(__name__)
 
 Score = Callable[[str, InputStatistics], torch.Tensor]
-Run = Callable[[Batch], Any]
 
 
 @torch.no_grad()
@@ -29,7 +30,6 @@ def collect_input_scores(
     model: nn.Module,
     scaled_weights: Mapping[str, ScaledWeight],
     batches: Sequence[Batch],
-    run: Run,
     score: Score,
     full: bool,
     memory_limit: int | str | None,
@@ -41,13 +41,12 @@ def collect_input_scores(
         model (`nn.Module`): The model, in eval mode.
         scaled_weights (`dict[str, ScaledWeight]`): The layers by name, in the order of the model.
         batches (`Sequence[Batch]`): The data of this process; there may be none.
-        run (`Callable`): Runs the model on a batch.
         score (`Callable`): `(name, statistics)` -> scores of a layer; called once the statistics are complete.
-        full (`bool`): Whether whole Hessians are needed; diagonals take one plain pass.
-        memory_limit (`int`, `str` or `None`): What Hessians may take at once in full passes.
+        full (`bool`): Whether whole Hessians are needed; diagonals need one plain pass.
+        memory_limit (`int`, `str` or `None`): The most memory that Hessians may use at once in full passes.
         bar: A tqdm progress bar.
     """
-    padding = Padding(model)
+    padding, run = Padding(model), runner(model)
     for share in (True, False):
         collection = _Collection(scaled_weights, batches, run, score, padding, full, share, bar)
         try:
@@ -64,81 +63,65 @@ def collect_input_scores(
     raise AssertionError("statistics that are not shared cannot break")
 
 
+@dataclass
 class _Collection:
-    def __init__(
-        self,
-        scaled_weights: Mapping[str, ScaledWeight],
-        batches: Sequence[Batch],
-        run: Run,
-        score: Score,
-        padding: Padding,
-        full: bool,
-        share: bool,
-        bar: Any,
-    ) -> None:
-        self.scores: dict[str, torch.Tensor] = {}
-        self._scaled_weights, self._batches, self._run, self._score = scaled_weights, batches, run, score
-        self._padding, self._full, self._share, self._bar = padding, full, share, bar
+    scaled_weights: Mapping[str, ScaledWeight]
+    batches: Sequence[Batch]
+    run: Callable[[Batch], Any]
+    score: Score
+    padding: Padding
+    full: bool
+    share: bool
+    bar: Any
+    scores: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def block_by_block(self, stack_name: str, stack: nn.ModuleList) -> None:
         """Scores the layers in a stack of blocks; none of them if it turns out to be no chain."""
-        inside: list[list[str]] = [
-            [name for name in self._scaled_weights if name.startswith(f"{stack_name}.{index}.")]
-            for index in range(len(stack))
-        ]
-        while not inside[-1]:
-            inside.pop()
+        inside = layers_by_block(self.scaled_weights, stack_name, len(stack))
         blocks = list(stack)[: len(inside)]
         chain, problem = None, None
         try:
-            chain = Chain(blocks, self._run, self._batches) if self._batches else None
+            chain = Chain(blocks, self.run, self.batches) if self.batches else None
         except NotAChainError as error:
             problem = str(error)
-        if _agree(problem, stack_name):
+        found = next((one for one in gather(problem) if one), None)  # of any process
+        if found:
+            logger.warning(
+                "The blocks of %s cannot be run one by one (%s); statistics come from passes through the whole model "
+                "instead, within `memory_limit`.",
+                stack_name,
+                found,
+            )
             return
-        self._bar.reset(total=len(blocks) * len(self._batches))
-        scores = {}
+        self.bar.reset(total=len(blocks) * len(self.batches))
         for index, names in enumerate(inside):
-            collector = self._collector(names, self._full)
-            for number, batch in enumerate(self._batches):
-                with collector.batch(batch):
-                    chain.run_block(index, number)  # type: ignore[union-attr]
-                self._bar.update()
-            scores.update(self._finish(collector, names))
-        try:
-            if chain is not None:
-                chain.check()
-        except NotAChainError as error:
-            problem = str(error)
-        if not _agree(problem, stack_name):
-            self.scores.update(scores)
+
+            def run_block(number: int, index: int = index) -> None:
+                chain.run_block(index, number)  # type: ignore[union-attr]
+
+            self.scores |= self._scored(names, run_block)
 
     def passes(self, plan: Sequence[Sequence[str]]) -> None:
         """Scores layers by passes over all data, some layers in each."""
-        self._bar.reset(total=len(plan) * len(self._batches))
+        self.bar.reset(total=len(plan) * len(self.batches))
         for names in plan:
-            collector = self._collector(names, self._full)
-            for batch in self._batches:
-                with collector.batch(batch):
-                    self._run(batch)
-                self._bar.update()
-            self.scores.update(self._finish(collector, names))
+            self.scores |= self._scored(names, lambda number: self.run(self.batches[number]))
 
     def plan(self, names: Sequence[str], memory_limit: int | str | None) -> list[list[str]]:
-        """Which layers are looked at in which pass, so that the Hessians of none exceed the limit."""
+        """Which layers are scored in which pass, so that the Hessians of no pass exceed the limit."""
         if memory_limit is None:
             return [list(names)]
         limit = size_in_bytes(memory_limit, "memory_limit")
         probe = self._collector(names, full=False)
-        for batch in self._batches[:1]:
+        for batch in self.batches[:1]:
             with probe.batch(batch):
-                self._run(batch)
+                self.run(batch)
         shared = max(gather(list(probe.shared().values())), key=len)  # the same on all processes
         together = {name: group for group in shared for name in group}
         plan: list[list[str]] = []
         left = 0
         for group in dict.fromkeys(tuple(together.get(name, [name])) for name in names):
-            features = self._scaled_weights[group[0]].in_features
+            features = self.scaled_weights[group[0]].in_features
             size = 4 * features * features
             if size > limit:
                 raise ValueError(
@@ -154,21 +137,14 @@ class _Collection:
         return plan
 
     def _collector(self, names: Iterable[str], full: bool) -> InputCollector:
-        return InputCollector({name: self._scaled_weights[name] for name in names}, self._padding, full, self._share)
+        return InputCollector({name: self.scaled_weights[name] for name in names}, self.padding, full, self.share)
 
-    def _finish(self, collector: InputCollector, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    def _scored(self, names: Sequence[str], run: Callable[[int], Any]) -> dict[str, torch.Tensor]:
+        """The scores of layers that are called when `run` is given the number of each batch."""
+        collector = self._collector(names, self.full)
+        for number, batch in enumerate(self.batches):
+            with collector.batch(batch):
+                run(number)
+            self.bar.update()
         collector.reduce()
-        return {name: self._score(name, collector.statistics[name]) for name in names}
-
-
-def _agree(problem: str | None, stack_name: str) -> str | None:
-    """The first problem that any process has with running the blocks one by one."""
-    found = next((one for one in gather(problem) if one), None)
-    if found:
-        logger.warning(
-            "The blocks of %s cannot be run one by one (%s); the layers are looked at by passes through the whole "
-            "model instead, within `memory_limit`.",
-            stack_name,
-            found,
-        )
-    return found
+        return {name: self.score(name, collector.statistics[name]) for name in names}

@@ -1,24 +1,74 @@
-"""The file an interrupted recovery goes on from: the blocks that are finished, and what they were recovered with."""
+"""The file from which a stopped recovery goes on: the finished blocks, and what they were recovered with."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from peft_sgrq.config import SGRQConfig
 from peft_sgrq.files.output import check_output, written
 from peft_sgrq.layer.delta import Delta
-from peft_sgrq.recovery.block import BlockError
+from peft_sgrq.recovery.job import Job
 from peft_sgrq.recovery.preservation import Pull
 
 _METADATA = "peft_sgrq_recovery"
-_PULL = ("curvature", "slope", "constant")
+_SAMPLES = 64  # of a parameter, in a digest
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """How far the outputs of a block are from those of the model before quantization.
+
+    Attributes:
+        name (`str`): Name of the block.
+        before, after (`float`): `|f_q(X_q) - f(X)|^2 / |f(X)|^2` over all counted tokens, before and after training.
+        seconds (`float`): The wall time of the block.
+    """
+
+    name: str
+    before: float
+    after: float
+    seconds: float
+
+
+def identity(job: Job, config: SGRQConfig) -> dict[str, Any]:
+    """What the result of the first stage depends on, as JSON values; `config` is that of the adapter, completed."""
+    settings = {key: value for key, value in asdict(job.settings).items() if not key.startswith("distill_")}
+    data = (
+        item for batch in job.batches for item in sorted({**batch.inputs, "counted": batch.counted}.items())
+    )  # name, tensor
+    reference, model = (_digest(one.named_parameters(), _SAMPLES) for one in (job.reference.model, job.model))
+    found = {
+        **settings,
+        "data": _digest(data),
+        "reference": {"source": job.reference.source, "parameters": reference},
+        "base": config.base_fingerprint,
+        "model": model,
+        "selection": config.selection,
+        "adapter_dtype": config.adapter_dtype,
+    }
+    return json.loads(json.dumps(found, default=int))  # of numpy's integers
+
+
+def _digest(tensors: Iterable[tuple[str, torch.Tensor]], samples: int | None = None) -> str:
+    """A digest of names, shapes, dtypes and values, or of samples of the values that are in memory."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors:
+        values = tensor.data
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype} ".encode())
+        if type(values) is torch.Tensor and not values.is_meta:  # fingerprints of layers tell the others apart
+            flat = values.reshape(-1)
+            step = 1 if samples is None else max(1, flat.numel() // samples)
+            digest.update(flat[::step].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_progress_file(path: str | os.PathLike[str]) -> None:
@@ -40,12 +90,12 @@ class ProgressFile:
 
     Args:
         path (`str`, path or `None`): The file; `None` keeps nothing.
-        made_with (`Mapping[str, Any]`): JSON values that decide what comes out. A file made with others is refused.
+        made_with (`Mapping[str, Any]`): JSON values that decide the result. A file made with others is refused.
 
     Attributes:
         blocks (`list[BlockError]`): The finished blocks.
         deltas (`dict[str, torch.Tensor]`): Layer name -> its deltas, of the finished blocks.
-        pulls (`dict[str, Pull]`): Layer name -> its preservation term, if the data was run through the model for it.
+        pulls (`dict[str, Pull]`): Layer name -> its preservation term, if there is one.
 
     Raises:
         ValueError: If the file is of a recovery with other arguments, or is not one.
@@ -56,7 +106,7 @@ class ProgressFile:
         self.deltas: dict[str, torch.Tensor] = {}
         self.pulls: dict[str, Pull] = {}
         self._path = None if path is None else os.fspath(path)
-        self._made_with = json.loads(json.dumps(made_with))
+        self._made_with = made_with
         if self._path is not None:
             self._prepare(self._path)
 
@@ -89,24 +139,29 @@ class ProgressFile:
                     "give the same arguments, or delete the file to start again."
                 )
         self.blocks = [BlockError(**block) for block in stored["blocks"]]
-        self.deltas = {key[len("delta.") :]: tensor for key, tensor in tensors.items() if key.startswith("delta.")}
-        names = [key[len("curvature.") :] for key in tensors if key.startswith("curvature.")]
-        self.pulls = {name: Pull(*(tensors[f"{part}.{name}"] for part in _PULL)) for name in names}
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition(".")
+            parts.setdefault(part, {})[name] = tensor
+        self.deltas = parts.pop("delta", {})
+        self.pulls = {
+            name: Pull(**{part: tensors[name] for part, tensors in parts.items()}) for name in parts.get("slope", {})
+        }
 
     def add(self, block: BlockError, deltas: Mapping[str, Delta]) -> None:
         """Adds a finished block and its deltas, by layer name, and writes the file."""
         self.blocks.append(block)
-        if self._path is not None:
-            self.deltas |= {name: delta.weight.detach().cpu().clone() for name, delta in deltas.items()}
-            self.save()
+        self.deltas |= {name: delta.weight.detach().cpu().clone() for name, delta in deltas.items()}
+        self.save()
 
     def save(self) -> None:
         """Writes the file, the whole of it or nothing."""
         if self._path is None:
             return
-        tensors = {f"delta.{name}": delta.contiguous() for name, delta in self.deltas.items()}
+        tensors = {f"delta.{name}": delta for name, delta in self.deltas.items()}
         for name, pull in self.pulls.items():
-            tensors |= {f"{part}.{name}": getattr(pull, part).cpu().contiguous() for part in _PULL}
+            tensors |= {f"{part}.{name}": tensor.cpu() for part, tensor in pull._asdict().items()}
         described = {"made_with": self._made_with, "blocks": [asdict(block) for block in self.blocks]}
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
         with written(self._path) as file:
-            save_file(tensors, file, metadata={_METADATA: json.dumps(described)})
+            save_file(contiguous, file, metadata={_METADATA: json.dumps(described)})
