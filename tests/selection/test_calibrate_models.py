@@ -120,11 +120,13 @@ def test_a_stack_that_only_looks_like_a_chain_is_noticed(kind, caplog):
 
 @pytest.mark.parametrize("limit", [None, 4 * 128**2, "70KB", "1GB"])
 def test_a_memory_limit_splits_passes_and_changes_no_score(limit, llama_dir: Path, monkeypatch):
-    from peft_sgrq.selection import collect
+    from peft_sgrq.selection import input_scores
 
     plans = []
-    passes = collect._Collection.passes
-    monkeypatch.setattr(collect._Collection, "passes", lambda self, plan: (plans.append(plan), passes(self, plan))[1])
+    passes = input_scores._Collection.passes
+    monkeypatch.setattr(
+        input_scores._Collection, "passes", lambda self, plan: (plans.append(plan), passes(self, plan))[1]
+    )
     found = run(Scaled(DENSE.load(llama_dir), 0.7), config=projections(), memory_limit=limit)
     expected = run(Scaled(DENSE.load(llama_dir), 0.7), config=projections())
     same_scores(found, expected, 1e-6)
