@@ -119,18 +119,9 @@ def calibrate(
     if memory_limit is not None:
         size_in_bytes(memory_limit, "memory_limit")
     scaled_weights = _targets(model, config)
-    if config.ratio == 1 and not config.ratio_pattern:
-        logger.warning(
-            "The config's `ratio` is 1.0, at which every scale is trained whatever its saliency; set another such as "
-            "0.4, now or later by `saliency.configure(config, ratio=0.4)`."
-        )
     prepare_base(model)
     saliency = Saliency({layer: _unscored(weight) for layer, weight in scaled_weights.items()}, name)
-    # Reject an impossible ratio before the long computation.
-    if config.ratio == "layerwise":
-        check_affordable(config, saliency)
-    else:
-        saliency.configure(copy.copy(config))
+    _check_ratio_early(config, saliency)
     batches: list[Batch] = []
     with untouched(model), tqdm(desc="Calibrating", disable=not progress or process_index() > 0) as bar:
         if name not in WITHOUT_DATA or data is not None:
@@ -139,20 +130,9 @@ def calibrate(
         loaded = time.perf_counter()
         if name in WITHOUT_DATA:
             scores = {layer: weight_scores(layer, weight, name, seed) for layer, weight in scaled_weights.items()}
-        elif name in GRADIENTS:
-            found = collect_gradient_scores(model, scaled_weights, batches, GRADIENTS[name], saliency.tokens, bar)
-            scores = {layer: _checked(layer, values) for layer, values in found.items()}
         else:
-            score = _scorer(model, scaled_weights, chosen, original)
-            scores = collect_input_scores(
-                model, scaled_weights, batches, score, name not in DIAGONAL, memory_limit, bar
-            )
-    if name == "error" and not any(bool(values.any()) for values in scores.values()):
-        raise ValueError(
-            "The criterion 'error' found no difference between the model and `original`, expected the weights before "
-            "quantization; give the model that was quantized."
-        )
-    saliency.layers = {name: layer.scored(scores[name]) for name, layer in saliency.layers.items()}
+            scores = _scores(model, scaled_weights, batches, chosen, original, memory_limit, saliency.tokens, bar)
+    saliency.layers = {layer: unscored.scored(scores[layer]) for layer, unscored in saliency.layers.items()}
     saliency.seconds = {"data": loaded - start, "scores": time.perf_counter() - loaded}
     if config.ratio == "layerwise":
         allocated = ratios_on(model, config, batches, saliency, progress=progress)
@@ -161,6 +141,44 @@ def calibrate(
     saliency.configure(config)
     saliency.seconds["total"] = time.perf_counter() - start
     return saliency
+
+
+def _check_ratio_early(config: SGRQConfig, saliency: Saliency) -> None:
+    """Rejects an impossible ratio before the long computation, and warns of one that selects nothing."""
+    if config.ratio == 1 and not config.ratio_pattern:
+        logger.warning(
+            "The config's `ratio` is 1.0, at which every scale is trained whatever its saliency; set another such as "
+            "0.4, now or later by `saliency.configure(config, ratio=0.4)`."
+        )
+    if config.ratio == "layerwise":
+        check_affordable(config, saliency)
+    else:
+        saliency.configure(copy.copy(config))
+
+
+def _scores(
+    model: nn.Module,
+    scaled_weights: Mapping[str, ScaledWeight],
+    batches: list[Batch],
+    chosen: str | Criterion,
+    original: Any,
+    memory_limit: int | str | None,
+    tokens: int,
+    bar: Any,
+) -> dict[str, torch.Tensor]:
+    """Scores of the layers by a criterion that needs data."""
+    if isinstance(chosen, str) and chosen in GRADIENTS:
+        found = collect_gradient_scores(model, scaled_weights, batches, GRADIENTS[chosen], tokens, bar)
+        return {layer: _checked(layer, values) for layer, values in found.items()}
+    score = _scorer(model, scaled_weights, chosen, original)
+    full = callable(chosen) or chosen not in DIAGONAL
+    scores = collect_input_scores(model, scaled_weights, batches, score, full, memory_limit, bar)
+    if chosen == "error" and not any(bool(values.any()) for values in scores.values()):
+        raise ValueError(
+            "The criterion 'error' found no difference between the model and `original`, expected the weights before "
+            "quantization; give the model that was quantized."
+        )
+    return scores
 
 
 def _unscored(scaled_weight: ScaledWeight) -> LayerSaliency:
