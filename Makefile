@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 DEMO_ARGS ?=
 
-.PHONY: test test-fast lint format formats demo serving clean
+.PHONY: test test-fast lint format formats engines demo serving clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,15 @@ $(VENV)/formats: $(VENV)/installed
 
 # The libraries of optional formats; without them their tests are skipped.
 formats: $(VENV)/formats
+
+# DeepSpeed in its Python parts: nothing is compiled, and processes on a CPU talk by gloo.
+$(VENV)/deepspeed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation deepspeed
+	touch $@
+
+# The engines of distributed training that are no part of torch; without them their tests are skipped.
+engines: $(VENV)/deepspeed
 
 test: $(VENV)/installed
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -9,6 +9,9 @@ A base that is quantized already loads the same everywhere, so the adapter fits 
 quantized while loading with `--load_in_4bit` or `--load_in_8bit`. All arguments of TRL's SFTConfig work; some have
 other defaults here, those for scales. With `--group_size 32` the base's groups are split first, and each half has a
 scale of its own; the split base is saved in OUTPUT_DIR/base, because the adapter belongs to it.
+
+On several devices: `accelerate launch --config_file examples/accelerate/ddp.yaml examples/sft.py ...`;
+docs/distributed.md says which configuration is for what.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import load_dataset
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_quantization_config
 
-from peft_sgrq import SGRQConfig, split_groups
+from peft_sgrq import SGRQConfig, merge_checkpoint, split_groups
 
 
 @dataclass
@@ -72,13 +76,27 @@ def main() -> None:
     )
     trainer.train()
     trainer.save_model(training.output_dir)
+    trainer.accelerator.wait_for_everyone()  # until the adapter is written
+    alone = trainer.accelerator.num_processes == 1
     if training.push_to_hub:
-        trainer.model.push_to_hub(training.hub_model_id or Path(training.output_dir).name)
+        if alone:
+            trainer.model.push_to_hub(training.hub_model_id or Path(training.output_dir).name)
+        else:
+            trainer.push_to_hub()  # by the first process, of what it has saved
 
-    if sgrq.merge:
+    if sgrq.merge and alone:
         merged = trainer.model.merge_and_unload()
         merged.save_pretrained(Path(training.output_dir, "merged"))
         tokenizer.save_pretrained(Path(training.output_dir, "merged"))
+    elif sgrq.merge and trainer.accelerator.is_main_process:
+        # The engine may have this model in shards; what it has saved is whole.
+        out = Path(training.output_dir, "merged")
+        if quantization is None:
+            merge_checkpoint(base.model_name_or_path, training.output_dir, out, revision=base.model_revision)
+        else:  # there are no files of the quantized base yet
+            model = AutoModelForCausalLM.from_pretrained(base.model_name_or_path, **loading)
+            PeftModel.from_pretrained(model, training.output_dir).merge_and_unload().save_pretrained(out)
+            tokenizer.save_pretrained(out)
 
 
 if __name__ == "__main__":

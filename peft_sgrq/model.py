@@ -18,7 +18,7 @@ from torch import nn
 from peft_sgrq.adapter.file import check_adapter_file
 from peft_sgrq.adapter.renamed_layers import rename_layers, rename_tensors
 from peft_sgrq.adapter.starting_point import StartingPoint
-from peft_sgrq.adapter.state import in_adapter_dtype, take_over
+from peft_sgrq.adapter.state import adapter_tensors, take_over
 from peft_sgrq.adapter.targets import (
     TASK_HEADS,
     check_gradient_paths,
@@ -32,6 +32,7 @@ from peft_sgrq.adapter.targets import (
 )
 from peft_sgrq.adapter.weighted_sum import check_sum, config_of_sum
 from peft_sgrq.base.check import check_base, describe_quantization
+from peft_sgrq.base.engines import check_engine, check_whole
 from peft_sgrq.base.loading import describe_class
 from peft_sgrq.base.prepare import prepare_base, writing_scales
 from peft_sgrq.base.workarounds.compiled_modules import compiled_in_place
@@ -95,6 +96,7 @@ class SGRQModel(BaseTuner):
     # injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_engine(model)
         # The selection and the fingerprint are written into a copy, so that one config can serve several models.
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         if config.base_model_name_or_path is None:  # PEFT does not find it in a compiled model
@@ -219,6 +221,7 @@ class SGRQModel(BaseTuner):
     # merging
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        check_whole(self.model)
         if safe_merge:
             self._check_finite(adapter_names)
         separate_rows(self.model)
@@ -231,6 +234,8 @@ class SGRQModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        if merge:
+            check_whole(self.model)
         if merge and safe_merge:
             self._check_finite(adapter_names)
         with _original_scales(self.model):
@@ -321,7 +326,7 @@ class SGRQModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return in_adapter_dtype(selected, config, adapter_name, cls.prefix)
+        return selected | adapter_tensors(model, state_dict, config, f".{cls.prefix}delta.{adapter_name}")
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -40,6 +40,7 @@ class Case:
         engine_arguments (`dict`): Of the engine.
         config (`dict`): Of the adapter.
         resume_at (`int` or `None`): The step at which training is stopped, saved, and gone on with by a new trainer.
+        load (`Callable` or `None`): What loads the base from the model's folder, if it is none of these.
     """
 
     engine: str
@@ -52,6 +53,7 @@ class Case:
     engine_arguments: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     resume_at: int | None = None
+    load: Callable[[Path | str], Any] | None = None
 
 
 REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
@@ -64,6 +66,8 @@ def load_base(case: Case, directory: Path | str) -> Any:
 
     from peft_sgrq.base.workarounds.bnb_cpu_packing import disable_cpu_packing
 
+    if case.load is not None:
+        return case.load(directory)
     settings: dict[str, Any] = {"dtype": getattr(torch, case.dtype)}
     if case.base == "int8":
         settings["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
@@ -156,6 +160,7 @@ def adapter_parameters(model: Any) -> dict[str, torch.Tensor]:
     """The trained parameters of a model by name, whole on every process."""
     found = {}
     for name, parameter in model.named_parameters():
+        name = name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")
         if not parameter.requires_grad:
             continue
         value = parameter.detach()
@@ -166,7 +171,7 @@ def adapter_parameters(model: Any) -> dict[str, torch.Tensor]:
                 value = parameter.detach().clone()
         elif hasattr(value, "full_tensor"):
             value = value.full_tensor()
-        found[name.removeprefix("module.")] = value.clone()
+        found[name] = value.clone()
     return found
 
 
@@ -174,16 +179,17 @@ def adapter_parameters(model: Any) -> dict[str, torch.Tensor]:
 def logits(model: Any) -> torch.Tensor:
     """Of a fixed batch, in eval mode, float32 `[2, 16, vocabulary]`."""
     ids = torch.randint(3, 256, (2, 16), generator=torch.Generator().manual_seed(1))
-    return model.eval()(input_ids=ids).logits.float()
+    model.eval()  # DeepSpeed's returns nothing
+    return model(input_ids=ids).logits.float()
 
 
 def train(case: Case, directory: Path | str, out: Path, processes: int = 1, observe: Any = None) -> dict[str, Any]:
     """Trains a case, and saves its adapter in `out` as trainers do.
 
     Returns:
-        The losses, the adapter's parameters (`parameters`), the logits after training under the engine (`logits`),
-        the dtypes of the optimizer's states (`dtypes`), and with `resume_at` what came out of going on from there
-        (`resumed`).
+        The losses, the adapter's parameters (`parameters`), the logits after training under the engine (`logits`), the
+        class an engine has wrapped the model in (`wrapped`), the dtypes of the optimizer's states (`dtypes`), and with
+        `resume_at` what came of going on from there (`resumed`).
     """
     trainer = make_trainer(case, directory, out, processes)
     if observe is not None:
@@ -208,6 +214,7 @@ def _results(trainer: Any) -> dict[str, Any]:
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "parameters": adapter_parameters(trainer.model),
         "logits": logits(trainer.model_wrapped),
+        "wrapped": type(trainer.model_wrapped).__name__,
         "dtypes": sorted({str(value.dtype) for value in states if value.numel() > 1}),
     }
 
@@ -247,7 +254,7 @@ def _process(
     torch.set_num_threads(1)
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     os.environ |= {name: str(value) for name, value in places.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu"}
     distributed.init_process_group(
         "gloo", init_method=f"file://{results}/meet", rank=rank, world_size=processes, timeout=TIMEOUT
     )
@@ -255,6 +262,8 @@ def _process(
     for name, case in cases.items():
         with _own_state(case):
             try:
+                if case.engine.startswith("zero"):
+                    _start_deepspeed()
                 found[name] = job(case, directory, results / name, processes)
             except Exception as error:
                 found[name] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
@@ -266,7 +275,7 @@ def _process(
 @contextmanager
 def _own_state(case: Case) -> Iterator[None]:
     """What accelerate and transformers keep for a process, new for a case."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.state import AcceleratorState, GradientState
 
     environment = dict(os.environ)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -278,7 +287,18 @@ def _own_state(case: Case) -> Iterator[None]:
         os.environ.clear()
         os.environ.update(environment)
         AcceleratorState._reset_state(reset_partial_state=True)
-        PartialState._reset_state()
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+
+
+def _start_deepspeed() -> None:
+    import deepspeed
+    import deepspeed.comm.torch as scaled_weight
+
+    scaled_weight.build_shm_op = lambda: None  # an extension of shared memory that takes minutes to compile; gloo does
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
 
 @contextmanager

@@ -10,28 +10,37 @@ from peft_sgrq.config import SGRQConfig
 from peft_sgrq.layer.delta import Delta
 from peft_sgrq.layer.masks import encode_mask, mask_of, pack_mask, read_mask
 
+# What FSDP's activation checkpointing puts into the names of modules, and not into those of state dicts.
+_WRAPPED = "_checkpoint_wrapped_module."
 
-def in_adapter_dtype(
-    tensors: dict[str, torch.Tensor], config: SGRQConfig, adapter_name: str, prefix: str
+
+def adapter_tensors(
+    model: nn.Module, state: dict[str, torch.Tensor], config: SGRQConfig, suffix: str
 ) -> dict[str, torch.Tensor]:
     """The tensors of an adapter as its file holds them: deltas in the adapter's dtype, selections packed to bits.
 
     Args:
-        tensors (`dict[str, torch.Tensor]`): By parameter name, as in the state dict of the model.
+        model (`nn.Module`): The model.
+        state (`dict[str, torch.Tensor]`): Its state dict; that of a sharded model is empty on all processes but one.
         config (`SGRQConfig`): The config of the adapter.
-        adapter_name (`str`): Its name.
-        prefix (`str`): What the names of a tuner's own modules start with.
+        suffix (`str`): What the names of the adapter's modules end with, `.sgrq_delta.<name>`.
     """
     dtype = getattr(torch, config.adapter_dtype)
     stored = {}
-    for key, value in tensors.items():
-        own = f".{prefix}" in f".{key}"
-        if own and key.endswith(f".{adapter_name}.weight"):
-            value = value.to(dtype)
-        elif own and key.endswith(f".{adapter_name}.selection") and value.is_floating_point():
-            value = pack_mask(read_mask(value, len(value)), len(value))
-        stored[key] = value
+    for name, delta in _deltas(model, suffix).items():
+        name = name.replace(_WRAPPED, "")
+        if name + ".weight" in state:
+            mask = state.get(name + ".selection")
+            groups = delta.groups if mask is None else read_mask(mask, delta.selectable)
+            stored[name + ".weight"] = state[name + ".weight"].to(dtype)
+            stored[name + ".selection"] = pack_mask(groups, delta.selectable)
     return stored
+
+
+def _deltas(model: nn.Module, suffix: str) -> dict[str, Delta]:
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, Delta) and name.endswith(suffix)
+    }
 
 
 def take_over(
@@ -51,14 +60,8 @@ def take_over(
     Raises:
         ValueError: If a tensor does not fit the layer it is for.
     """
-    deltas = {
-        name: module for name, module in model.named_modules() if isinstance(module, Delta) and name.endswith(suffix)
-    }
-    moves = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, Delta) and name.endswith(suffix.replace("sgrq_delta", "sgrq_zero_points"))
-    }
+    deltas = _deltas(model, suffix)
+    moves = _deltas(model, suffix.replace("sgrq_delta", "sgrq_zero_points"))
     errors = [error for name, delta in {**deltas, **moves}.items() for error in delta.find_errors(tensors, name + ".")]
     if errors:
         raise ValueError(f"The adapter file does not fit ({len(errors)} tensors, the first:) {errors[0]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from peft_sgrq.formats.partitioned import is_partitioned
 from peft_sgrq.layer.functional import round_straight_through
 from peft_sgrq.layer.masks import mask_of, pack_mask, read_mask
 
@@ -111,7 +113,8 @@ class Delta(nn.Module):
         # transformers and PEFT (with `low_cpu_mem_usage`) load adapters by putting new tensors into the module. FSDP2
         # puts in its shards first, and then at every forward pass a parameter of its own, which must stay that one.
         if name == "selection":
-            self._select(value)
+            self._raise_on({"selection": value.detach()})
+            self._select(value.detach())
             return
         if name == "weight":
             if isinstance(value, DTensor):
@@ -125,8 +128,7 @@ class Delta(nn.Module):
         super().__setattr__(name, value)
 
     def _select(self, mask: torch.Tensor) -> None:
-        self._raise_on({"selection": mask.detach()})
-        self.groups = read_mask(mask.detach(), self.selectable).to(self.groups.device)
+        self.groups = read_mask(mask, self.selectable).to(self.groups.device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -146,6 +148,13 @@ class Delta(nn.Module):
             return
         if self.groups.device != self.weight.device:
             self.groups = self.groups.to(self.weight.device)
+        if self.weight.dtype not in (torch.float32, self.dtype):
+            warnings.warn(
+                f"The engine computes with deltas rounded to {self.weight.dtype}, while the adapter is saved in "
+                f"{self.dtype}, expected the same: what is saved differs from what is trained in the last bits; load "
+                "the base in bfloat16 and train without mixed precision (`bf16=False`, `mixed_precision: no`), or set "
+                '`adapter_dtype="bfloat16"`.'
+            )
         if not self._is_checked:
             self._raise_on({"weight": self.weight})
             self._is_checked = True
@@ -168,7 +177,10 @@ class Delta(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "selection"] = mask_of(self.groups, self.selectable)
+        # torch's functions for the states of sharded models know parameters and buffers and nothing else. A model in
+        # shards is in training, and the file gets the selection from the module.
+        if not self._sharded:
+            destination[prefix + "selection"] = mask_of(self.groups, self.selectable)
 
     def _load_from_state_dict(
         self,
@@ -189,7 +201,7 @@ class Delta(nn.Module):
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if key in state_dict:
             self._select(state_dict[key])
-        elif strict:
+        elif strict and not self._sharded:
             missing_keys.append(key)
         self._is_checked = True
         self.accept()
@@ -203,7 +215,8 @@ class Delta(nn.Module):
         """
         weight, mask = state_dict.get(prefix + "weight"), state_dict.get(prefix + "selection")
         errors = []
-        if weight is not None and tuple(weight.shape) != self.shape:
+        elsewhere = weight is not None and weight.numel() == 0 and is_partitioned(self.weight)  # the engine has them
+        if weight is not None and not elsewhere and tuple(weight.shape) != self.shape:
             errors.append(
                 f"{prefix}weight has shape {tuple(weight.shape)}, expected {self.shape}: the file was "
                 "saved with another selection than the adapter it is loaded into; load it under a new adapter name."

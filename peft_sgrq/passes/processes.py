@@ -1,8 +1,9 @@
-"""Several processes calibrate on parts of the data: what they found is summed, and all of them go on alike."""
+"""Several processes work on parts of the data: what they found is summed, and all of them go on alike."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -39,3 +40,32 @@ def gather(value: T) -> list[T]:
     values: list[T | None] = [None] * process_count()
     distributed.all_gather_object(values, value)
     return values  # type: ignore[return-value]
+
+
+def total(value: float) -> float:
+    """The sum of a number over all processes, in their order; the same bits on each."""
+    return sum(gather(value))
+
+
+def largest(value: int) -> int:
+    """The largest of a number on all processes."""
+    return max(gather(value))
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A ValueError that is raised inside of this on any process is raised at its end on all of them.
+
+    Inside of it no process may wait for the others.
+    """
+    error: ValueError | None = None
+    try:
+        yield
+    except ValueError as raised:
+        error = raised
+    texts = gather(None if error is None else str(error))
+    if error is not None:
+        raise error
+    for text in texts:
+        if text is not None:
+            raise ValueError(text)

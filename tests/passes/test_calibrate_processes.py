@@ -1,4 +1,4 @@
-"""Two processes sum what they see and select the same, as one process with all the data does."""
+"""Two processes sum what they see; they select, and recover, what one process with all the data does."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.bases import DENSE, NF4, byte_tokenizer
 from support.calibration import TEXTS, padded_batches
+from support.recovery import recovered, sequences
 from torch import distributed, multiprocessing
 
 from peft_sgrq import SGRQConfig, calibrate
@@ -43,12 +44,45 @@ def run(case: str, directory: Path, rank: int | None) -> Any:
     return saliency.scores, config.selection, saliency.tokens
 
 
+RECOVERIES: dict[str, dict[str, Any]] = {
+    "blocks": {},
+    "preserving": {"preservation": 0.1},
+    "preserving by inputs": {"preservation": 0.1, "importance": "obs", "epochs": 1},
+    "distilled": {"epochs": 0, "distill_steps": 4},
+}
+
+
+def recover_case(case: str, directory: Path, batch_size: int, **options: Any) -> Any:
+    found = recovered(directory, batch_size=batch_size, **{"epochs": 2, **RECOVERIES[case], **options})
+    deltas = {name: value.detach() for name, value in found.model.named_parameters() if "sgrq_delta" in name}
+    errors = [(block.name, block.before, block.after) for block in found.blocks]
+    distilled = found.distillation and (found.distillation.before, found.distillation.after, found.distillation.steps)
+    return deltas, errors, distilled
+
+
+def resumed(directory: Path, file: Path) -> Any:
+    """A recovery whose second block finds the first in the file."""
+    whole = recover_case("blocks", directory, 2, progress_file=file)
+    return whole, recover_case("blocks", directory, 2, progress_file=file)
+
+
+def refused(directory: Path) -> str:
+    try:
+        recovered(directory, data=sequences(1))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def process(rank: int, directory: str, results: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(rank)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     distributed.init_process_group("gloo", init_method=f"file://{results}/meet", rank=rank, world_size=2)
     found = {case: run(case, Path(directory), rank) for case in CASES}
+    found |= {f"recover {case}": recover_case(case, Path(directory), 2) for case in RECOVERIES}
+    found["resumed"] = resumed(Path(directory), Path(results, "progress"))
+    found["refused"] = refused(Path(directory))
     torch.save(found, f"{results}/{rank}.pt")
     distributed.destroy_process_group()
 
@@ -80,3 +114,36 @@ def test_all_processes_get_the_same_bits(case, found):
 def test_all_processes_refuse_empty_data(found):
     assert "calibration data is empty" in found[0]["empty"]
     assert found[0]["empty"] == found[1]["empty"]
+
+
+@pytest.mark.parametrize("case", RECOVERIES)
+def test_two_processes_recover_what_one_does_with_batches_twice_as_large(case, found, llama_dir: Path):
+    deltas, errors, distilled = recover_case(case, llama_dir, 4)
+    for other_deltas, other_errors, other_distilled in (found[0][f"recover {case}"], found[1][f"recover {case}"]):
+        for name, values in deltas.items():
+            # Adam divides by the size of gradients, so that small ones are amplified.
+            assert (other_deltas[name] - values).norm() < 1e-2 * values.norm()
+        assert [name for name, *_ in other_errors] == [name for name, *_ in errors]
+        for other, one in zip(other_errors, errors, strict=True):
+            assert other[1:] == pytest.approx(one[1:], rel=1e-3)
+        if distilled:
+            before, after, steps = distilled
+            assert other_distilled[:2] == pytest.approx((before, after), rel=1e-3) and after < before
+            assert other_distilled[2] == pytest.approx(steps, rel=1e-3)
+
+
+@pytest.mark.parametrize("case", RECOVERIES)
+def test_all_processes_recover_the_same_bits(case, found):
+    (first, *first_rest), (second, *second_rest) = found[0][f"recover {case}"], found[1][f"recover {case}"]
+    assert all(torch.equal(first[name], second[name]) for name in first) and first_rest == second_rest
+
+
+def test_a_recovery_goes_on_from_its_file_in_all_processes(found):
+    for results in found:
+        (whole, errors, _), (again, same_errors, _) = results["resumed"]
+        assert errors == same_errors and all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_all_processes_refuse_to_recover_on_too_little_data(found):
+    assert "fewer sequences than there are processes (2)" in found[0]["refused"]
+    assert found[0]["refused"] == found[1]["refused"]

@@ -62,7 +62,14 @@ class BnbInt8Weight(ScaledWeight):
         return torch.float32
 
     def scales(self) -> torch.Tensor:
-        return self._owner.SCB.view(self.scales_shape)
+        owner = self._owner
+        if owner is None:
+            raise RuntimeError(
+                "An int8 layer of bitsandbytes has lost its scales, as FSDP makes it lose them (for adapters of every "
+                "kind), expected them beside its codes; train int8 bases by DDP or DeepSpeed ZeRO-2, or quantize in 4 "
+                "bits for FSDP (https://huggingface.co/docs/bitsandbytes/fsdp_qlora)."
+            )
+        return owner.SCB.view(self.scales_shape)
 
     def sources(self) -> list[torch.Tensor]:
         return [self.module.weight, self._owner.SCB]

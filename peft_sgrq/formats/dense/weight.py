@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from peft_sgrq.formats.own_forward import computed_weight
+from peft_sgrq.formats.partitioned import shape_of, whole
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -30,7 +31,8 @@ class DenseWeight(ScaledWeight):
 
     def __init__(self, module: nn.Module, group_size: int) -> None:
         super().__init__(module)
-        self.out_features, self.in_features = self._weight().shape
+        shape = shape_of(self._parameter)
+        self.out_features, self.in_features = reversed(shape) if self._transposed else shape
         self.group_size = min(group_size, self.in_features)
         self.name = f"dense-{self.group_size}"
 
@@ -65,7 +67,7 @@ class DenseWeight(ScaledWeight):
         return isinstance(self.module, Conv1D)
 
     def _weight(self) -> torch.Tensor:
-        weight = self._parameter.detach()
+        weight = whole(self._parameter)
         return weight.t() if self._transposed else weight  # (N, K)
 
     @property
@@ -119,7 +121,7 @@ class DenseWeight(ScaledWeight):
         return stored if converted is data else nn.Parameter(converted, requires_grad=stored.requires_grad)
 
     def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return digest_tensors(self._parameter.detach())
+        return digest_tensors(whole(self._parameter))
 
     def quantization(self) -> dict[str, Any] | None:
         return None
