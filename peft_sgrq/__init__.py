@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peft_sgrq.checkpoint.verify import VerifyReport as VerifyReport
     from peft_sgrq.checkpoint.verify import verify_checkpoint as verify_checkpoint
     from peft_sgrq.config import SGRQConfig as SGRQConfig
+    from peft_sgrq.formats.gguf.dense_weights import keep_dense as keep_dense
     from peft_sgrq.formats.gguf.loading import load_gguf as load_gguf
     from peft_sgrq.formats.gguf.quantizer import SGRQGgufConfig as SGRQGgufConfig
     from peft_sgrq.formats.gguf.saving import save_gguf as save_gguf
@@ -47,6 +48,7 @@ _HOMES = {  # public name -> the module it is imported from when it is asked for
     "allocate_ratios": "selection.layerwise.allocate_ratios",
     "allow_quantized_training": "base.workarounds.trainer_refusal",
     "calibrate": "selection.calibrate",
+    "keep_dense": "formats.gguf.dense_weights",
     "load_gguf": "formats.gguf.loading",
     "merge_checkpoint": "checkpoint.merge",
     "recover": "recovery.recover",

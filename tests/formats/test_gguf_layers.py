@@ -13,7 +13,7 @@ from support.oracle import relative_error
 from support.single_layers import delta_of, the_layer
 from torch import nn
 
-from peft_sgrq import SGRQConfig
+from peft_sgrq import SGRQConfig, keep_dense
 from peft_sgrq.formats.gguf.blocks import BY_NAME
 from peft_sgrq.formats.gguf.layers import GGUFEmbedding, GGUFHead, GGUFLinear, GGUFTiedHead
 from peft_sgrq.formats.registry import is_quantized, resolve_weight
@@ -125,6 +125,45 @@ def test_blocks_alone_can_be_given_scales(name):
     assert torch.equal(model(x), unmerged)
     kind = sgrq.base_layer.kind
     assert sgrq.base_layer.scales().scale_bytes == kind.scale_bytes
+
+
+def test_products_in_parts_are_the_product(monkeypatch):
+    kind = BY_NAME["Q4_K"]
+    model, x = adapted(packed_layer(kind, bias=True)), torch.randn(2, 3, COLUMNS, requires_grad=True)
+    layer = packed_layer(kind, bias=True)
+    whole = layer(x)
+    (expected,) = torch.autograd.grad(whole.sum(), x)
+    monkeypatch.setattr("peft_sgrq.formats.gguf.product._PART_BYTES", 7 * 4 * COLUMNS)  # seven rows
+    parts = layer(x)
+    (found,) = torch.autograd.grad(parts.sum(), x)
+    assert torch.allclose(parts, whole, atol=1e-5) and torch.allclose(found, expected, atol=1e-5)
+    unmerged = model(x)
+    model.merge_adapter()
+    assert torch.equal(model(x), unmerged)
+
+
+@torch.no_grad()
+def test_weights_kept_dense_give_the_bits_of_a_dense_layer_and_see_changes():
+    kind = BY_NAME["Q4_K"]
+    model, x = adapted(packed_layer(kind, bias=True)), torch.randn(2, 1, COLUMNS)
+    sgrq = the_layer(model)
+    expected = model(x)
+    bare = packed_layer(kind)
+    with keep_dense(model), keep_dense(bare):
+        assert torch.equal(model(x), expected) and torch.equal(model(x), expected)
+        kept = sgrq.base_layer.dense._weight
+        assert torch.equal(kept, sgrq.scaled_weight.dequantize(sgrq.effective_scales(("default",)), torch.float32))
+        delta_of(model).mul_(2)
+        changed = model(x)
+        model.merge_adapter()
+        assert torch.equal(model(x), changed) and not torch.equal(changed, expected)
+        model.unmerge_adapter()
+        with model.disable_adapter():
+            assert torch.equal(model(x), nn.functional.linear(x, weight_of(sgrq.base_layer), sgrq.base_layer.bias))
+        assert torch.equal(bare(x), bare(x)) and bare.dense._weight is not None
+        assert copy.deepcopy(bare).dense._weight is None
+    assert sgrq.base_layer.dense._weight is None and bare.dense._weight is None and not bare.dense.kept
+    assert torch.equal(model(x), changed)
 
 
 def test_frozen_layers_pass_the_gradient_of_their_input_and_keep_no_weight():

@@ -47,6 +47,7 @@ NAMES = (
     "hqq-2bit-axis1",
     "quanto-int4",
     "quanto-int4-tinygemm",
+    "quanto-int2",
     "torchao-int4-cpu",
 )
 MOVABLE = [*map(_gguf, ("Q4_1", "Q5_1", "Q4_K", "Q5_K")), *(format for format in FORMATS if format.name in NAMES)]

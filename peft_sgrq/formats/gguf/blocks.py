@@ -15,7 +15,7 @@ from peft_sgrq.formats.gguf import codes, sub_scales
 from peft_sgrq.formats.gguf.sub_scales import SubScales
 
 # Blocks decoded at a time on CPUs: what is made of them stays in the cache.
-_PART_COLUMNS = 1 << 18
+_PART_COLUMNS = 1 << 17
 
 
 class BlockType(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -9,8 +10,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from peft_sgrq.formats.gguf.block_scales import BlockScales
+from peft_sgrq.formats.gguf.block_scales import BlockScales, Factors
 from peft_sgrq.formats.gguf.blocks import TYPES, BlockType
+from peft_sgrq.formats.gguf.product import product, transposed_product
 from peft_sgrq.formats.gguf.sub_block_scales import scales_of
 
 
@@ -27,6 +29,41 @@ class Source(NamedTuple):
     file: str
     tensor: str
     rows: torch.Tensor | None = None
+
+
+class DenseWeight:
+    """A weight that is kept dequantized for as long as the tensors it was made of are the same.
+
+    Attributes:
+        kept (`bool`): Whether it is kept.
+    """
+
+    def __init__(self) -> None:
+        self.kept = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Drops it."""
+        self._weight: torch.Tensor | None = None
+        self._made_of: tuple[Any, ...] = ()
+
+    def get(
+        self, made_of: Sequence[torch.Tensor], dtype: torch.dtype, make: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        """The weight in a dtype, made anew if a tensor has changed, which its storage or its version counter shows."""
+        state = [(tensor, tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in made_of]
+        known = len(state) == len(self._made_of) and all(
+            now[0] is then[0] and now[1:] == then[1:] for now, then in zip(state, self._made_of, strict=True)
+        )
+        if self._weight is None or self._weight.dtype != dtype or not known:
+            self._weight, self._made_of = make(), tuple(state)
+        return self._weight
+
+    def __deepcopy__(self, memo: Any) -> DenseWeight:
+        return DenseWeight()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DenseWeight, ()
 
 
 class _Packed(nn.Module):
@@ -69,6 +106,10 @@ class _Packed(nn.Module):
         else:
             super().__setattr__(name, value)
 
+    def held(self) -> tuple[BlockScales, Factors]:
+        """The blocks, and the factors they are stored with."""
+        return _as_stored(self.kind, self.packed)
+
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix as numbers, `[N, K]`."""
         return dequantized(self.kind, self.packed, dtype)
@@ -76,8 +117,13 @@ class _Packed(nn.Module):
 
 def dequantized(kind: BlockType, packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A packed matrix as numbers, `[N, K]`."""
+    held, factors = _as_stored(kind, packed)
+    return held.weight(factors, dtype)
+
+
+def _as_stored(kind: BlockType, packed: torch.Tensor) -> tuple[BlockScales, Factors]:
     held = BlockScales(kind, packed.detach())
-    return held.weight(held.factors(held.scales(), held.offsets()), dtype)
+    return held, held.factors(held.scales(), held.offsets())
 
 
 class _PackedProduct(torch.autograd.Function):
@@ -86,20 +132,23 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: _Packed, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dequantize(x.dtype), bias)
+        return product(x, *layer.held(), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor | None]:
         dy = grads[0]
-        dx = dy @ ctx.layer.dequantize(dy.dtype) if ctx.needs_input_grad[0] else None
+        dx = transposed_product(dy, *ctx.layer.held()) if ctx.needs_input_grad[0] else None
         db = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, db
 
 
-def _product(x: torch.Tensor, layer: _Packed, bias: torch.Tensor | None) -> torch.Tensor:
+def _product(x: torch.Tensor, layer: _Packed, bias: torch.Tensor | None, dense: DenseWeight) -> torch.Tensor:
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    if dense.kept and not torch.is_grad_enabled():
+        weight = dense.get([layer.packed], x.dtype, lambda: layer.dequantize(x.dtype))
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return _PackedProduct.apply(x, layer, None if bias is None else bias.to(x.dtype))
 
 
@@ -130,9 +179,10 @@ class GGUFLinear(_Packed):
         self.in_features, self.out_features = in_features, out_features
         self.sub_blocks = sub_blocks
         self.bias = bias
+        self.dense = DenseWeight()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _product(x, self, self.bias)
+        return _product(x, self, self.bias, self.dense)
 
     def scales(self) -> BlockScales:
         """The scales of the weight, as they are trained."""
@@ -175,6 +225,7 @@ class GGUFTiedHead(nn.Module):
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self._embedding = (embedding,)  # in a tuple, lest it is registered
         self.bias = bias
+        self.dense = DenseWeight()
 
     @property
     def weight(self) -> torch.Tensor:
@@ -186,7 +237,7 @@ class GGUFTiedHead(nn.Module):
             super().__setattr__(name, value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _product(x, self._embedding[0], self.bias)
+        return _product(x, self._embedding[0], self.bias, self.dense)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._embedding[0].kind.name}"

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from peft_sgrq.formats.gguf.block_scales import BlockScales, Factors
 from peft_sgrq.formats.gguf.blocks import BlockType
 from peft_sgrq.formats.gguf.layers import GGUFLinear
+from peft_sgrq.formats.gguf.product import product
 from peft_sgrq.formats.gguf.sub_block_scales import scales_of
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 
@@ -72,8 +73,13 @@ class GGUFWeight(ScaledWeight):
         return torch.stack([factor for factor in factors if factor is not None])  # (1 or 2, blocks, sub-blocks)
 
     def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self._held.weight(_factors(prepared), x.dtype), bias)
+        dense = self.module.dense
+        if dense.kept and not torch.is_grad_enabled() and not self.module.training:
+            weight = dense.get(
+                [prepared, self.module.packed], x.dtype, lambda: self._held.weight(_factors(prepared), x.dtype)
+            )
+            return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        return product(x, self._held, _factors(prepared), self.bias)
 
     def cast_input(self, x: torch.Tensor) -> torch.Tensor:
         kind = x.device.type
