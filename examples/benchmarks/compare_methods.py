@@ -2,7 +2,8 @@ r"""When does SGRQ beat LoRA, and when not? Tunes one quantized base by several 
 
 python examples/benchmarks/compare_methods.py MODEL --base nf4 --train TEXT --test TEXT --other TEXT \
     --results results.json
-python examples/benchmarks/methods_report.py results.json --update docs/results.md --plots docs/results
+python examples/benchmarks/methods_report.py results.json --plots docs/results \
+    --update docs/results.md docs/results/methods.md
 
 The methods are those of `comparison/methods.py`. Every method begins with the same number of learning rates, a factor
 apart around its usual one, at the first seed; where the lowest validation loss is at an edge, the sweep goes on, and

@@ -1,7 +1,8 @@
-"""Tables and plots of what `compare_methods.py` found.
+r"""Tables and plots of what `compare_methods.py` found.
 
 python examples/benchmarks/methods_report.py docs/results/methods-*.json
-python examples/benchmarks/methods_report.py docs/results/methods-*.json --update docs/results.md --plots docs/results
+python examples/benchmarks/methods_report.py docs/results/methods-*.json --plots docs/results \
+    --update docs/results.md docs/results/methods.md
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ MARK = "<!-- {}: made by examples/benchmarks/methods_report.py -->"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path)
-    parser.add_argument("--update", type=Path, help="a Markdown file to put the tables into, between their marks")
+    parser.add_argument(
+        "--update", nargs="+", type=Path, help="Markdown files to put the tables into, each where it has its marks"
+    )
     parser.add_argument("--plots", type=Path, help="a directory to write a picture for each file of results into")
     arguments = parser.parse_args()
     by_file = {path: json.loads(path.read_text()) for path in arguments.results}
@@ -36,10 +39,13 @@ def main() -> None:
     if arguments.update is None:
         print("\n\n".join(texts.values()))
     else:
-        page = arguments.update.read_text()
+        pages = {path: path.read_text() for path in arguments.update}
         for part in PARTS:
-            page = put_between(page, MARK.format(part), f"<!-- end of {part} -->", texts[part])
-        replace_text(arguments.update, page)
+            mark = MARK.format(part)
+            path = next((path for path, page in pages.items() if mark in page), arguments.update[0])
+            pages[path] = put_between(pages[path], mark, f"<!-- end of {part} -->", texts[part])
+        for path, page in pages.items():
+            replace_text(path, page)
     if arguments.plots is not None:
         from comparison.plots import plot_forgetting
 

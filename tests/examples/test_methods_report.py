@@ -118,19 +118,20 @@ def test_what_cannot_be_merged_is_in_no_table_of_merged_losses():
 def test_the_tables_and_plots_on_the_page_are_those_of_the_results(tmp_path, monkeypatch):
     root = EXAMPLES.parents[1]
     results = sorted(map(str, (root / "docs" / "results").glob("methods-*.json")))
-    page = root / "docs" / "results.md"
-    if not results or not page.exists():
-        pytest.skip("no results in this checkout")
-    copied = tmp_path / "page.md"
-    copied.write_text(page.read_text())
-    monkeypatch.setattr(sys, "argv", ["report", *results, "--update", str(copied), "--plots", str(tmp_path)])
+    pages = [root / "docs" / "results.md", root / "docs" / "results" / "methods.md"]
+    copies = [tmp_path / page.name for page in pages]
+    for page, copied in zip(pages, copies, strict=True):
+        copied.write_text(page.read_text())
+    options = ["--update", *map(str, copies), "--plots", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["report", *results, *options])
     methods_report.main()
-    assert copied.read_text() == page.read_text()
+    for page, copied in zip(pages, copies, strict=True):
+        assert copied.read_text() == page.read_text()
     for path in results:
         picture = Path(path).with_suffix(".png")
         drawn = [Image.open(path).text["Description"] for path in (picture, tmp_path / picture.name)]
         assert picture.stat().st_size < 150_000 and drawn[0] == drawn[1], f"draw {picture.name} again"
-        assert f"results/{picture.name}" in page.read_text()
+        assert f"({picture.name})" in pages[1].read_text()
 
 
 def test_a_page_without_marks_is_refused():
