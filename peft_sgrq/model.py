@@ -31,7 +31,6 @@ from peft_sgrq.adapter.targets import (
     warn_of_fused_experts,
 )
 from peft_sgrq.adapter.weighted_sum import check_sum, config_of_sum
-from peft_sgrq.base.check import check_base, describe_quantization
 from peft_sgrq.base.engines import check_engine, check_whole
 from peft_sgrq.base.loading import describe_class
 from peft_sgrq.base.prepare import prepare_base, writing_scales
@@ -49,6 +48,7 @@ from peft_sgrq.layer.linear import SGRQLinear
 from peft_sgrq.layer.masks import decode_mask, encode_mask
 from peft_sgrq.layer.mixed_batch import adapter_names_for, check_adapter_names
 from peft_sgrq.selection.by_weights import select_without_data
+from peft_sgrq.selection.completion import complete_config
 
 logger = logging.getLogger(__name__)
 
@@ -138,53 +138,11 @@ class SGRQModel(BaseTuner):
             self._starting_point.configure(peft_config, scaled_weights)
         prepare_base(model)
         with _original_scales(model):  # whatever is merged into the base
-            self._complete_config(peft_config, model, scaled_weights)
+            complete_config(peft_config, model, scaled_weights)
         keep_compressed(model)
         forget_loading_attributes(model)
         if not peft_config.inference_mode:
             warn_of_dense_base(model)
-
-    def _complete_config(
-        self, peft_config: SGRQConfig, model: nn.Module, scaled_weights: dict[str, ScaledWeight]
-    ) -> None:
-        # Layers on the meta device have no weights to look at yet; all others are checked.
-        present = {
-            name: scaled_weight
-            for name, scaled_weight in scaled_weights.items()
-            if scaled_weight.device.type != "meta"
-        }
-        fingerprints = {name: scaled_weight.fingerprint() for name, scaled_weight in present.items()}
-        if peft_config.base_fingerprint is not None:
-            check_base(peft_config, fingerprints, known=scaled_weights)
-        selection = dict(peft_config.selection or {})
-        missing = {name: scaled_weight for name, scaled_weight in present.items() if name not in selection}
-        peft_config.selection = selection | select_without_data(missing, peft_config)
-        self._check_selection(peft_config, scaled_weights)
-        if not present:
-            return
-        peft_config.base_fingerprint = (peft_config.base_fingerprint or {}) | fingerprints
-        peft_config.base_quantization = describe_quantization(model, scaled_weights)
-
-    @staticmethod
-    def _check_selection(peft_config: SGRQConfig, scaled_weights: dict[str, ScaledWeight]) -> None:
-        selection = peft_config.selection or {}
-        unknown = sorted(set(selection) - set(scaled_weights))
-        if unknown and scaled_weights:
-            raise ValueError(
-                f"`selection` names {len(unknown)} layers that the config does not target or the model does not have "
-                f"(the first: {unknown[0]!r}), expected some of {sorted(scaled_weights)[:3]} and so on; take them "
-                "out, or target them."
-            )
-        for name, scaled_weight in scaled_weights.items():
-            if name not in selection:
-                raise ValueError(
-                    f"Layer {name!r} has no weights yet (it is on the meta device), so its salient columns cannot be "
-                    "found; load the weights first, or give a config whose `selection` names the layer."
-                )
-            try:
-                decode_mask(selection[name], scaled_weight.selectable, none=peft_config.zero_points)
-            except ValueError as error:
-                raise ValueError(f"Layer {name!r} does not fit the adapter: {error}.") from None
 
     def _create_and_replace(
         self,

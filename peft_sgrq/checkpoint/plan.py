@@ -13,7 +13,8 @@ from peft_sgrq.adapter.stored import StoredAdapter, StoredDelta, read_adapter
 from peft_sgrq.base.check import check_base
 from peft_sgrq.checkpoint.stored_names import StoredNames
 from peft_sgrq.checkpoint.whole_tensors import WholeTensors
-from peft_sgrq.files.folder import Changes, CheckpointFolder
+from peft_sgrq.files.folder import CheckpointFolder
+from peft_sgrq.files.tensors import Changes
 from peft_sgrq.formats.registry import find_layer, stored_formats
 from peft_sgrq.formats.scale_matrix import ScaleMatrix
 from peft_sgrq.formats.stored_weight import StoredWeight

@@ -7,7 +7,8 @@ from functools import cached_property
 
 from peft_sgrq.checkpoint.plan import MergePlan
 from peft_sgrq.checkpoint.stored_names import StoredNames
-from peft_sgrq.files.folder import Change, CheckpointFolder
+from peft_sgrq.files.folder import CheckpointFolder
+from peft_sgrq.files.tensors import Change
 
 _FLOAT = ("F64", "F32", "F16", "BF16")
 

@@ -15,7 +15,8 @@ import torch
 
 from peft_sgrq.adapter.stored import StoredAdapter
 from peft_sgrq.checkpoint.stored_names import StoredNames
-from peft_sgrq.files.folder import Change, Changes, CheckpointFolder
+from peft_sgrq.files.folder import CheckpointFolder
+from peft_sgrq.files.tensors import Change, Changes
 from peft_sgrq.formats.stored_weight import StoredWeight
 
 

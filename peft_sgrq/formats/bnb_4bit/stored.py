@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from peft_sgrq.config import SGRQConfig
-from peft_sgrq.files.folder import Change, Changes, CheckpointFolder
+from peft_sgrq.files.folder import CheckpointFolder
+from peft_sgrq.files.tensors import Change, Changes
 from peft_sgrq.formats.bnb_4bit.weight import absmax_of, digest_tensors
 from peft_sgrq.formats.stored_weight import StoredWeight
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 
 from peft_sgrq.config import SGRQConfig
-from peft_sgrq.files.folder import Change, Changes, CheckpointFolder
+from peft_sgrq.files.folder import CheckpointFolder
+from peft_sgrq.files.tensors import Change, Changes
 from peft_sgrq.formats.dense.weight import apply_scales, digest_tensors
 from peft_sgrq.formats.stored_weight import StoredWeight
 

@@ -1,0 +1,60 @@
+"""What a config is completed with when its adapter is injected: selection, fingerprint, and how the base is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from peft_sgrq.base.check import check_base, describe_quantization
+from peft_sgrq.config import SGRQConfig
+from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.layer.masks import decode_mask
+from peft_sgrq.selection.by_weights import select_without_data
+
+
+def complete_config(config: SGRQConfig, model: nn.Module, scaled_weights: Mapping[str, ScaledWeight]) -> None:
+    """Checks a config against the layers it targets, and writes into it what it does not say.
+
+    Args:
+        config (`SGRQConfig`): The config.
+        model (`nn.Module`): The model, nothing merged into its base.
+        scaled_weights (`Mapping`): The targeted layers by name.
+
+    Raises:
+        ValueError: If the layers are not those of the base it names, or its selection does not fit them.
+    """
+    # Layers on the meta device have no weights to look at yet; all others are checked.
+    present = {name: weight for name, weight in scaled_weights.items() if weight.device.type != "meta"}
+    fingerprints = {name: weight.fingerprint() for name, weight in present.items()}
+    if config.base_fingerprint is not None:
+        check_base(config, fingerprints, known=scaled_weights)
+    selection = dict(config.selection or {})
+    missing = {name: weight for name, weight in present.items() if name not in selection}
+    config.selection = selection | select_without_data(missing, config)
+    _check_selection(config, scaled_weights)
+    if not present:
+        return
+    config.base_fingerprint = (config.base_fingerprint or {}) | fingerprints
+    config.base_quantization = describe_quantization(model, scaled_weights)
+
+
+def _check_selection(config: SGRQConfig, scaled_weights: Mapping[str, ScaledWeight]) -> None:
+    selection = config.selection or {}
+    unknown = sorted(set(selection) - set(scaled_weights))
+    if unknown and scaled_weights:
+        raise ValueError(
+            f"`selection` names {len(unknown)} layers that the config does not target or the model does not have "
+            f"(the first: {unknown[0]!r}), expected some of {sorted(scaled_weights)[:3]} and so on; take them "
+            "out, or target them."
+        )
+    for name, scaled_weight in scaled_weights.items():
+        if name not in selection:
+            raise ValueError(
+                f"Layer {name!r} has no weights yet (it is on the meta device), so its salient columns cannot be "
+                "found; load the weights first, or give a config whose `selection` names the layer."
+            )
+        try:
+            decode_mask(selection[name], scaled_weight.selectable, none=config.zero_points)
+        except ValueError as error:
+            raise ValueError(f"Layer {name!r} does not fit the adapter: {error}.") from None
