@@ -24,7 +24,7 @@ class DeltaParameter(nn.Parameter):
     (https://github.com/huggingface/trl/issues/7268 has why that freezes small updates), by `param.data = ...`. To undo
     that later would be too late: a storage of another dtype takes the gradient accumulator of a parameter away, and
     with it what an engine has hooked there. DistributedDataParallel then averages nothing, without a word. So the cast
-    does not happen. tests/test_trl.py::test_trl_still_casts_adapters_to_bfloat16 fails once TRL leaves it out.
+    does not happen. tests/plugin/test_trl.py::test_trl_still_casts_adapters_to_bfloat16 fails once TRL leaves it out.
 
     Args:
         data (`torch.Tensor`): The values, of any floating dtype.

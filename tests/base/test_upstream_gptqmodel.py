@@ -142,7 +142,9 @@ def test_transformers_still_saves_the_kernel_a_model_was_loaded_with(tmp_path):
 
     place = _tiny_gptq_checkpoint(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(place, quantization_config=GPTQConfig(bits=4, backend="torch"))
-    assert model.config.to_dict()["quantization_config"]["backend"] == "torch", "see upstream/loading_attributes.py"
+    assert model.config.to_dict()["quantization_config"]["backend"] == "torch", (
+        "see base/workarounds/loading_attributes.py"
+    )
     forget_loading_attributes(model)
     assert model.config.to_dict()["quantization_config"]["backend"] == "auto"
 

@@ -63,7 +63,7 @@ def _low_rank_changes(model: Any) -> dict[str, torch.Tensor]:
 
 def _biases(model: Any) -> dict[str, torch.Tensor]:
     # PEFT merges LoRA into an HQQLinear by making a new one of the weight alone (merge in peft/tuners/lora/hqq.py of
-    # PEFT 0.21.2): the bias is gone. tests/test_merging.py fails once it stays.
+    # PEFT 0.21.2): the bias is gone. tests/examples/test_merging.py fails once it stays.
     return {
         name.removeprefix("base_model.model."): layer.get_base_layer().bias
         for name, layer in model.named_modules()

@@ -6,8 +6,8 @@ depend on whether the base ran before.
 
 The layer still computes with the cast, as it does without us; it gets its own tensors back afterwards. What a forward
 pass before the adapter was added has rounded stays rounded, and a warning says so.
-`tests/test_upstream_gptqmodel.py::test_gptqmodel_still_rounds_awq_scales_in_place` fails once this is not needed any
-more.
+`tests/base/test_upstream_gptqmodel.py::test_gptqmodel_still_rounds_awq_scales_in_place` fails once this is not needed
+any more.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Related reports: https://github.com/bitsandbytes-foundation/bitsandbytes/issues/
 https://github.com/bitsandbytes-foundation/bitsandbytes/pull/2083.
 
 The repacking is switched off on every 4-bit layer of a model that gets an adapter, the layers without one included.
-`tests/test_upstream.py::test_bitsandbytes_still_corrupts_packed_layers` fails once this is not needed any more.
+`tests/base/test_upstream.py::test_bitsandbytes_still_corrupts_packed_layers` fails once this is not needed any more.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """`torch.compile(module)` wraps a module and puts `_orig_mod.` into the names of everything within it.
 
-An adapter put on a compiled model would be saved under those names, and fit no other model.
-`module.compile()` compiles in place and changes no name. A module that was wrapped is unwrapped and compiled in place,
-by the same compiler with the same settings. `tests/test_wrapped_models.py::test_torch_compile_still_changes_names`
-fails once this is not needed any more.
+An adapter put on a compiled model would be saved under those names, and fit no other model. `module.compile()`
+compiles in place and changes no name. A module that was wrapped is unwrapped and compiled in place, by the same
+compiler with the same settings. `tests/adapter/test_wrapped_models.py::test_torch_compile_still_changes_names` fails
+once this is not needed any more.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ loads that adds one again: every weight is off by its scale. https://github.com/
 same confusion.
 
 A merged (or unloaded) model of the format `gptq` hands out zero points in its state dict as its file had them, byte by
-byte, and takes them in that form. `tests/test_upstream_gptqmodel.py::test_transformers_still_saves_wrong_zero_points`
-fails once this is not needed any more.
+byte, and takes them in that form.
+`tests/base/test_upstream_gptqmodel.py::test_transformers_still_saves_wrong_zero_points` fails once this is not needed
+any more.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ model's own quantization config, and saves it: whoever loads the saved model get
 refuses an AutoRound model that names it ("Unsupported backend: torch").
 
 The field is set back to what it is by default in models that are adapted or split; the layers keep the kernel they
-have. `tests/test_upstream_gptqmodel.py::test_transformers_still_saves_the_kernel_a_model_was_loaded_with` fails once
-this is not needed any more.
+have. `tests/base/test_upstream_gptqmodel.py::test_transformers_still_saves_the_kernel_a_model_was_loaded_with` fails
+once this is not needed any more.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
   (BART's and T5's `encoder.embed_tokens`, BERT's `decoder.bias`) are left out when the model is saved, being the same
   as another, and are random when it is loaded, being tied no more.
 
-Weights that differ after merging get tensors of their own. `tests/test_upstream.py` has tests that fail once
+Weights that differ after merging get tensors of their own. `tests/base/test_upstream.py` has tests that fail once
 this is not needed any more.
 """
 

@@ -3,9 +3,9 @@
 `transformers.trainer_utils.validate_quantization_for_training` asks the quantizer (`HfQuantizer.is_trainable`) and
 does not look at the adapter: torchao's int4, intx and NVFP4, AutoRound and others are refused with "... do not support
 training". For torchao the answer is a match on the name of the config (`TorchAoHfQuantizer.is_trainable`).
-`tests/test_upstream_formats.py::test_transformers_still_refuses_to_train_adapters_on_torchao_intx` and
-`tests/test_packed_training.py::test_transformers_still_refuses_to_train_adapters_on_autoround` fail once this is not
-needed any more.
+`tests/base/test_upstream_formats.py::test_transformers_still_refuses_to_train_adapters_on_torchao_intx` and
+`tests/formats/test_packed_training.py::test_transformers_still_refuses_to_train_adapters_on_autoround` fail once this
+is not needed any more.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 `save_pretrained` reverses the conversions recorded at load, and the ones that rebuilt the quantized weights have no
 reverse: NotImplementedError. A quantized layer writes its stored layout by itself, so they need none.
-`tests/test_upstream.py::test_transformers_still_cannot_save_a_prequantized_model` fails once this is not needed any
-more.
+`tests/base/test_upstream.py::test_transformers_still_cannot_save_a_prequantized_model` fails once this is not needed
+any more.
 """
 
 from __future__ import annotations

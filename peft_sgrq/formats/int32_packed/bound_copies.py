@@ -5,8 +5,8 @@ as it is, bound to the layer it was made of: scales written into the copy change
 model would silently give its base.
 
 A copy that scales are written into loses that function; it then computes with the method of its class.
-`tests/test_upstream_gptqmodel.py::test_gptqmodel_still_binds_copies_to_the_original` fails once this is not needed any
-more.
+`tests/base/test_upstream_gptqmodel.py::test_gptqmodel_still_binds_copies_to_the_original` fails once this is not
+needed any more.
 """
 
 from __future__ import annotations
