@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from peft_sgrq.formats.code import Code
-from peft_sgrq.formats.hqq import weight as hqq
-from peft_sgrq.formats.quanto import weight as quanto
-from peft_sgrq.formats.torchao import weight as torchao
+from peft_sgrq.formats.registry import quantizing_code
 
 # Formats whose kernel is chosen at loading, so that a quantized checkpoint, too, needs an argument; these are the
 # kernels that can be trained through.
@@ -17,12 +15,6 @@ _KERNELS: dict[str, tuple[str, str]] = {
     "auto-round": ("AutoRoundConfig", 'backend="torch"'),
     "awq": ("AwqConfig", 'bits={bits}, backend="torch_awq"'),
     "gptq": ("GPTQConfig", 'bits={bits}, backend="torch"'),
-}
-# Formats that their own library may have put into a loaded model.
-_QUANTIZED_AFTER: dict[str, Callable[[Mapping[str, Any]], Code | None]] = {
-    "hqq": hqq.quantizing_code,
-    "quanto": quanto.quantizing_code,
-    "torchao": torchao.quantizing_code,
 }
 _NAMES = {
     "autoround": "AutoRound",
@@ -52,7 +44,7 @@ def quantization_code(quantization: Mapping[str, Any]) -> Code:
         name, arguments = _KERNELS[method]
         code = Code({"transformers": {name}}, f"{name}({arguments.format(bits=quantization.get('bits'))})")
     elif not quantization.get("pre_quantized"):
-        after = _QUANTIZED_AFTER.get(method)
+        after = quantizing_code(method)
         code = (after and after(quantization)) or _config_code(method, quantization)
     if method == "gguf":
         fields = "" if quantization.get("sub_blocks", True) else "sub_blocks=False"

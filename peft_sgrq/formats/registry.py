@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.files.folder import CheckpointFolder
+from peft_sgrq.formats.code import Code
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.formats.stored_weight import StoredWeight
 
 # Folder -> the libraries one of which makes its layers. The first format that knows a layer is taken. A folder's
-# `WEIGHTS` are its formats in memory, its `STORED` those in checkpoints.
+# `WEIGHTS` are its formats in memory, its `STORED` those in checkpoints, and `QUANTIZING_CODE` says how its library
+# quantizes a loaded model.
 FORMATS: dict[str, tuple[str, ...]] = {
     "bnb_4bit": ("bitsandbytes",),
     "bnb_int8": ("bitsandbytes",),
@@ -101,3 +104,9 @@ def find_layer(folder: CheckpointFolder, prefix: str, config: SGRQConfig) -> Sto
     """
     found = (stored.find(folder, prefix, config) for stored in stored_formats())
     return next((layer for layer in found if layer is not None), None)
+
+
+def quantizing_code(method: str) -> Callable[[Mapping[str, Any]], Code | None] | None:
+    """What makes the code that quantizes a loaded model by a method; `None` if transformers does it while loading."""
+    known = (getattr(_format(folder), "QUANTIZING_CODE", {}) for folder in FORMATS)
+    return next((codes[method] for codes in known if method in codes), None)

@@ -1,6 +1,7 @@
 """optimum-quanto."""
 
-from peft_sgrq.formats.quanto.weight import QuantoWeight
+from peft_sgrq.formats.quanto.weight import QuantoWeight, quantizing_code
 
 WEIGHTS = (QuantoWeight,)
 STORED = ()
+QUANTIZING_CODE = {"quanto": quantizing_code}

@@ -4,7 +4,7 @@ from peft_sgrq.formats.torchao.int4 import TorchaoInt4PlainWeight, TorchaoInt4We
 from peft_sgrq.formats.torchao.nvfp4 import TorchaoNVFP4Weight
 from peft_sgrq.formats.torchao.refused import TorchaoRefusedWeight
 from peft_sgrq.formats.torchao.stored import StoredTorchao
-from peft_sgrq.formats.torchao.weight import TorchaoPlainWeight
+from peft_sgrq.formats.torchao.weight import TorchaoPlainWeight, quantizing_code
 
 WEIGHTS = (
     TorchaoPlainWeight,
@@ -14,3 +14,4 @@ WEIGHTS = (
     TorchaoRefusedWeight,  # any other torchao tensor
 )
 STORED = (StoredTorchao,)
+QUANTIZING_CODE = {"torchao": quantizing_code}
