@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from examples.markdown_tables import put_between, table
+from examples.benchmarks.markdown_tables import put_between, table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback

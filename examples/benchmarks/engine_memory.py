@@ -12,7 +12,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.markdown_tables import put_between, table
+from examples.benchmarks.markdown_tables import put_between, table
 
 START, END = "<!-- engines: memory -->", "<!-- /engines: memory -->"
 GROUP = 64

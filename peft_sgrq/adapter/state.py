@@ -27,7 +27,7 @@ def adapter_tensors(
     """
     dtype = getattr(torch, config.adapter_dtype)
     stored = {}
-    for name, delta in _deltas(model, suffix).items():
+    for name, delta in {**_deltas(model, suffix), **_moves(model, suffix)}.items():
         name = name.replace(_WRAPPED, "")
         if name + ".weight" in state:
             mask = state.get(name + ".selection")
@@ -41,6 +41,11 @@ def _deltas(model: nn.Module, suffix: str) -> dict[str, Delta]:
     return {
         name: module for name, module in model.named_modules() if isinstance(module, Delta) and name.endswith(suffix)
     }
+
+
+def _moves(model: nn.Module, suffix: str) -> dict[str, Delta]:
+    """The moves of zero points of the same adapter."""
+    return _deltas(model, suffix.replace("sgrq_delta", "sgrq_zero_points"))
 
 
 def take_over(
@@ -61,7 +66,7 @@ def take_over(
         ValueError: If a tensor does not fit the layer it is for.
     """
     deltas = _deltas(model, suffix)
-    moves = _deltas(model, suffix.replace("sgrq_delta", "sgrq_zero_points"))
+    moves = _moves(model, suffix)
     errors = [error for name, delta in {**deltas, **moves}.items() for error in delta.find_errors(tensors, name + ".")]
     if errors:
         raise ValueError(f"The adapter file does not fit ({len(errors)} tensors, the first:) {errors[0]}")

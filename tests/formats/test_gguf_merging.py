@@ -119,7 +119,7 @@ def test_the_command_merges_names_verifies_and_inspects(made, merged, tmp_path, 
     assert types["Q4_K"]["group_size"] == 32 and types["Q6_K"]["group_size"] == 16 and types["float16"]["tensors"] == 1
     assert main(["inspect", str(made.base)]) == 0 and main(["inspect", str(made.adapter)]) == 0
     shown = capsys.readouterr().out
-    assert "scales to train" in shown and "Share of the groups selected" in shown
+    assert "scales to train" in shown and "Root mean square of the deltas" in shown
 
 
 def test_verify_finds_a_changed_code_scale_and_header(made, merged, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.bases import DENSE, NF4, byte_tokenizer
 from support.calibration import TEXTS, padded_batches
-from support.recovery import recovered, sequences
+from support.rounded_models import recovered, sequences
 from torch import distributed, multiprocessing
 
 from peft_sgrq import SGRQConfig, calibrate
