@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from examples.benchmarks.markdown_tables import put_between, table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
+from examples.benchmarks.markdown_tables import put_between, table
 from examples.benchmarks.ranks import NON_REENTRANT, REENTRANT, Case, run, train
 
 START, END = "<!-- engines: measured -->", "<!-- /engines -->"
