@@ -8,7 +8,7 @@ import torch
 from transformers import get_cosine_schedule_with_warmup
 
 from peft_sgrq.layer.delta import Delta
-from peft_sgrq.passes.processes import gather, process_count, sum_over_processes
+from peft_sgrq.passes.processes import process_count, sum_over_processes
 
 LEAST_DELTA = -0.99  # a scale keeps at least a hundredth of its size, and so its sign
 _WARM_UP = 0.05  # of the steps
@@ -67,10 +67,13 @@ def _summed(
     """The gradients summed over all processes; `None` where no process has one."""
     if process_count() == 1:
         return gradients
-    there = map(any, zip(*gather([gradient is not None for gradient in gradients]), strict=True))
-    sums = [
-        None if not found else torch.zeros_like(weight) if gradient is None else gradient
-        for weight, gradient, found in zip(weights, gradients, there, strict=True)
+    device = weights[0].device
+    there = torch.tensor([gradient is not None for gradient in gradients], dtype=torch.float32, device=device)
+    known = [torch.zeros_like(weights[i]) if one is None else one for i, one in enumerate(gradients)]
+    joined = torch.cat([*(one.reshape(-1).to(device) for one in known), there])
+    sum_over_processes([joined])  # all at once: what costs is waiting for each other
+    *sums, there = joined.split([*(weight.numel() for weight in weights), len(weights)])
+    return [
+        one.view(weight.shape).to(weight.device) if found else None
+        for weight, one, found in zip(weights, sums, there.tolist(), strict=True)
     ]
-    sum_over_processes(one for one in sums if one is not None)
-    return sums

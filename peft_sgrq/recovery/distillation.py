@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from peft_sgrq.passes.data import Batch
-from peft_sgrq.passes.processes import largest, together, total
+from peft_sgrq.passes.processes import gather, largest, together, total
 from peft_sgrq.passes.running import runner
 from peft_sgrq.recovery.descent import Descent
 from peft_sgrq.recovery.job import Job
@@ -24,7 +24,8 @@ class Distillation:
     """How far next-token probabilities are from those of the model before quantization.
 
     Attributes:
-        before, after (`float`): `KL(p_reference || p)` over the data of all processes, before and after, in nats a token.
+        before, after (`float`): `KL(p_reference || p)` over the data of all processes, before and after,
+            in nats a token.
         steps (`list[float]`): The same for the batches of each step, before the step.
     """
 
@@ -82,8 +83,8 @@ class Distilling:
             with torch.enable_grad(), together():
                 loss = self._divergence(mine[0]) if mine else None
             descent.step(loss)
-            tokens = total(sum(map(self._tokens, mine)))
-            found.steps.append(total(0.0 if loss is None else loss.item()) / max(1, tokens))
+            parts = gather((0.0 if loss is None else loss.item(), sum(map(self._tokens, mine))))
+            found.steps.append(sum(part for part, _ in parts) / max(1, sum(tokens for _, tokens in parts)))
             self._bar.set_postfix_str(f"divergence {found.steps[-1]:.4f}", refresh=False)
             self._bar.update()
         found.after = self.measure()

@@ -99,7 +99,8 @@ def process(rank: int, directory: str, results: str) -> None:
     found["random start"] = recover_case("blocks", Path(directory), 2, rank, config=random_start(), epochs=1)
     found["resumed"] = resumed(Path(directory), Path(results, "new", "progress"), rank)
     found["refused"] = refused(Path(directory), data=sequences(1))
-    found["another's"] = refused(Path(directory), batch_size=2, progress_file=Path(results, "new", "progress"), seed=1)
+    another = {"epochs": 2, "preservation": 0.1, "seed": 1, "progress_file": Path(results, "new", "progress")}
+    found["another's"] = refused(Path(directory), **another)
     found["transposed"] = torch.arange(6.0).view(3, 2).t() if rank else torch.arange(6.0).view(2, 3)
     sum_over_processes([found["transposed"]])
     torch.save(found, f"{results}/{rank}.pt")
