@@ -30,7 +30,25 @@ def sum_over_processes(tensors: Iterable[torch.Tensor]) -> None:
     """Adds up each tensor over all processes, in place; the same bits on each."""
     if process_count() > 1:
         for tensor in tensors:
-            distributed.all_reduce(tensor)
+            whole = tensor.contiguous()  # a transposed one would be added to others element by element in memory
+            distributed.all_reduce(whole)
+            if whole is not tensor:
+                tensor.copy_(whole)
+
+
+def copy_from_first(tensors: Iterable[torch.Tensor]) -> None:
+    """Gives each contiguous tensor the values it has on the first process, in place."""
+    if process_count() > 1:
+        for tensor in tensors:
+            distributed.broadcast(tensor, 0)
+
+
+def from_first(value: T) -> T:
+    """The value of the first process."""
+    values = [value]
+    if process_count() > 1:
+        distributed.broadcast_object_list(values, 0)
+    return values[0]
 
 
 def gather(value: T) -> list[T]:

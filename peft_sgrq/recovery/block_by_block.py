@@ -12,6 +12,7 @@ from torch import nn
 
 from peft_sgrq.passes.chain import Chain, NotAChainError, layers_by_block
 from peft_sgrq.passes.padding import Padding
+from peft_sgrq.passes.processes import largest, together, total
 from peft_sgrq.passes.running import runner
 from peft_sgrq.recovery.block_training import squared_error, train_block
 from peft_sgrq.recovery.job import Job
@@ -58,11 +59,12 @@ class BlockByBlock:
         reference_blocks = job.reference.blocks(len(job.stack[1]))[:count]  # type: ignore[index]
         self._counted = [self._padding.counted(reference_blocks[0], batch) for batch in job.batches]
         self._weigh(reference_blocks)
-        with torch.no_grad(), self._padding.watching():
+        with torch.no_grad(), self._padding.watching(), together():
             self._ours = self._chain("model", self._blocks, runner(job.model))
             self._theirs = self._chain("reference", reference_blocks, job.reference.run)
         self._release([name for names in self._names for name in names])
-        job.bar.reset(total=job.settings.epochs * len(job.batches) * (count - len(self._file.blocks)))
+        steps = job.settings.epochs * largest(len(job.batches))
+        job.bar.reset(total=steps * (count - len(self._file.blocks)))
         for index in range(count):
             self._recover(index)
         if self._put_back:
@@ -134,7 +136,7 @@ class BlockByBlock:
 
     @torch.no_grad()
     def _targets(self, index: int, augmented: bool) -> tuple[list[torch.Tensor], float]:
-        """Runs the reference's block; the targets of the quantized one, by batch, and the squared norm `|f(X)|^2`."""
+        """Runs the reference's block; the targets of the quantized one, by batch, and `|f(X)|^2` over all batches."""
         targets, norm = [], 0.0
         for number, counted in enumerate(self._counted):
             hidden, before = self._ours.hidden(number), self._theirs.hidden(number)
@@ -143,16 +145,16 @@ class BlockByBlock:
             target = self._theirs.hidden(number)
             norm += float(squared_error(target, torch.zeros_like(target), counted))
             targets.append((target if on_ours is None else (target + on_ours) / 2).to(hidden.device))
-        return targets, norm
+        return targets, total(norm)
 
     @torch.no_grad()
     def _error(self, index: int, advance: bool = False) -> float:
         """`|f_q(X_q) - f(X)|^2` over all batches; `advance` makes the outputs the next block's inputs."""
-        total = 0.0
+        found = 0.0
         for number, counted in enumerate(self._counted):
             if advance:
                 self._ours.run_block(index, number)
             hidden = self._ours.hidden(number)
             output = hidden if advance else self._ours.call(index, number, hidden)
-            total += float(squared_error(output, self._theirs.hidden(number), counted))
-        return total
+            found += float(squared_error(output, self._theirs.hidden(number), counted))
+        return total(found)

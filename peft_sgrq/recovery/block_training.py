@@ -7,7 +7,7 @@ With `f` the block before quantization and `f_q` the quantized one, `X` and `X_q
 where `e_0` and `R_0` are the values of the two terms before training, so that both begin at one and their weight means
 the same in every block and model. The mean of both targets has the gradients of
 `|f_q(X_q) - f(X)|^2 + |f_q(X_q) - f(X_q)|^2`, the augmented loss of Cao and Aref 2025 (arXiv 2504.13932): the two
-differ by a factor of two and a constant.
+differ by a factor of two and a constant. Means and sums are over the data of all processes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from peft_sgrq.layer.delta import Delta
+from peft_sgrq.passes.processes import largest, total
 from peft_sgrq.recovery.descent import Descent
 from peft_sgrq.recovery.job import Settings
 from peft_sgrq.recovery.preservation import Pull
@@ -69,7 +70,7 @@ def train_block(
 
     @torch.no_grad()
     def error_of_all() -> float:
-        return sum(float(error(number)) for number in range(len(targets)))
+        return total(sum(float(error(number)) for number in range(len(targets))))
 
     def preserved() -> torch.Tensor:
         terms = [
@@ -86,19 +87,22 @@ def train_block(
     if start == 0 or not deltas:
         return True
     tokens = [int(mask.sum()) for mask in counted]
+    tokens_of_all = total(sum(tokens))
     at_start = float(preserved().detach()) if pulls else 0.0
-    descent = Descent(deltas, settings.learning_rate, settings.epochs * len(targets))
+
+    @torch.enable_grad()
+    def loss_of(number: int) -> torch.Tensor:
+        # Sums over tokens: gradients of means would underflow in float16, and Adam does not mind.
+        loss = error(number) * (tokens_of_all / start)
+        return loss + preserved() * (settings.preservation * tokens[number] / at_start) if at_start > 0 else loss
+
+    rounds = largest(len(targets))  # some processes may have fewer batches
+    descent = Descent(deltas, settings.learning_rate, settings.epochs * rounds)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(settings.epochs):
-        for number in torch.randperm(len(targets), generator=generator).tolist():
-            with torch.enable_grad():
-                # Sums over tokens: gradients of means would underflow in float16, and Adam does not mind.
-                loss = error(number) * (sum(tokens) / start)
-                if at_start > 0:
-                    loss = loss + preserved() * (settings.preservation * tokens[number] / at_start)
-            if not loss.requires_grad:
+        for number in torch.randperm(rounds, generator=generator).tolist():
+            if not descent.step(loss_of(number) if number < len(targets) else None):
                 return True  # none of the layers was called
-            descent.step(loss)
             advance()
     if error_of_all() < start:
         return True

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from peft_sgrq.passes.data import Batch
+from peft_sgrq.passes.processes import gather, largest, together, total
 from peft_sgrq.passes.running import runner
 from peft_sgrq.recovery.descent import Descent
 from peft_sgrq.recovery.job import Job
@@ -23,8 +24,9 @@ class Distillation:
     """How far next-token probabilities are from those of the model before quantization.
 
     Attributes:
-        before, after (`float`): `KL(p_reference || p)` over the data, before and after, in nats a token.
-        steps (`list[float]`): The same for each step's batch, before the step.
+        before, after (`float`): `KL(p_reference || p)` over the data of all processes, before and after,
+            in nats a token.
+        steps (`list[float]`): The same for the batches of each step, before the step.
     """
 
     before: float
@@ -39,14 +41,14 @@ def divergence(logits: torch.Tensor, reference: torch.Tensor, counted: torch.Ten
         logits, reference (`torch.Tensor`): `[B, T, V]` of any floating dtype; `reference` on any device.
         counted (`torch.Tensor`): Bool `[B, T]`.
     """
-    total = torch.zeros((), device=logits.device)
+    found = torch.zeros((), device=logits.device)
     for ours, theirs, mask in zip(logits, reference, counted, strict=True):  # float32 copies of one sequence at a time
         mask = mask.to(logits.device)
         log_p = F.log_softmax(ours[mask].float(), dim=-1)  # (t, V)
         log_q = F.log_softmax(theirs.to(logits.device)[mask].float(), dim=-1)
         terms = F.kl_div(log_p, log_q, reduction="none", log_target=True)
-        total = total + terms.masked_fill(log_q == -torch.inf, 0).sum()  # 0 log 0, where a model masks tokens
-    return total
+        found = found + terms.masked_fill(log_q == -torch.inf, 0).sum()  # 0 log 0, where a model masks tokens
+    return found
 
 
 class Distilling:
@@ -62,7 +64,7 @@ class Distilling:
     def train(self) -> Distillation:
         """Trains by AdamW with a cosine schedule, and puts the deltas back if the divergence has not become less.
 
-        A step takes a batch, in an order that the seed sets anew each time round.
+        A step takes a batch of each process, in an order that the seed sets anew each time round.
 
         Raises:
             ValueError: If the models return no logits, of other shapes, or not finite ones.
@@ -72,14 +74,17 @@ class Distilling:
         found = Distillation(self.measure(), math.nan)
         descent = Descent(list(self._deltas.values()), self._settings.distill_learning_rate, steps)
         generator = torch.Generator().manual_seed(self._settings.seed)
+        rounds = largest(len(self._batches))  # some processes may have fewer batches
         order: list[int] = []
         for _ in range(steps):
-            order = order or torch.randperm(len(self._batches), generator=generator).tolist()
-            batch = self._batches[order.pop()]
-            with torch.enable_grad():
-                loss = self._divergence(batch)
+            order = order or torch.randperm(rounds, generator=generator).tolist()
+            number = order.pop()
+            mine = self._batches[number : number + 1]
+            with torch.enable_grad(), together():
+                loss = self._divergence(mine[0]) if mine else None
             descent.step(loss)
-            found.steps.append(loss.item() / max(1, self._tokens(batch)))
+            parts = gather((0.0 if loss is None else loss.item(), sum(map(self._tokens, mine))))
+            found.steps.append(sum(part for part, _ in parts) / max(1, sum(tokens for _, tokens in parts)))
             self._bar.set_postfix_str(f"divergence {found.steps[-1]:.4f}", refresh=False)
             self._bar.update()
         found.after = self.measure()
@@ -95,9 +100,11 @@ class Distilling:
 
     @torch.no_grad()
     def measure(self) -> float:
-        """The divergence over all of the data, in nats a token."""
-        tokens = sum(self._tokens(batch) for batch in self._batches)
-        return sum(self._divergence(batch).item() for batch in self._batches) / max(1, tokens)
+        """The divergence over all of the data of all processes, in nats a token."""
+        tokens = total(sum(map(self._tokens, self._batches)))
+        with together():
+            found = sum(self._divergence(batch).item() for batch in self._batches)
+        return total(found) / max(1, tokens)
 
     def _counted(self, batch: Batch) -> torch.Tensor:
         return batch.decoder_counted if self._decoder and batch.decoder_counted is not None else batch.counted
@@ -115,13 +122,13 @@ class Distilling:
                 f"tokens {tuple(counted.shape)}, expected the same, of each token; leave `distill_steps` at 0, which "
                 "is for language models."
             )
-        total = divergence(ours, theirs, counted)
-        if not torch.isfinite(total):
+        found = divergence(ours, theirs, counted)
+        if not torch.isfinite(found):
             raise ValueError(
-                f"The divergence of next-token probabilities is {total.item()}, expected a finite number; load both "
+                f"The divergence of next-token probabilities is {found.item()}, expected a finite number; load both "
                 "models in bfloat16 or float32, or lower `distill_learning_rate`."
             )
-        return total
+        return found
 
 
 def _logits(output: Any) -> torch.Tensor:

@@ -24,6 +24,7 @@ from peft_sgrq.formats.own_forward import forward_replaced
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.passes.data import Batch
 from peft_sgrq.passes.gradients import observe_gradients
+from peft_sgrq.passes.processes import sum_over_processes, together
 from peft_sgrq.passes.reference import Reference
 
 IMPORTANCES = ("fisher", "magnitude")
@@ -74,7 +75,7 @@ def preservation_terms(
 
     Squared gradients of the reference's loss, the diagonal of its Fisher information, need one backward pass of each
     batch through the reference. Its blocks are run again in it, so that one block of a streamed reference is in memory
-    at a time.
+    at a time. They are summed over all processes.
 
     Args:
         importance (`"fisher"` or `"magnitude"`): Which weights matter: by squared gradients, or all alike.
@@ -93,7 +94,7 @@ def preservation_terms(
 
     if importance == "fisher":
         layers = {name: (reference.layers[name], reference.layers[name].forward) for name in scaled_weights}
-        with ExitStack() as stack:
+        with together(), ExitStack() as stack:
             for block in blocks:
                 stack.enter_context(forward_replaced(block, _run_again(block.forward)))
             for batch in batches:
@@ -108,6 +109,8 @@ def preservation_terms(
     for name, weight in scaled_weights.items():
         if name not in pulls:  # for "fisher" a layer that no token has come to, such as an expert
             add(name, torch.full((weight.in_features,), float(importance == "magnitude")))
+    if importance == "fisher":
+        sum_over_processes(tensor for name in scaled_weights for tensor in pulls[name])
     return pulls
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.files.output import check_output, written
 from peft_sgrq.layer.delta import Delta
+from peft_sgrq.passes.processes import from_first, gather, process_index, together
 from peft_sgrq.recovery.job import Job
 from peft_sgrq.recovery.preservation import Pull
 
@@ -48,7 +49,7 @@ def identity(job: Job, config: SGRQConfig) -> dict[str, Any]:
     reference, model = (_digest(one.named_parameters(), _SAMPLES) for one in (job.reference.model, job.model))
     found = {
         **settings,
-        "data": _digest(data),
+        "data": "".join(gather(_digest(data))),
         "reference": {"source": job.reference.source, "parameters": reference},
         "base": config.base_fingerprint,
         "model": model,
@@ -88,6 +89,8 @@ def check_progress_file(path: str | os.PathLike[str]) -> None:
 class ProgressFile:
     """The progress of one recovery, in a safetensors file that is written anew after each block.
 
+    Of several processes the first reads and writes the file, and the others take over what it has read.
+
     Args:
         path (`str`, path or `None`): The file; `None` keeps nothing.
         made_with (`Mapping[str, Any]`): JSON values that decide the result. A file made with others is refused.
@@ -107,8 +110,10 @@ class ProgressFile:
         self.pulls: dict[str, Pull] = {}
         self._path = None if path is None else os.fspath(path)
         self._made_with = made_with
-        if self._path is not None:
-            self._prepare(self._path)
+        with together():
+            if self._path is not None and process_index() == 0:
+                self._prepare(self._path)
+        self.blocks, self.deltas, self.pulls = from_first((self.blocks, self.deltas, self.pulls))
 
     def _prepare(self, path: str) -> None:
         check_progress_file(path)
@@ -156,7 +161,7 @@ class ProgressFile:
 
     def save(self) -> None:
         """Writes the file, the whole of it or nothing."""
-        if self._path is None:
+        if self._path is None or process_index() > 0:
             return
         tensors = {f"delta.{name}": delta for name, delta in self.deltas.items()}
         for name, pull in self.pulls.items():

@@ -19,7 +19,7 @@ from peft_sgrq.layer.base_layers import refuse_adapters
 from peft_sgrq.layer.linear import SGRQLinear
 from peft_sgrq.passes.chain import find_stack
 from peft_sgrq.passes.data import load_batches
-from peft_sgrq.passes.processes import process_count
+from peft_sgrq.passes.processes import copy_from_first, gather, process_count, process_index, together
 from peft_sgrq.passes.reference import Reference, check_tokenizer, read_config, refuse_unquantized
 from peft_sgrq.passes.running import longest
 from peft_sgrq.passes.untouched import untouched
@@ -78,6 +78,9 @@ def recover(
     ordinary SGRQ adapter: save it, merge it (exactly), go on training it, or start another from it with
     `SGRQConfig(init_weights=path)`.
 
+    With several processes (torch.distributed, accelerate) each has a part of the data, and a step takes a batch of
+    each: `n` processes give what one does with `n` times the `batch_size`. All of them end with the same adapter.
+
     Memory holds the model, one block of the reference, if that is a checkpoint, and the hidden states of the data at
     one block: the inputs of the quantized block and its targets (with `augmented` also `f(X)` itself).
 
@@ -98,12 +101,13 @@ def recover(
             error of the outputs; 0 turns it off.
         importance (`str`): Which weights are salient there: `"fisher"` by squared gradients of the reference's loss,
             `"magnitude"` all alike.
-        distill_steps (`int`): Steps of the second stage, a batch each.
+        distill_steps (`int`): Steps of the second stage, a batch of each process each.
         distill_learning_rate (`float`): That of the second stage.
         column, samples, max_length, batch_size: How the data is read, as in [`calibrate`].
         seed (`int`): Seed for choosing samples and ordering batches.
         progress_file (`str`, path or `None`): A file that keeps finished blocks. An interrupted recovery goes on from
-            it when it is called again with the same arguments. Delete it when the adapter is saved.
+            it when it is called again with the same arguments. Delete it when the adapter is saved. Of several
+            processes the first one keeps it.
         progress (`bool`): Show a progress bar, with the block's error before and after.
 
     Returns:
@@ -111,9 +115,9 @@ def recover(
 
     Raises:
         ValueError: If the model is not quantized, so that its weights are those of the reference; if the reference is
-            not that of the model (layers, shapes, tensors, vocabulary, tokenizer), the
-            data is empty, the blocks cannot be run one by one, or the progress file is another recovery's. The model
-            is as it was then, also when interrupted.
+            not that of the model (layers, shapes, tensors, vocabulary, tokenizer), the data is empty or leaves a
+            process without any, the blocks cannot be run one by one, or the progress file is another recovery's. The
+            model is as it was then, also when interrupted.
         TypeError: If an argument has the wrong type.
 
     Source: block-wise matching with preservation, Cao and Aref 2025 (arXiv 2504.13932), on ApiQ (Liao et al. 2024,
@@ -139,19 +143,20 @@ def recover(
     settings.check()
     config = _checked_config(config)
     refuse_adapters(model, "recover")
-    if process_count() > 1:
-        raise ValueError(
-            f"Recovery runs in one process, found {process_count()}; run it on its own, save the adapter, and load "
-            "that in all processes."
-        )
     if torch.is_inference_mode_enabled():
         raise ValueError("Recovery needs gradients, found `torch.inference_mode()`; call it outside of that.")
-    if progress_file is not None:
-        check_progress_file(progress_file)
+    with together():
+        if progress_file is not None and process_index() == 0:
+            check_progress_file(progress_file)
     if isinstance(reference, (str, os.PathLike)):
         read_config(os.fspath(reference))
     check_tokenizer(tokenizer, reference)
     batches = load_batches(data, tokenizer, column, samples, longest(model, max_length), batch_size, seed)
+    if not all(gather(len(batches))):
+        raise ValueError(
+            f"The data has fewer sequences than there are processes ({process_count()}), expected at least one for "
+            "each; give more data, or start fewer processes."
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("The model is on the meta device, expected one with weights; load them first.")
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -162,10 +167,15 @@ def recover(
         scaled_weights = {name: layer.scaled_weight for name, layer in layers.items()}
         stack = find_stack(model, layers)
         before = Reference(reference, model, stack and stack[0], scaled_weights)
-        with untouched(model), untouched(before.model), tqdm(desc="Recovering", disable=not progress) as bar:
+        with (
+            untouched(model),
+            untouched(before.model),
+            tqdm(desc="Recovering", disable=not progress or process_index() > 0) as bar,
+        ):
             if not any(map(is_quantized, model.modules())):
                 refuse_unquantized(before, scaled_weights)
             deltas = {name: layer.delta(adapter_name) for name, layer in layers.items()}
+            copy_from_first(delta.weight.detach() for delta in deltas.values())  # they may begin at random
             job = Job(model, layers, stack, deltas, before, batches, settings, bar)
             if epochs:
                 made_with = identity(job, peft_model.peft_config[adapter_name])

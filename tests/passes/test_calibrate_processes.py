@@ -14,6 +14,7 @@ from support.rounded_models import recovered, sequences
 from torch import distributed, multiprocessing
 
 from peft_sgrq import SGRQConfig, calibrate
+from peft_sgrq.passes.processes import sum_over_processes
 
 pytestmark = pytest.mark.slow
 
@@ -44,15 +45,29 @@ def run(case: str, directory: Path, rank: int | None) -> Any:
     return saliency.scores, config.selection, saliency.tokens
 
 
+def random_start() -> SGRQConfig:
+    return SGRQConfig(init_weights=False, ratio=1.0, group_size=16, task_type="CAUSAL_LM")
+
+
 RECOVERIES: dict[str, dict[str, Any]] = {
     "blocks": {},
     "preserving": {"preservation": 0.1},
-    "preserving by inputs": {"preservation": 0.1, "importance": "obs", "epochs": 1},
+    "preserving all alike": {"preservation": 0.1, "importance": "magnitude", "epochs": 1},
     "distilled": {"epochs": 0, "distill_steps": 4},
+    "batches of their own": {"preservation": 0.1, "distill_steps": 3},
 }
 
 
-def recover_case(case: str, directory: Path, batch_size: int, **options: Any) -> Any:
+def own_batches(rank: int | None) -> list[dict[str, torch.Tensor]]:
+    """One of the processes has a batch more than the other; one process has the first of both in one."""
+    first, second, third = padded_batches(3)
+    joined = {key: torch.cat([first[key], second[key]]) for key in first}
+    return [joined, third] if rank is None else [first] if rank == 0 else [second, third]
+
+
+def recover_case(case: str, directory: Path, batch_size: int, rank: int | None, **options: Any) -> Any:
+    if case == "batches of their own":
+        options["data"] = own_batches(rank)
     found = recovered(directory, batch_size=batch_size, **{"epochs": 2, **RECOVERIES[case], **options})
     deltas = {name: value.detach() for name, value in found.model.named_parameters() if "sgrq_delta" in name}
     errors = [(block.name, block.before, block.after) for block in found.blocks]
@@ -60,15 +75,15 @@ def recover_case(case: str, directory: Path, batch_size: int, **options: Any) ->
     return deltas, errors, distilled
 
 
-def resumed(directory: Path, file: Path) -> Any:
-    """A recovery whose second block finds the first in the file."""
-    whole = recover_case("blocks", directory, 2, progress_file=file)
-    return whole, recover_case("blocks", directory, 2, progress_file=file)
+def resumed(directory: Path, file: Path, rank: int) -> Any:
+    """A recovery with a file, and another that finds all blocks in it."""
+    options = {"preservation": 0.1, "progress_file": file if rank == 0 else None}
+    return [recover_case("blocks", directory, 2, rank, **options) for _ in range(2)]
 
 
-def refused(directory: Path) -> str:
+def refused(directory: Path, **options: Any) -> str:
     try:
-        recovered(directory, data=sequences(1))
+        recovered(directory, **options)
     except ValueError as error:
         return str(error)
     return ""
@@ -80,9 +95,14 @@ def process(rank: int, directory: str, results: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     distributed.init_process_group("gloo", init_method=f"file://{results}/meet", rank=rank, world_size=2)
     found = {case: run(case, Path(directory), rank) for case in CASES}
-    found |= {f"recover {case}": recover_case(case, Path(directory), 2) for case in RECOVERIES}
-    found["resumed"] = resumed(Path(directory), Path(results, "progress"))
-    found["refused"] = refused(Path(directory))
+    found |= {f"recover {case}": recover_case(case, Path(directory), 2, rank) for case in RECOVERIES}
+    found["random start"] = recover_case("blocks", Path(directory), 2, rank, config=random_start(), epochs=1)
+    found["resumed"] = resumed(Path(directory), Path(results, "new", "progress"), rank)
+    found["refused"] = refused(Path(directory), data=sequences(1))
+    another = {"epochs": 2, "preservation": 0.1, "seed": 1, "progress_file": Path(results, "new", "progress")}
+    found["another's"] = refused(Path(directory), **another)
+    found["transposed"] = torch.arange(6.0).view(3, 2).t() if rank else torch.arange(6.0).view(2, 3)
+    sum_over_processes([found["transposed"]])
     torch.save(found, f"{results}/{rank}.pt")
     distributed.destroy_process_group()
 
@@ -118,7 +138,7 @@ def test_all_processes_refuse_empty_data(found):
 
 @pytest.mark.parametrize("case", RECOVERIES)
 def test_two_processes_recover_what_one_does_with_batches_twice_as_large(case, found, llama_dir: Path):
-    deltas, errors, distilled = recover_case(case, llama_dir, 4)
+    deltas, errors, distilled = recover_case(case, llama_dir, 4, None)
     for other_deltas, other_errors, other_distilled in (found[0][f"recover {case}"], found[1][f"recover {case}"]):
         for name, values in deltas.items():
             # Adam divides by the size of gradients, so that small ones are amplified.
@@ -147,3 +167,18 @@ def test_a_recovery_goes_on_from_its_file_in_all_processes(found):
 def test_all_processes_refuse_to_recover_on_too_little_data(found):
     assert "fewer sequences than there are processes (2)" in found[0]["refused"]
     assert found[0]["refused"] == found[1]["refused"]
+
+
+def test_all_processes_refuse_what_the_first_finds_in_its_file(found):
+    assert "is of a recovery with seed=0, expected 1" in found[0]["another's"]
+    assert found[0]["another's"] == found[1]["another's"]
+
+
+def test_deltas_that_begin_at_random_end_alike_on_all_processes(found):
+    (first, *first_rest), (second, *second_rest) = (results["random start"] for results in found)
+    assert all(torch.equal(first[name], second[name]) for name in first) and first_rest == second_rest
+
+
+def test_tensors_are_summed_by_place_whatever_their_layout(found):
+    expected = torch.arange(6.0).view(2, 3) + torch.arange(6.0).view(3, 2).t()
+    assert all(torch.equal(results["transposed"], expected) for results in found)
