@@ -116,7 +116,6 @@ FULL = {
     "task_type": TaskType.CAUSAL_LM,
     "target_modules": ["q_proj", "v_proj"],
     "exclude_modules": ["o_proj"],
-    "zero_points": True,
     "ratio": "global",
     "ratio_pattern": {"q_proj": 1.0, r"layers\.0\..*": "knee"},
     "budget": "20MB",
