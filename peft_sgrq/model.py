@@ -161,11 +161,11 @@ class SGRQModel(BaseTuner):
         selection = peft_config.selection = peft_config.selection or {}
         if current_key not in selection:
             selection |= select_without_data({current_key: scaled_weight}, peft_config)
-        groups = decode_mask(selection[current_key], scaled_weight.selectable, none=peft_config.zero_points)
+        units = decode_mask(selection[current_key], scaled_weight.selectable, none=peft_config.zero_points)
         if isinstance(target, SGRQLinear):
-            target.update_layer(adapter_name, config=peft_config, groups=groups)
+            target.update_layer(adapter_name, config=peft_config, units=units)
             return
-        layer = SGRQLinear(target, adapter_name, peft_config, groups, scaled_weight)
+        layer = SGRQLinear(target, adapter_name, peft_config, units, scaled_weight)
         layer.watch_gradients(current_key, self._first_gradients)
         layer.train(target.training)
         if adapter_name not in self.active_adapters:
@@ -254,9 +254,9 @@ class SGRQModel(BaseTuner):
         selection: dict[str, str] = {}
         for name, layer in self.model.named_modules():
             if isinstance(layer, SGRQLinear):
-                groups = [layer.delta(adapter).groups for adapter in adapters if adapter in layer.sgrq_delta]
-                if groups:
-                    selection[name] = encode_mask(torch.cat(groups).unique(), layer.scaled_weight.selectable)
+                units = [layer.delta(adapter).units for adapter in adapters if adapter in layer.sgrq_delta]
+                if units:
+                    selection[name] = encode_mask(torch.cat(units).unique(), layer.scaled_weight.selectable)
         return selection
 
     @contextmanager

@@ -70,8 +70,8 @@ class StartingPoint:
         selection = dict(config.selection or {})
         for name, delta in self._deltas.items():
             scaled_weight = scaled_weights[name]
-            expected = scaled_weight.delta_shape(len(delta.groups))
-            last = int(delta.groups[-1]) if len(delta.groups) else -1
+            expected = scaled_weight.delta_shape(len(delta.units))
+            last = int(delta.units[-1]) if len(delta.units) else -1
             fits = tuple(delta.values.shape) == expected and last < scaled_weight.selectable
             if scaled_weight.quantization() is None:
                 fits = fits and config.group_size == self._config.group_size
@@ -85,13 +85,13 @@ class StartingPoint:
             if name in selection:
                 self._check_selected(name, delta, selection[name], scaled_weight)
             else:
-                selection[name] = encode_mask(delta.groups, scaled_weight.selectable)
+                selection[name] = encode_mask(delta.units, scaled_weight.selectable)
         config.selection = selection
         if self._config.base_fingerprint:
             config.base_fingerprint = {**(config.base_fingerprint or {}), **self._config.base_fingerprint}
 
     def _check_selected(self, name: str, delta: StoredDelta, mask: str, scaled_weight: ScaledWeight) -> None:
-        changed = delta.groups[delta.values.ne(0).any(1 - scaled_weight.unit.dim)]
+        changed = delta.units[delta.values.ne(0).any(1 - scaled_weight.unit.dim)]
         lost = ~torch.isin(changed, decode_mask(mask, scaled_weight.selectable))
         if lost.any():
             raise ValueError(
@@ -109,8 +109,8 @@ class StartingPoint:
             if not isinstance(layer, SGRQLinear) or layer.delta(adapter_name).weight.is_meta:
                 continue  # on the meta device: loaded into later
             delta = layer.delta(adapter_name)
-            rows = torch.isin(stored.groups, delta.groups.cpu())
-            places = torch.searchsorted(delta.groups.cpu(), stored.groups[rows])
+            rows = torch.isin(stored.units, delta.units.cpu())
+            places = torch.searchsorted(delta.units.cpu(), stored.units[rows])
             dim = layer.scaled_weight.unit.dim
             kept = stored.values.index_select(dim, rows.nonzero().flatten()).to(delta.weight.device)
             delta.weight.index_copy_(dim, places.to(delta.weight.device), kept)

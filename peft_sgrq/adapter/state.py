@@ -31,9 +31,9 @@ def adapter_tensors(
         name = name.replace(_WRAPPED, "")
         if name + ".weight" in state:
             mask = state.get(name + ".selection")
-            groups = delta.groups if mask is None else read_mask(mask, delta.selectable)
+            units = delta.units if mask is None else read_mask(mask, delta.selectable)
             stored[name + ".weight"] = state[name + ".weight"].to(dtype)
-            stored[name + ".selection"] = pack_mask(groups, delta.selectable)
+            stored[name + ".selection"] = pack_mask(units, delta.selectable)
     return stored
 
 
@@ -76,10 +76,10 @@ def take_over(
         mask, weight = tensors.get(name + ".selection"), tensors.get(name + ".weight")
         layer_name = name.removesuffix(suffix).removeprefix("base_model.model.")
         if mask is not None:
-            groups = read_mask(mask, delta.selectable)
-            converted[name + ".selection"] = mask_of(groups, delta.selectable)
+            units = read_mask(mask, delta.selectable)
+            converted[name + ".selection"] = mask_of(units, delta.selectable)
             if config.selection and layer_name in config.selection:
-                config.selection[layer_name] = encode_mask(groups, delta.selectable)
+                config.selection[layer_name] = encode_mask(units, delta.selectable)
         if weight is not None and str(weight.dtype).removeprefix("torch.") in ADAPTER_DTYPES:
             delta.dtype = weight.dtype
             config.adapter_dtype = str(weight.dtype).removeprefix("torch.")

@@ -25,7 +25,7 @@ class StoredDelta(NamedTuple):
     """The deltas of one layer, float32, the groups they belong to, int64, ascending, and moves of its zero points."""
 
     values: torch.Tensor
-    groups: torch.Tensor
+    units: torch.Tensor
     zero_points: torch.Tensor | None = None
 
 

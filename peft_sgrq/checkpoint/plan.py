@@ -165,10 +165,10 @@ def changed_scales(name: str, layer: ScaleMatrix, delta: StoredDelta) -> Callabl
     Raises:
         ValueError: If the deltas have another shape; when called, if they make scales that are not finite.
     """
-    count = len(delta.groups)
+    count = len(delta.units)
     shape = tuple(delta.values.shape)
     moves = delta.zero_points
-    last = int(delta.groups[-1]) if count else -1  # none are selected where zero points alone are trained
+    last = int(delta.units[-1]) if count else -1  # none are selected where zero points alone are trained
     fits = last < layer.selectable and shape == layer.delta_shape(count)
     if not fits:
         raise ValueError(
@@ -182,10 +182,10 @@ def changed_scales(name: str, layer: ScaleMatrix, delta: StoredDelta) -> Callabl
             f"{layer.name} with {layer.scales_shape} scales on the disk; load the model, and merge in memory with "
             "`merge_and_unload`. Nothing was written."
         )
-    groups = None if count == layer.selectable else delta.groups
+    units = None if count == layer.selectable else delta.units
 
     def scales() -> torch.Tensor:
-        made = effective_scales(layer, delta.values, groups, zero_points=moves)
+        made = effective_scales(layer, delta.values, units, zero_points=moves)
         if not torch.isfinite(made).all():
             raise ValueError(
                 f"Merging would write NaN or infinite scales for layer {name!r}, expected finite ones: the adapter "

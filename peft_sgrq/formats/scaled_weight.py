@@ -56,10 +56,10 @@ class ScaledWeight(ScaleMatrix):
     def known_class(module: nn.Module) -> type[nn.Module]:
         """The class whose forward pass `linear` stands for, of a module that matches."""
 
-    def select_columns(self, x: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
+    def select_columns(self, x: torch.Tensor, units: torch.Tensor | None) -> torch.Tensor:
         """Columns of the selected groups, `[..., K]` -> `[T, n * group_size]`; a partial group is padded by zeros."""
         x = x.reshape(-1, x.shape[-1])  # (T, K)
-        return gather_groups(x, groups, self.scales_shape[1], self.group_size)
+        return gather_groups(x, units, self.scales_shape[1], self.group_size)
 
     def select_codes(self, codes: torch.Tensor, units: torch.Tensor | None) -> torch.Tensor:
         """The codes of the selected units: columns of groups, `[N, n * g]`, or rows, `[n, K]`."""
@@ -135,34 +135,34 @@ class ScaledWeight(ScaleMatrix):
         """The stored tensors that `prepare` and `bind` make something of, so that a change of them can be seen."""
 
     @abstractmethod
-    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """Unit-scale values `C` at the columns of the selected groups, `[N, n * group_size]`."""
 
     @abstractmethod
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The weight `C * S` for given `scales` (float32 `[rows, groups]`), `[N, K]`."""
 
-    def codes_of_rows(self, groups: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
+    def codes_of_rows(self, units: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
         """Some rows of what `codes` returns; formats that work in parts decode no others."""
-        return self.codes(groups, dtype)[rows]
+        return self.codes(units, dtype)[rows]
 
     def dequantize_columns(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice) -> torch.Tensor:
         """Some columns of what `dequantize` returns, of whole groups; formats that work in parts decode no others."""
         return self.dequantize(scales, dtype)[:, columns]
 
-    def reduce(self, product: torch.Tensor, groups: torch.Tensor | None, rows: slice) -> torch.Tensor:
+    def reduce(self, product: torch.Tensor, units: torch.Tensor | None, rows: slice) -> torch.Tensor:
         """Sums `product * C` over the columns of each scale: from a gradient of weights to one of scales.
 
         Args:
             product (`torch.Tensor`): `dy^T x` at `rows` and at the columns of the selected groups,
                 `[N, n * group_size]`.
-            groups (`torch.Tensor` or `None`): The selected groups, int64 `[n]`; `None` for all.
+            units (`torch.Tensor` or `None`): The selected groups, int64 `[n]`; `None` for all.
             rows (`slice`): Which rows of the weight these are, both ends given.
 
         Returns:
             `torch.Tensor`: float32 `[N, n]`.
         """
-        return group_reduce(product, self.codes_of_rows(groups, product.dtype, rows), self.group_size)
+        return group_reduce(product, self.codes_of_rows(units, product.dtype, rows), self.group_size)
 
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
         """Makes of float32 scales `[rows, groups]` what the kernel of `linear` takes; inference does it once."""
@@ -268,11 +268,11 @@ def rescaled_offset(
     return changed if moves is None else torch.where(moves == 0, changed, changed + scales * moves)
 
 
-def gather_groups(values: torch.Tensor, groups: torch.Tensor | None, count: int, size: int) -> torch.Tensor:
+def gather_groups(values: torch.Tensor, units: torch.Tensor | None, count: int, size: int) -> torch.Tensor:
     """Columns of the selected groups of a matrix, `[M, K]` -> `[M, n * size]`; the last group padded by zeros."""
     missing = count * size - values.shape[1]
     if missing:
         values = F.pad(values, (0, missing))
-    if groups is None:
+    if units is None:
         return values
-    return values.view(-1, count, size).index_select(1, groups).flatten(1)
+    return values.view(-1, count, size).index_select(1, units).flatten(1)

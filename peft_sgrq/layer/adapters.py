@@ -32,7 +32,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         base_layer (`nn.Module`): The layer, of a format `resolve_weight` knows.
         adapter_name (`str`): Name of the first adapter.
         config (`SGRQConfig`): Its configuration.
-        groups (`torch.Tensor`): The groups it selects, int64 `[n]`, ascending.
+        units (`torch.Tensor`): The units it selects, groups of columns or rows, int64 `[n]`, ascending.
         scaled_weight (`ScaledWeight` or `None`): The base layer as codes and scales, if it is known already.
     """
 
@@ -44,7 +44,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         base_layer: nn.Module,
         adapter_name: str,
         config: SGRQConfig,
-        groups: torch.Tensor,
+        units: torch.Tensor,
         scaled_weight: ScaledWeight | None = None,
     ) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self._unions: dict[tuple[str, ...], torch.Tensor | None] = {}
         self._name = ""
         self._first_gradients: FirstGradients | None = None
-        self.update_layer(adapter_name, config=config, groups=groups)
+        self.update_layer(adapter_name, config=config, units=units)
 
     @property
     def scaled_weight(self) -> ScaledWeight:
@@ -87,7 +87,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self,
         adapter_name: str,
         config: SGRQConfig,
-        groups: torch.Tensor,
+        units: torch.Tensor,
         inference_mode: bool = False,
     ) -> None:
         """Adds an adapter, or replaces the one of that name.
@@ -95,15 +95,15 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         Args:
             adapter_name (`str`): Its name.
             config (`SGRQConfig`): Its config; the group size must be that of the layer's other adapters.
-            groups (`torch.Tensor`): The groups it selects, int64 `[n]`, ascending.
+            units (`torch.Tensor`): The units it selects, int64 `[n]`, ascending.
             inference_mode (`bool`): Whether it starts frozen.
         """
         scaled_weight = self.scaled_weight
-        shape = scaled_weight.delta_shape(len(groups))
+        shape = scaled_weight.delta_shape(len(units))
         dtype = getattr(torch, config.adapter_dtype)
         self.sgrq_delta[adapter_name] = Delta(
             shape,
-            groups,
+            units,
             scaled_weight.selectable,
             dtype,
             zero=config.init_weights is not False,
@@ -171,7 +171,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             adapter_names (`tuple[str, ...]`): Adapters this layer has, at least one.
 
         Returns:
-            The deltas, float32, shaped as `effective_scales` takes them, and the groups they belong to, the union of
+            The deltas, float32, shaped as `effective_scales` takes them, and the units they belong to, the union of
             the adapters' selections (`None` for all).
         """
         deltas = [self.delta(name) for name in adapter_names]
@@ -180,17 +180,17 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         scaled_weight, dim = self.scaled_weight, self.scaled_weight.unit.dim
         total = torch.zeros(
             scaled_weight.delta_shape(scaled_weight.selectable), device=scaled_weight.device
-        )  # all groups
+        )  # all units
         for delta in deltas:
-            total = total.index_add(dim, delta.groups, delta.values())
-        groups = self._union(adapter_names)
-        return (total, None) if groups is None else (total.index_select(dim, groups), groups)
+            total = total.index_add(dim, delta.units, delta.values())
+        units = self._union(adapter_names)
+        return (total, None) if units is None else (total.index_select(dim, units), units)
 
     def _union(self, adapter_names: tuple[str, ...]) -> torch.Tensor | None:
-        """Indices of the groups that any of the adapters selects, int64, ascending; `None` for all of them."""
+        """Indices of the units that any of the adapters selects, int64, ascending; `None` for all of them."""
         if adapter_names not in self._unions:
-            groups = torch.cat([self.delta(name).groups for name in adapter_names]).unique()
-            self._unions[adapter_names] = None if len(groups) == self.scaled_weight.selectable else groups
+            units = torch.cat([self.delta(name).units for name in adapter_names]).unique()
+            self._unions[adapter_names] = None if len(units) == self.scaled_weight.selectable else units
         return self._unions[adapter_names]
 
     def _forget_all(self) -> None:

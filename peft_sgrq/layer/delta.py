@@ -53,28 +53,28 @@ class DeltaParameter(nn.Parameter):
 
 
 class Delta(nn.Module):
-    """A trainable float32 matrix of relative scale changes, with the groups they belong to.
+    """A trainable float32 matrix of relative scale changes, with the units they belong to.
 
     A module of its own so that parameter names read `sgrq_delta.<adapter>.weight`: TRL finds the parameters of an
     adapter by the dots around its name.
 
-    The groups are no buffer: averages of models (EMA, SWA) take in buffers, and a mean of indices means nothing. In a
+    The units are no buffer: averages of models (EMA, SWA) take in buffers, and a mean of indices means nothing. In a
     state dict they are a mask of zeros and ones, float32 `[selectable]`, which is itself when it is averaged; it is
-    there because deltas must not end up on the groups of another selection. An adapter file has it packed to bits.
+    there because deltas must not end up on the units of another selection. An adapter file has it packed to bits.
 
     Attributes:
         weight (`nn.Parameter`): The deltas, float32, `[rows, n]` in a group format, `[n, 1]` in a row format.
-        groups (`torch.Tensor`): Indices of the selected groups, int64 `[n]`, beside the deltas; on the CPU while these
+        units (`torch.Tensor`): Indices of the selected units, int64 `[n]`, beside the deltas; on the CPU while these
             are on the meta device.
     """
 
     weight: nn.Parameter
-    groups: torch.Tensor
+    units: torch.Tensor
 
     def __init__(
         self,
         shape: tuple[int, int],
-        groups: torch.Tensor,
+        units: torch.Tensor,
         selectable: int,
         dtype: torch.dtype,
         zero: bool,
@@ -91,17 +91,17 @@ class Delta(nn.Module):
         if not zero:
             weight.normal_(std=_RANDOM_STD)
         self.weight = DeltaParameter(weight)
-        self.groups = groups
+        self.units = units
         self.accept()
 
     @property
     def selection(self) -> torch.Tensor:
-        """Bit mask of the selected groups, uint8 `[ceil(selectable / 8)]`, as an adapter file holds it."""
-        return pack_mask(self.groups, self.selectable).to(self.groups.device)
+        """Bit mask of the selected units, uint8 `[ceil(selectable / 8)]`, as an adapter file holds it."""
+        return pack_mask(self.units, self.selectable).to(self.units.device)
 
     def selected(self) -> torch.Tensor | None:
-        """Indices of the selected groups, or `None` if all are: then there is nothing to gather."""
-        return None if self.groups.shape[0] == self.selectable else self.groups
+        """Indices of the selected units, or `None` if all are: then there is nothing to gather."""
+        return None if self.units.shape[0] == self.selectable else self.units
 
     def values(self) -> torch.Tensor:
         """The deltas as the forward pass uses them: float32, on the grid of the adapter dtype."""
@@ -128,7 +128,7 @@ class Delta(nn.Module):
         super().__setattr__(name, value)
 
     def _select(self, mask: torch.Tensor) -> None:
-        self.groups = read_mask(mask, self.selectable).to(self.groups.device)
+        self.units = read_mask(mask, self.selectable).to(self.units.device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -146,8 +146,8 @@ class Delta(nn.Module):
         """
         if self.weight.is_meta:
             return
-        if self.groups.device != self.weight.device:
-            self.groups = self.groups.to(self.weight.device)
+        if self.units.device != self.weight.device:
+            self.units = self.units.to(self.weight.device)
         if self.weight.dtype not in (torch.float32, self.dtype):
             warnings.warn(
                 f"The engine computes with deltas rounded to {self.weight.dtype}, while the adapter is saved in "
@@ -180,7 +180,7 @@ class Delta(nn.Module):
         # torch's functions for the states of sharded models know parameters and buffers and nothing else. A model in
         # shards is in training, and the file gets the selection from the module.
         if not self._sharded:
-            destination[prefix + "selection"] = mask_of(self.groups, self.selectable)
+            destination[prefix + "selection"] = mask_of(self.units, self.selectable)
 
     def _load_from_state_dict(
         self,
@@ -228,14 +228,14 @@ class Delta(nn.Module):
             )
         if mask is not None and not self._fits(mask):
             errors.append(
-                f"{prefix}selection selects other than {len(self.groups)} of {self.selectable} groups, which the "
+                f"{prefix}selection selects other than {len(self.units)} of {self.selectable} groups, which the "
                 "adapter it is loaded into does; load the file under a new adapter name."
             )
         return errors
 
     def _fits(self, mask: torch.Tensor) -> bool:
         try:
-            return len(read_mask(mask, self.selectable)) == len(self.groups)
+            return len(read_mask(mask, self.selectable)) == len(self.units)
         except ValueError:
             return False
 

@@ -49,7 +49,7 @@ ZERO_POINT_UNIT = 4.0
 def effective_scales(
     scaled_weight: ScaleMatrix,
     delta: torch.Tensor,
-    groups: torch.Tensor | None,
+    units: torch.Tensor | None,
     scales: torch.Tensor | None = None,
     zero_points: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -61,7 +61,7 @@ def effective_scales(
         scaled_weight (`ScaleMatrix`): Owner of the scales `S`, float32 `[rows, groups]`.
         delta (`torch.Tensor`): Relative changes, float32, `[rows, n]` for a group format and `[n, 1]` for a row
             format, `n` the number of selected groups or rows.
-        groups (`torch.Tensor` or `None`): Indices of the selected groups (rows in a row format), int64 `[n]`,
+        units (`torch.Tensor` or `None`): Indices of the selected groups (rows in a row format), int64 `[n]`,
             ascending; `None` selects all of them.
         scales (`torch.Tensor` or `None`): `scaled_weight.scales()`, if the caller has them already.
         zero_points (`torch.Tensor` or `None`): Moves of the zero points as they are trained, float32 `[rows, groups]`.
@@ -71,26 +71,24 @@ def effective_scales(
         `zero_points` float32 `[2, rows, groups]`.
     """
     scales = scaled_weight.scales() if scales is None else scales  # (R, G)
-    changed = _changed_scales(scaled_weight, delta, groups, scales)
+    changed = _changed_scales(scaled_weight, delta, units, scales)
     return changed if zero_points is None else torch.stack((changed, ZERO_POINT_UNIT * zero_points))
 
 
 def _changed_scales(
-    scaled_weight: ScaleMatrix, delta: torch.Tensor, groups: torch.Tensor | None, scales: torch.Tensor
+    scaled_weight: ScaleMatrix, delta: torch.Tensor, units: torch.Tensor | None, scales: torch.Tensor
 ) -> torch.Tensor:
-    if groups is None:
+    if units is None:
         return scaled_weight.round_to_storage(scales * (1 + delta))
-    if not groups.shape[0]:
+    if not units.shape[0]:
         return scales
     dim = scaled_weight.unit.dim
-    changed = scales.index_select(dim, groups) * (1 + delta)
-    return scaled_weight.round_to_storage(
-        scales.index_copy(dim, groups, changed)
-    )  # a format may round scales together
+    changed = scales.index_select(dim, units) * (1 + delta)
+    return scaled_weight.round_to_storage(scales.index_copy(dim, units, changed))  # a format may round scales together
 
 
-def _select(values: torch.Tensor, groups: torch.Tensor | None, dim: int) -> torch.Tensor:
-    return values if groups is None else values.index_select(dim, groups)
+def _select(values: torch.Tensor, units: torch.Tensor | None, dim: int) -> torch.Tensor:
+    return values if units is None else values.index_select(dim, units)
 
 
 def _ranges(total: int, bytes_each: int, scaled_weight: ScaledWeight) -> list[slice]:
@@ -131,21 +129,21 @@ def round_straight_through(values: torch.Tensor, dtype: torch.dtype) -> torch.Te
 
 
 def _unit_gradient(
-    dy: torch.Tensor, x: torch.Tensor, groups: torch.Tensor | None, scaled_weight: ScaledWeight
+    dy: torch.Tensor, x: torch.Tensor, units: torch.Tensor | None, scaled_weight: ScaledWeight
 ) -> torch.Tensor:
     """`sum_{c in k} C[o, c] (dy^T x)[o, c]` for the selected groups or rows.
 
     Args:
         dy (`torch.Tensor`): Gradient of the output, `[T, N]`, of the selected rows in a row format.
         x (`torch.Tensor`): Input, `[T, n * g]`, the columns of the selected groups.
-        groups (`torch.Tensor` or `None`): The selected groups or rows, int64 `[n]`; `None` for all.
+        units (`torch.Tensor` or `None`): The selected groups or rows, int64 `[n]`; `None` for all.
         scaled_weight (`ScaledWeight`): The layer.
 
     Returns:
         `torch.Tensor`: float32 `[N, n]`, or `[n, 1]` in a row format.
     """
     steps = _ranges(dy.shape[1], x.shape[1] * x.element_size(), scaled_weight)
-    sums = [scaled_weight.reduce(dy[:, rows].t() @ x, groups, rows) for rows in steps]
+    sums = [scaled_weight.reduce(dy[:, rows].t() @ x, units, rows) for rows in steps]
     return sums[0] if len(sums) == 1 else torch.cat(sums)
 
 
@@ -155,16 +153,16 @@ class _GroupScaledLinear(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         delta: torch.Tensor,
-        groups: torch.Tensor | None,
+        units: torch.Tensor | None,
         scaled_weight: ScaledWeight,
         saved_input: SavedInput,
         zero_points: torch.Tensor | None,
     ) -> torch.Tensor:
-        changed = effective_scales(scaled_weight, delta, groups, zero_points=zero_points)
+        changed = effective_scales(scaled_weight, delta, units, zero_points=zero_points)
         y = scaled_weight.linear(x, scaled_weight.prepare(changed))  # (..., N)
         trained = ctx.needs_input_grad[1] and bool(delta.numel())
-        saved = saved_input.save(x, groups, scaled_weight, y.dtype) if trained else None
-        ctx.save_for_backward(saved, delta, groups, zero_points)
+        saved = saved_input.save(x, units, scaled_weight, y.dtype) if trained else None
+        ctx.save_for_backward(saved, delta, units, zero_points)
         ctx.scaled_weight = scaled_weight
         ctx.x_shape = x.shape
         return y
@@ -195,20 +193,20 @@ class _RowScaledLinear(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         delta: torch.Tensor,
-        groups: torch.Tensor | None,
+        units: torch.Tensor | None,
         scaled_weight: ScaledWeight,
         saved_input: SavedInput,
         zero_points: torch.Tensor | None,
     ) -> torch.Tensor:
         own = x.clone() if scaled_weight.writes_to_input else x
-        changed = effective_scales(scaled_weight, delta, groups, zero_points=zero_points)
+        changed = effective_scales(scaled_weight, delta, units, zero_points=zero_points)
         y = scaled_weight.linear(own, scaled_weight.prepare(changed))  # (..., N)
         # A bias much larger than the product would leave few digits of y - b, and so would a moved zero point.
         ctx.product_known = scaled_weight.bias is None and zero_points is None
         saved = None
         if ctx.needs_input_grad[1]:
-            saved = _select(y.reshape(-1, y.shape[-1]), groups, 1) if ctx.product_known else x  # (T, n) or (..., K)
-        ctx.save_for_backward(saved, delta, groups, zero_points)
+            saved = _select(y.reshape(-1, y.shape[-1]), units, 1) if ctx.product_known else x  # (T, n) or (..., K)
+        ctx.save_for_backward(saved, delta, units, zero_points)
         ctx.scaled_weight = scaled_weight
         ctx.x_shape = x.shape
         return y
@@ -248,10 +246,10 @@ class _ZeroPointGradient(torch.autograd.Function):
         x: torch.Tensor,
         delta: torch.Tensor,
         zero_points: torch.Tensor,
-        groups: torch.Tensor | None,
+        units: torch.Tensor | None,
         scaled_weight: ScaledWeight,
     ) -> torch.Tensor:
-        ctx.save_for_backward(scaled_weight.pool(x), delta, zero_points, groups)
+        ctx.save_for_backward(scaled_weight.pool(x), delta, zero_points, units)
         ctx.scaled_weight = scaled_weight
         return y.view_as(y)
 
@@ -273,7 +271,7 @@ class _ZeroPointGradient(torch.autograd.Function):
 def scaled_linear(
     x: torch.Tensor,
     delta: torch.Tensor,
-    groups: torch.Tensor | None,
+    units: torch.Tensor | None,
     scaled_weight: ScaledWeight,
     saved_input: SavedInput | None = None,
     zero_points: torch.Tensor | None = None,
@@ -285,7 +283,7 @@ def scaled_linear(
     Args:
         x (`torch.Tensor`): Input `[..., in_features]`, as `ScaledWeight.cast_input` returns it.
         delta (`torch.Tensor`): Relative scale changes, float32, shaped as in `effective_scales`.
-        groups (`torch.Tensor` or `None`): Selected groups or rows, int64 `[n]`; `None` for all.
+        units (`torch.Tensor` or `None`): Selected groups or rows, int64 `[n]`; `None` for all.
         scaled_weight (`ScaledWeight`): The quantized (or dense) layer.
         saved_input (`SavedInput` or `None`): The input before its cast, which other layers may have saved already.
         zero_points (`torch.Tensor` or `None`): Moves of zero points as they are trained, float32 `[rows, groups]`.
@@ -295,5 +293,5 @@ def scaled_linear(
     """
     function = _RowScaledLinear if scaled_weight.unit is SelectableUnit.ROW else _GroupScaledLinear
     fixed = None if zero_points is None else zero_points.detach()
-    y = function.apply(x, delta, groups, scaled_weight, saved_input or SavedInput(), fixed)
-    return y if zero_points is None else _ZeroPointGradient.apply(y, x, delta, zero_points, groups, scaled_weight)
+    y = function.apply(x, delta, units, scaled_weight, saved_input or SavedInput(), fixed)
+    return y if zero_points is None else _ZeroPointGradient.apply(y, x, delta, zero_points, units, scaled_weight)

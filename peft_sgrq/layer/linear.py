@@ -27,7 +27,7 @@ class SGRQLinear(AdaptedLayer):
         base_layer (`nn.Module`): The layer, of a format `resolve_weight` knows.
         adapter_name (`str`): Name of the first adapter.
         config (`SGRQConfig`): Its configuration.
-        groups (`torch.Tensor`): The groups it selects, int64 `[n]`, ascending.
+        units (`torch.Tensor`): The units it selects, groups of columns or rows, int64 `[n]`, ascending.
         scaled_weight (`ScaledWeight` or `None`): The base layer as codes and scales, if it is known already.
     """
 
@@ -125,7 +125,7 @@ class SGRQLinear(AdaptedLayer):
         target = self.delta(adapter_name)
         for name, weight in zip(adapters, weights, strict=True):
             if name in self.sgrq_delta:
-                positions = torch.searchsorted(target.groups, self.delta(name).groups)
+                positions = torch.searchsorted(target.units, self.delta(name).units)
                 values = self.delta(name).values() * weight
                 target.weight.index_add_(self.scaled_weight.unit.dim, positions, values)
             if name in self.sgrq_zero_points:

@@ -7,18 +7,18 @@ import torch
 _BITS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
 
 
-def pack_mask(groups: torch.Tensor, selectable: int) -> torch.Tensor:
+def pack_mask(units: torch.Tensor, selectable: int) -> torch.Tensor:
     """Packs indices into bits, the first group the highest bit of the first byte.
 
     Args:
-        groups (`torch.Tensor`): Indices of the selected groups, int64 `[n]`.
+        units (`torch.Tensor`): Indices of the selected groups, int64 `[n]`.
         selectable (`int`): How many groups there are.
 
     Returns:
         `torch.Tensor`: uint8 `[ceil(selectable / 8)]`.
     """
     bits = torch.zeros(-(-selectable // 8) * 8, dtype=torch.uint8)
-    bits[groups.cpu()] = 1
+    bits[units.cpu()] = 1
     return (bits.view(-1, 8) * _BITS).sum(1, dtype=torch.uint8)
 
 
@@ -27,10 +27,10 @@ def unpack_mask(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cpu().unsqueeze(1) & _BITS).flatten().nonzero().flatten()
 
 
-def mask_of(groups: torch.Tensor, selectable: int) -> torch.Tensor:
+def mask_of(units: torch.Tensor, selectable: int) -> torch.Tensor:
     """Zeros, and ones at the groups: float32 `[selectable]`, on the device of the indices."""
-    mask = torch.zeros(selectable, device=groups.device)
-    mask[groups] = 1
+    mask = torch.zeros(selectable, device=units.device)
+    mask[units] = 1
     return mask
 
 
@@ -53,15 +53,15 @@ def read_mask(mask: torch.Tensor, selectable: int) -> torch.Tensor:
         raise ValueError(f"it has shape {tuple(mask.shape)}, expected a mask over {selectable} groups")
     if not bool(((values - rounded).abs() <= 0.25).all() and ((rounded >= 0) & (rounded <= highest)).all()):
         raise ValueError("it holds values that are no mask, expected zeros and ones, or bytes of them")
-    groups = unpack_mask(rounded.to(torch.uint8)) if packed else rounded.nonzero().flatten()
-    if len(groups) and int(groups[-1]) >= selectable:
-        raise ValueError(f"it selects group {int(groups[-1])}, expected less than {selectable}")
-    return groups
+    units = unpack_mask(rounded.to(torch.uint8)) if packed else rounded.nonzero().flatten()
+    if len(units) and int(units[-1]) >= selectable:
+        raise ValueError(f"it selects group {int(units[-1])}, expected less than {selectable}")
+    return units
 
 
-def encode_mask(groups: torch.Tensor, selectable: int) -> str:
+def encode_mask(units: torch.Tensor, selectable: int) -> str:
     """The packed mask as a hexadecimal string."""
-    return bytes(pack_mask(groups, selectable).tolist()).hex()
+    return bytes(pack_mask(units, selectable).tolist()).hex()
 
 
 def decode_mask(text: str, selectable: int, none: bool = False) -> torch.Tensor:
@@ -73,10 +73,10 @@ def decode_mask(text: str, selectable: int, none: bool = False) -> torch.Tensor:
     """
     expected = -(-selectable // 8)
     mask = torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
-    groups = unpack_mask(mask)
-    if len(mask) != expected or not (none or len(groups)) or (len(groups) and int(groups[-1]) >= selectable):
+    units = unpack_mask(mask)
+    if len(mask) != expected or not (none or len(units)) or (len(units) and int(units[-1]) >= selectable):
         raise ValueError(
             f"its selection {text!r} is not a mask over {selectable} groups (expected {expected} bytes with at least "
             "one bit set); the adapter was made for a layer of another shape or group size, load the base it names"
         )
-    return groups
+    return units

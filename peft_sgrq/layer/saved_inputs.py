@@ -35,13 +35,13 @@ class SavedInput:
         self._source = source
 
     def save(
-        self, x: torch.Tensor, groups: torch.Tensor | None, scaled_weight: ScaledWeight, dtype: torch.dtype
+        self, x: torch.Tensor, units: torch.Tensor | None, scaled_weight: ScaledWeight, dtype: torch.dtype
     ) -> torch.Tensor:
         """What a layer has to keep of its input.
 
         Args:
             x (`torch.Tensor`): The input as the layer computes with it, `[..., K]`.
-            groups (`torch.Tensor` or `None`): The groups the layer selects, int64 `[n]`; `None` for all.
+            units (`torch.Tensor` or `None`): The groups the layer selects, int64 `[n]`; `None` for all.
             scaled_weight (`ScaledWeight`): The layer.
             dtype (`torch.dtype`): The dtype to save in, that of the layer's output.
 
@@ -49,8 +49,8 @@ class SavedInput:
             `torch.Tensor`: `[T, K]`, or the columns of the selected groups, `[T, n * group_size]`.
         """
         computed = scaled_weight.computed_input(x)
-        if groups is not None:
-            return scaled_weight.select_columns(computed.detach(), groups).to(dtype)
+        if units is not None:
+            return scaled_weight.select_columns(computed.detach(), units).to(dtype)
         rows = computed.detach().reshape(-1, x.shape[-1])  # (T, K)
         rounded = computed is not x or scaled_weight.rounds_input  # by each layer in its own way
         if rounded or (x is self._source and x.dtype == dtype):

@@ -51,11 +51,11 @@ def loss_of(output: Any, inputs: Collection[str]) -> torch.Tensor:
 
 
 def tuned_forward(
-    scaled_weight: ScaledWeight, delta: torch.Tensor, groups: torch.Tensor | None
+    scaled_weight: ScaledWeight, delta: torch.Tensor, units: torch.Tensor | None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """The forward pass of a layer as if an adapter had these deltas, see `scaled_linear`."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return scaled_weight.cast_output(scaled_linear(scaled_weight.cast_input(x), delta, groups, scaled_weight), x)
+        return scaled_weight.cast_output(scaled_linear(scaled_weight.cast_input(x), delta, units, scaled_weight), x)
 
     return within_accelerate(scaled_weight.module, forward)

@@ -21,7 +21,7 @@ class LayerSaliency:
         unit (`SelectableUnit`): What is selected: groups of columns, or rows.
         group_size (`int`): Columns per scale.
         fingerprint (`str`): Digest of the base layer, as in `ScaledWeight.fingerprint`.
-        groups (`torch.Tensor` or `None`): The group of each column, int64 `[in_features]`; `None` if it is
+        column_groups (`torch.Tensor` or `None`): The group of each column, int64 `[in_features]`; `None` if it is
             `column // group_size`, or in a row format.
     """
 
@@ -30,7 +30,7 @@ class LayerSaliency:
     unit: SelectableUnit
     group_size: int
     fingerprint: str
-    groups: torch.Tensor | None = None
+    column_groups: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "unit", SelectableUnit(self.unit))  # its word will do, as files have it
@@ -44,7 +44,7 @@ class LayerSaliency:
             unit=scaled_weight.unit,
             group_size=scaled_weight.group_size,
             fingerprint=scaled_weight.fingerprint() if fingerprint is None else fingerprint,
-            groups=_groups_of_columns(scaled_weight),
+            column_groups=_groups_of_columns(scaled_weight),
         )
 
     def scored(self, scores: torch.Tensor) -> LayerSaliency:
@@ -75,7 +75,7 @@ class LayerSaliency:
         """Saliency of each group, the sum over its columns, or of each row in a row format, float32 `[selectable]`."""
         if self.unit is SelectableUnit.ROW:
             return self.scores
-        groups = self.groups
+        groups = self.column_groups
         if groups is None:
             groups = torch.arange(self.shape[1]) // self.group_size
         return torch.zeros(self.selectable, dtype=torch.float64).index_add_(0, groups, self.scores.double()).float()

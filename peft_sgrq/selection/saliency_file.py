@@ -23,8 +23,8 @@ def write_saliency_file(path: str, layers: Mapping[str, LayerSaliency], describe
     tensors, geometry = {}, {}
     for name, layer in layers.items():
         tensors[f"{name}.scores"] = layer.scores
-        if layer.groups is not None:
-            tensors[f"{name}.groups"] = layer.groups
+        if layer.column_groups is not None:
+            tensors[f"{name}.groups"] = layer.column_groups
         geometry[name] = {
             "shape": layer.shape,
             "granularity": layer.unit.value,
@@ -74,5 +74,5 @@ def read_saliency_file(path: str) -> tuple[dict[str, LayerSaliency], dict[str, A
             )
         geometry["shape"] = tuple(geometry["shape"])
         geometry["unit"] = geometry.pop("granularity")
-        layers[name] = LayerSaliency(scores, groups=tensors.get(f"{name}.groups"), **geometry)
+        layers[name] = LayerSaliency(scores, column_groups=tensors.get(f"{name}.groups"), **geometry)
     return layers, described

@@ -162,7 +162,7 @@ def test_an_adapter_is_shown_with_what_it_selects(base, llama_dir, tmp_path, cap
     assert found.keys() == layers.keys()
     for name, layer in layers.items():
         delta = layer.sgrq_delta["default"]
-        assert found[name]["selected"] == len(delta.groups)
+        assert found[name]["selected"] == len(delta.units)
         assert found[name]["scales"] == delta.weight.numel()
         assert found[name]["change"] == pytest.approx(float(delta.weight.detach().double().square().mean().sqrt()))
         assert found[name]["selectable"] is found[name]["held"] is None  # the saliency knows
@@ -185,8 +185,8 @@ def test_an_adapter_with_its_saliency_says_what_share_it_holds(llama_dir, tmp_pa
         delta = model.get_submodule(f"base_model.model.{layer['name']}").sgrq_delta["default"]
         scores = layers[layer["name"]].group_scores()
         assert layer["selectable"] == layers[layer["name"]].selectable
-        assert layer["ratio"] == len(delta.groups) / layer["selectable"]
-        assert layer["held"] == pytest.approx(float(scores[delta.groups].sum() / scores.sum()), rel=1e-5)
+        assert layer["ratio"] == len(delta.units) / layer["selectable"]
+        assert layer["held"] == pytest.approx(float(scores[delta.units].sum() / scores.sum()), rel=1e-5)
     assert (tmp_path / "picture.png").stat().st_size > 1000
     saliency().save(tmp_path / "other.safetensors")
     assert main(["inspect", str(tmp_path / "adapter"), "--saliency", str(tmp_path / "other.safetensors")]) == 2

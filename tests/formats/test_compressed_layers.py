@@ -119,7 +119,7 @@ def test_zero_delta_in_float32_is_the_base(layer):
     assert torch.equal(model(x), the_layer(model).base_layer(x))
     scaled_weight = the_layer(model).scaled_weight
     assert torch.equal(
-        effective_scales(scaled_weight, delta_of(model).detach() * 0, the_layer(model).sgrq_delta["default"].groups),
+        effective_scales(scaled_weight, delta_of(model).detach() * 0, the_layer(model).sgrq_delta["default"].units),
         scaled_weight.scales(),
     )
 

@@ -89,7 +89,7 @@ def test_gradients_equal_those_of_the_librarys_own_weight(format, ratio, bias):
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2  # of bfloat16: 2^-8, and sums of such terms
     assert relative_error(y.detach(), reference.y) < tolerance
     assert relative_error(x.grad, reference.dx) < tolerance
-    assert relative_error(delta.weight.grad, reference.changes.index_select(dim, delta.groups)) < tolerance
+    assert relative_error(delta.weight.grad, reference.changes.index_select(dim, delta.units)) < tolerance
 
 
 @by_name(SCALE_FORMATS)
@@ -104,7 +104,7 @@ def test_a_merge_changes_the_selected_scales_alone_and_unmerging_puts_the_tensor
     assert not any(torch.equal(*pair) for pair in zip(sgrq.scaled_weight.sources()[:1], values[:1], strict=True))
     rows, groups = format.maps(ROWS, COLUMNS)
     selected = torch.zeros(sgrq.scaled_weight.selectable, dtype=torch.bool)
-    selected[sgrq.sgrq_delta["default"].groups] = True
+    selected[sgrq.sgrq_delta["default"].units] = True
     untouched = ~(selected[rows].unsqueeze(1) if sgrq.scaled_weight.unit == "row" else selected[groups])
     untouched = untouched.expand(ROWS, COLUMNS)
     assert torch.equal(format.weight(layer)[untouched], weight[untouched])
@@ -120,7 +120,7 @@ def test_a_merge_changes_the_selected_scales_alone_and_unmerging_puts_the_tensor
 def test_scales_in_effect_are_ones_that_the_format_can_store(format, ratio):
     layer = the_layer(adapted(quantized(format), ratio=ratio))
     delta = layer.sgrq_delta["default"]
-    groups = None if ratio == 1 else delta.groups
+    groups = None if ratio == 1 else delta.units
     scales = effective_scales(layer.scaled_weight, delta.weight.detach(), groups)
     assert not torch.equal(scales, layer.scaled_weight.scales())
     assert torch.equal(layer.scaled_weight.round_to_storage(scales), scales)

@@ -77,7 +77,7 @@ def test_gradients_equal_float64_references(kind, ratio, monkeypatch):
     sums = (base * (dy.double().T @ x.detach().double())).view(ROWS, -1, sgrq.scaled_weight.group_size).sum(-1)
     sgrq.merge()
     assert relative_error(x.grad, dy.double() @ weight_of(sgrq.base_layer).double()) < 2e-6
-    assert relative_error(delta.weight.grad, sums.index_select(1, delta.groups)) < 2e-5
+    assert relative_error(delta.weight.grad, sums.index_select(1, delta.units)) < 2e-5
 
 
 @ALL_TYPES
@@ -90,7 +90,7 @@ def test_unselected_scales_and_all_codes_stay_in_a_merge(kind):
     after = sgrq.base_layer.packed
     size = sgrq.scaled_weight.group_size
     unselected = torch.ones(COLUMNS // size, dtype=torch.bool)
-    unselected[sgrq.sgrq_delta["default"].groups] = False
+    unselected[sgrq.sgrq_delta["default"].units] = False
     same = (weight_of(sgrq.base_layer) == weight).view(ROWS, -1, size).all(-1)
     assert same[:, unselected].all() and not same[:, ~unselected].all()
     differs = (before != after).view(-1, kind.nbytes).any(0).nonzero().flatten()

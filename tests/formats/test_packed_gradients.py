@@ -18,12 +18,12 @@ def expected_of(made: Packed, model: PeftModel, x: torch.Tensor, dy: torch.Tenso
     """What a model of one packed layer computes, by what the layer was packed from."""
     delta = the_layer(model).sgrq_delta["default"]
     scales = made.scales.T.float()  # (N, groups)
-    changed = scales * torch.ones_like(scales).index_add(1, delta.groups, delta.weight.detach())
+    changed = scales * torch.ones_like(scales).index_add(1, delta.units, delta.weight.detach())
     base = made.levels * scales.double()[:, made.groups]
     found = expected(
         x, dy, base, made.weight(changed, made.product_dtype(x.dtype)), torch.arange(len(scales)), made.groups
     )
-    return found._replace(changes=found.changes.index_select(1, delta.groups))
+    return found._replace(changes=found.changes.index_select(1, delta.units))
 
 
 # Bits, packing and order of columns do not know the dtype of the input or how many groups are selected: each variant

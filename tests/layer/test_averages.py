@@ -97,7 +97,7 @@ def test_averages_casts_and_copies_keep_the_groups(way):
     model = adapted()
     averaged = WAYS[way](model)
     before, after = delta(model), delta(averaged)
-    assert torch.equal(after.groups, before.groups) and torch.equal(after.selection, before.selection)
+    assert torch.equal(after.units, before.units) and torch.equal(after.selection, before.selection)
     torch.testing.assert_close(after.weight, before.weight, rtol=2e-2 if "bfloat16" in way else 1e-4, atol=0)
     assert type(after.weight) is type(before.weight) and after.weight.dtype == torch.float32
     assert averaged(torch.randn(2, 64 * GROUPS)).isfinite().all()  # and nothing is refused
@@ -120,10 +120,10 @@ def test_an_average_of_models_with_different_selections_is_refused():
 
 def test_a_state_dict_brings_its_selection():
     first, second = adapted(0), adapted(1)
-    assert not torch.equal(delta(first).groups, delta(second).groups)
+    assert not torch.equal(delta(first).units, delta(second).units)
     second.load_state_dict(first.state_dict())
     x = torch.randn(2, 64 * GROUPS)
-    assert torch.equal(delta(first).groups, delta(second).groups) and torch.equal(first(x), second(x))
+    assert torch.equal(delta(first).units, delta(second).units) and torch.equal(first(x), second(x))
     packed = dict(first.state_dict())
     name = next(key for key in packed if key.endswith("selection"))
     packed[name] = delta(first).selection  # as state dicts had it before

@@ -132,7 +132,7 @@ def test_inductor_compiles_training():
         check_sum(y, x.double(), weight.T, bias)
         check_sum(dx, dy, weight)
         for ddelta, name in zip(ddeltas, deltas, strict=True):
-            groups = layer.sgrq_delta[name].groups
+            groups = layer.sgrq_delta[name].units
             for group, column in zip(groups.tolist(), ddelta.T, strict=True):
                 part = slice(group * 64, group * 64 + 64)
                 terms = dy.T.unsqueeze(2) * x.double()[:, part] * codes[:, part].unsqueeze(1)  # (N, T, g)

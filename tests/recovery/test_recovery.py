@@ -134,7 +134,7 @@ def test_only_selected_scales_change(llama_dir: Path):
     config = SGRQConfig(ratio=0.3, group_size=16, task_type="CAUSAL_LM")
     found = recovered(llama_dir, config=config)
     trained = found.model.base_model.model.model.layers[0].mlp.down_proj
-    groups = trained.sgrq_delta["default"].groups
+    groups = trained.sgrq_delta["default"].units
     assert len(groups) == 2
     assert trained.sgrq_delta["default"].weight.all()
     assert all(block.after < block.before for block in found.blocks)

@@ -216,4 +216,4 @@ def test_int8_rows_are_selected_by_their_scores(llama_dir: Path):
     for name, scores in found.scores.items():
         rows = scores.argsort(descending=True)[: len(scores) // 4].sort().values
         layer = peft_model.get_submodule(f"base_model.model.{name}")
-        assert layer.sgrq_delta["default"].groups.tolist() == rows.tolist()
+        assert layer.sgrq_delta["default"].units.tolist() == rows.tolist()

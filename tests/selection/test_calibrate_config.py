@@ -45,9 +45,7 @@ def test_a_calibrated_config_goes_through_a_trainer_unchanged(base: Base, ratio,
     loaded = PeftModel.from_pretrained(base.load(llama_dir), tmp_path / "adapter")
     for name, mask in expected.items():
         layer = loaded.get_submodule(f"base_model.model.{name}")
-        assert (
-            layer.sgrq_delta["default"].groups.tolist() == decode_mask(mask, layer.scaled_weight.selectable).tolist()
-        )
+        assert layer.sgrq_delta["default"].units.tolist() == decode_mask(mask, layer.scaled_weight.selectable).tolist()
 
 
 def test_another_ratio_costs_nothing(llama_dir: Path, tmp_path: Path):

@@ -150,7 +150,7 @@ def test_magnitude_is_the_sum_of_squares_of_the_weight(kind):
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
     count = count_selected(0.5, len(expected))
     top = sorted(expected.argsort(descending=True)[:count].tolist())
-    assert the_layer(model).sgrq_delta["default"].groups.tolist() == top
+    assert the_layer(model).sgrq_delta["default"].units.tolist() == top
     assert decode_mask(model.peft_config["default"].selection["0"], len(expected)).tolist() == top
 
 

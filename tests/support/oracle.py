@@ -70,10 +70,10 @@ def expected_of(
     deltas = {name: layer.sgrq_delta[name] for name in layer.active_adapters}
     factors = torch.ones_like(scales)
     for delta in deltas.values():
-        factors = factors.index_add(scaled_weight.unit.dim, delta.groups, delta.weight.detach().double())
+        factors = factors.index_add(scaled_weight.unit.dim, delta.units, delta.weight.detach().double())
     weight, changed = (codes * values[rows][:, groups] for values in (scales, scales * factors))
     y, dx, changes = expected(x, dy, weight, changed, rows, groups, scaled_weight.bias)
-    return y, dx, {name: changes.index_select(scaled_weight.unit.dim, delta.groups) for name, delta in deltas.items()}
+    return y, dx, {name: changes.index_select(scaled_weight.unit.dim, delta.units) for name, delta in deltas.items()}
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -37,7 +37,7 @@ def reparametrize(layers: list[SGRQLinear], form: str) -> None:
         if form == "exp":
             parametrize.register_parametrization(delta, "weight", _Exponential())
             continue
-        scales = layer.scaled_weight.scales().index_select(layer.scaled_weight.unit.dim, delta.groups)
+        scales = layer.scaled_weight.scales().index_select(layer.scaled_weight.unit.dim, delta.units)
         factor = scales.abs().mean() / scales.abs().clamp(min=1e-8)  # (R, n)
         parametrize.register_parametrization(delta, "weight", _Absolute(factor * scales.sign()))
 

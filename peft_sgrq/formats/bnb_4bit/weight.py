@@ -96,22 +96,22 @@ class Bnb4bitWeight(ScaledWeight):
     def _packed_groups(self) -> torch.Tensor:
         return self._packed.view(torch.uint8).view(*self.scales_shape, -1)  # (N, G, g / 2)
 
-    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return self.codes_of_rows(groups, dtype, slice(None))
+    def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        return self.codes_of_rows(units, dtype, slice(None))
 
-    def codes_of_rows(self, groups: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
+    def codes_of_rows(self, units: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
         packed = self._packed_groups[rows]
-        if groups is not None:
-            packed = packed.index_select(1, groups)  # (N, n, g / 2)
+        if units is not None:
+            packed = packed.index_select(1, units)  # (N, n, g / 2)
         count, selected = packed.shape[:2]
         ones = torch.ones(count * selected, dtype=torch.float32, device=packed.device)
         shape = (count, selected * self.group_size)
         return self._dequantize(packed.reshape(-1, 1), ones, shape, dtype)
 
-    def reduce(self, product: torch.Tensor, groups: torch.Tensor | None, rows: slice) -> torch.Tensor:
+    def reduce(self, product: torch.Tensor, units: torch.Tensor | None, rows: slice) -> torch.Tensor:
         if decodes_4bit(product):
-            return group_reduce_4bit(product, self._packed_groups[rows], groups, self._state.code)
-        return super().reduce(product, groups, rows)
+            return group_reduce_4bit(product, self._packed_groups[rows], units, self._state.code)
+        return super().reduce(product, units, rows)
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self._dequantize(self._packed, self.prepare(scales), (self.out_features, self.in_features), dtype)

@@ -74,11 +74,11 @@ class BnbInt8Weight(ScaledWeight):
     def sources(self) -> list[torch.Tensor]:
         return [self.module.weight, self._owner.SCB]
 
-    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return self.codes_of_rows(groups, dtype, slice(None))
+    def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        return self.codes_of_rows(units, dtype, slice(None))
 
-    def codes_of_rows(self, groups: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
-        codes = self._codes[rows] if groups is None else self._codes.index_select(0, groups[rows])
+    def codes_of_rows(self, units: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
+        codes = self._codes[rows] if units is None else self._codes.index_select(0, units[rows])
         return codes.to(dtype) * _CODE_RANGE
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -112,20 +112,20 @@ class CompressedTensorsWeight(ParameterScales):
         packed = getattr(self.module, "weight_packed", None)
         return (self.module.weight if packed is None else packed).data  # type: ignore[return-value]
 
-    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         stored, packed, count = self._stored.detach(), self._codes, self.scales_shape[1]
         words = packed.shape[1] // count
         # Only what is selected is unpacked, where that is whole words.
-        if groups is not None and self.unit is SelectableUnit.ROW:
-            part, shape = packed.index_select(0, groups), (len(groups), self.in_features)
-            ones = torch.ones_like(stored[: len(groups)])
-        elif groups is not None and self.rows_per_scale == 1 and words * count == packed.shape[1]:
-            part = packed.view(-1, count, words).index_select(1, groups).flatten(1)  # (N, n * words)
-            shape = (self.out_features, len(groups) * self.group_size)
-            ones = torch.ones_like(stored[:, : len(groups)])
+        if units is not None and self.unit is SelectableUnit.ROW:
+            part, shape = packed.index_select(0, units), (len(units), self.in_features)
+            ones = torch.ones_like(stored[: len(units)])
+        elif units is not None and self.rows_per_scale == 1 and words * count == packed.shape[1]:
+            part = packed.view(-1, count, words).index_select(1, units).flatten(1)  # (N, n * words)
+            shape = (self.out_features, len(units) * self.group_size)
+            ones = torch.ones_like(stored[:, : len(units)])
         else:
             codes = _decompress(self.module, torch.ones_like(stored)).to(dtype)
-            return gather_groups(codes, groups, count, self.group_size)
+            return gather_groups(codes, units, count, self.group_size)
         return _decompress(self.module, ones, part, shape).to(dtype)
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -84,11 +84,11 @@ class DenseWeight(ScaledWeight):
     def sources(self) -> list[torch.Tensor]:
         return [self._parameter]
 
-    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return self.codes_of_rows(groups, dtype, slice(None))
+    def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        return self.codes_of_rows(units, dtype, slice(None))
 
-    def codes_of_rows(self, groups: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
-        return self.select_codes(self._weight()[rows], groups).to(dtype)
+    def codes_of_rows(self, units: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
+        return self.select_codes(self._weight()[rows], units).to(dtype)
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return apply_scales(self._weight(), scales, self.group_size).to(dtype)

@@ -127,8 +127,8 @@ class Fp8BlocksWeight(ParameterScales):
     def _codes(self) -> torch.Tensor:
         return self.module.weight.data  # type: ignore[return-value]
 
-    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return self.select_codes(self._codes.to(dtype), groups)
+    def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        return self.select_codes(self._codes.to(dtype), units)
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if isinstance(self.module, Fp8BlockLinear):

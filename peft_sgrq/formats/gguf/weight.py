@@ -85,13 +85,13 @@ class GGUFWeight(ScaledWeight):
         kind = x.device.type
         return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
-    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return self.codes_of_rows(groups, dtype, slice(0, self.out_features))
+    def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        return self.codes_of_rows(units, dtype, slice(0, self.out_features))
 
-    def codes_of_rows(self, groups: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
+    def codes_of_rows(self, units: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
         held = self._part(rows, slice(0, self.in_features // self.module.kind.size))
         codes = held.weight(held.unit_factors(), dtype)
-        return self.select_codes(codes, groups)
+        return self.select_codes(codes, units)
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self._held.weight(_factors(self.prepare(scales)), dtype)

@@ -116,8 +116,8 @@ class HQQWeight(ScaledWeight):
 
         return Quantizer.dequantize(self.module.W_q, {**self._meta, **fields, "compute_dtype": dtype})
 
-    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return self.select_codes(self._dequantize({"scale": 1.0}, dtype).to(dtype), groups)
+    def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        return self.select_codes(self._dequantize({"scale": 1.0}, dtype).to(dtype), units)
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self._dequantize(self._fields(self.prepare(scales)), dtype).to(dtype)

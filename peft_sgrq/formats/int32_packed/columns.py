@@ -52,22 +52,22 @@ class ColumnGroups:
             self._groups, self._table = groups.to(device), self._invert(groups).to(device)
         self._source = (index, version, device)
 
-    def _invert(self, groups: torch.Tensor) -> torch.Tensor:
-        if groups.min() < 0 or groups.max() >= self.count:
+    def _invert(self, units: torch.Tensor) -> torch.Tensor:
+        if units.min() < 0 or units.max() >= self.count:
             raise ValueError(
-                f"its g_idx names groups {int(groups.min())} to {int(groups.max())}, expected 0 to {self.count - 1}; "
+                f"its g_idx names groups {int(units.min())} to {int(units.max())}, expected 0 to {self.count - 1}; "
                 "the checkpoint is damaged, or of a layout that is not known"
             )
-        sizes = torch.bincount(groups, minlength=self.count)
+        sizes = torch.bincount(units, minlength=self.count)
         if sizes.max() > self.group_size:
             raise ValueError(
                 f"its g_idx puts {int(sizes.max())} columns into one group, expected at most the group size "
                 f"{self.group_size}; the checkpoint is damaged, or of a layout that is not known"
             )
-        order = groups.argsort(stable=True)
-        place = torch.arange(self.in_features) - (sizes.cumsum(0) - sizes)[groups[order]]
+        order = units.argsort(stable=True)
+        place = torch.arange(self.in_features) - (sizes.cumsum(0) - sizes)[units[order]]
         table = torch.full((self.count, self.group_size), self.in_features)
-        table[groups[order], place] = order
+        table[units[order], place] = order
         return table
 
     def split(self, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:

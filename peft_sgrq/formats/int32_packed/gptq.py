@@ -33,11 +33,11 @@ class GPTQLayout(Int32PackedWeight):
     def unpack_columns(self, columns: torch.Tensor) -> torch.Tensor:
         return unpack_rows(self._qweight, self.bits, columns)
 
-    def unpack_groups(self, groups: torch.Tensor) -> torch.Tensor:
+    def unpack_groups(self, units: torch.Tensor) -> torch.Tensor:
         words, rest = divmod(self.group_size * self.bits, WORD)
         if rest or self.columns.padded or not self.columns.consecutive:
-            return super().unpack_groups(groups)
-        packed = self._qweight.view(-1, words, self.out_features).index_select(0, groups)  # (n, words, N)
+            return super().unpack_groups(units)
+        packed = self._qweight.view(-1, words, self.out_features).index_select(0, units)  # (n, words, N)
         return unpack(packed.flatten(0, 1), self.bits, 0)
 
     def unpack_zeros(self) -> torch.Tensor:

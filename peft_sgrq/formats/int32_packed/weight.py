@@ -60,12 +60,12 @@ class Int32PackedWeight(ScaledWeight):
             self._columns.update(self._index, self.device)
         return self._columns
 
-    def select_columns(self, x: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
+    def select_columns(self, x: torch.Tensor, units: torch.Tensor | None) -> torch.Tensor:
         x = x.reshape(-1, x.shape[-1])  # (T, K)
         table = self.columns.table(x.device)
         if table is None:
-            return gather_groups(x, groups, self.scales_shape[1], self.group_size)
-        table = table if groups is None else table.index_select(0, groups)  # (n, g)
+            return gather_groups(x, units, self.scales_shape[1], self.group_size)
+        table = table if units is None else table.index_select(0, units)  # (n, g)
         if self.columns.padded:
             x = F.pad(x, (0, 1))  # the column that pads incomplete groups
         return x.index_select(1, table.flatten())
@@ -98,21 +98,21 @@ class Int32PackedWeight(ScaledWeight):
         """The codes `q` of some columns (int64 `[n]`), int8 or int16 `[n, N]`."""
         return self.unpack_codes().index_select(0, columns)
 
-    def unpack_groups(self, groups: torch.Tensor) -> torch.Tensor:
+    def unpack_groups(self, units: torch.Tensor) -> torch.Tensor:
         """The codes `q` of the columns of some groups (int64 `[n]`), int8 or int16 `[n * g, N]`.
 
         Where a group is incomplete, the rest is codes of another column: the input is zero there.
         """
-        table = self.columns.indices(self.device).index_select(0, groups)  # (n, g)
+        table = self.columns.indices(self.device).index_select(0, units)  # (n, g)
         return self.unpack_columns(table.flatten().clamp(max=self.in_features - 1))
 
-    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         zeros = self.unpack_zeros()  # (G, N)
-        if groups is None and self.columns.group_of_column(self.device) is None:
+        if units is None and self.columns.group_of_column(self.device) is None:
             codes = self.unpack_codes()  # (K, N)
         else:
-            groups = torch.arange(len(zeros), device=zeros.device) if groups is None else groups
-            codes, zeros = self.unpack_groups(groups), zeros.index_select(0, groups)
+            units = torch.arange(len(zeros), device=zeros.device) if units is None else units
+            codes, zeros = self.unpack_groups(units), zeros.index_select(0, units)
         levels = codes.view(len(zeros), self.group_size, -1) - zeros.unsqueeze(1)  # (n, g, N)
         return levels.flatten(0, 1).t().to(dtype)  # (N, n * g)
 

@@ -52,7 +52,7 @@ def decodes_4bit(product: torch.Tensor) -> bool:
 
 
 def group_reduce_4bit(
-    product: torch.Tensor, packed: torch.Tensor, groups: torch.Tensor | None, table: torch.Tensor
+    product: torch.Tensor, packed: torch.Tensor, units: torch.Tensor | None, table: torch.Tensor
 ) -> torch.Tensor:
     """`group_reduce` for codes packed two to a byte, decoded on the way; only where `decodes_4bit` says so.
 
@@ -60,7 +60,7 @@ def group_reduce_4bit(
         product (`torch.Tensor`): `dy^T x` at the selected columns, `[N, n * group_size]`; the group size is a power of
             two.
         packed (`torch.Tensor`): Codes of all groups, uint8 `[N, G, group_size / 2]`, the high half of a byte first.
-        groups (`torch.Tensor` or `None`): The selected groups, int64 `[n]`; `None` for all.
+        units (`torch.Tensor` or `None`): The selected groups, int64 `[n]`; `None` for all.
         table (`torch.Tensor`): The value of each code, float32 `[16]`.
 
     Returns:
@@ -69,4 +69,4 @@ def group_reduce_4bit(
     gpu = _gpu()
     if gpu is None:
         raise RuntimeError("Triton was not found, expected it where `decodes_4bit` is true; install triton.")
-    return gpu.group_reduce_4bit(product, packed, groups, table)
+    return gpu.group_reduce_4bit(product, packed, units, table)

@@ -80,14 +80,14 @@ def group_reduce(product: torch.Tensor, codes: torch.Tensor, group_size: int) ->
 
 
 def group_reduce_4bit(
-    product: torch.Tensor, packed: torch.Tensor, groups: torch.Tensor | None, table: torch.Tensor
+    product: torch.Tensor, packed: torch.Tensor, units: torch.Tensor | None, table: torch.Tensor
 ) -> torch.Tensor:
     """Sums `product * codes` over the columns of each group, the codes decoded from two to a byte on the way.
 
     Args:
         product (`torch.Tensor`): `[N, n * group_size]`; the group size is a power of two.
         packed (`torch.Tensor`): Codes of all groups, uint8 `[N, G, group_size / 2]`, the high half of a byte first.
-        groups (`torch.Tensor` or `None`): The selected groups, int64 `[n]`; `None` for all.
+        units (`torch.Tensor` or `None`): The selected groups, int64 `[n]`; `None` for all.
         table (`torch.Tensor`): The value of each code, float32 `[16]`.
 
     Returns:
@@ -95,14 +95,14 @@ def group_reduce_4bit(
     """
     product, packed = product.contiguous(), packed.contiguous()
     rows, count, half = packed.shape
-    selected = count if groups is None else groups.shape[0]
+    selected = count if units is None else units.shape[0]
     sums = product.new_empty(rows, selected, dtype=torch.float32)
     held = max(1, _TILE // (2 * half))
     if sums.numel():
         _reduce_4bit_kernel[(triton.cdiv(sums.numel(), held),)](
             product,
             packed,
-            packed if groups is None else groups,
+            packed if units is None else units,
             table,
             sums,
             sums.numel(),
@@ -110,6 +110,6 @@ def group_reduce_4bit(
             count * half,
             CELLS=held,
             HALF=half,
-            ALL_GROUPS=groups is None,
+            ALL_GROUPS=units is None,
         )
     return sums

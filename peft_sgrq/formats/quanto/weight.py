@@ -145,11 +145,11 @@ class QuantoWeight(ScaledWeight):
             return codes
         return codes + self._spread(torch.where(scales == 0, 0.0, offsets / scales))
 
-    def _spread(self, groups: torch.Tensor) -> torch.Tensor:
-        return groups.repeat_interleave(self.group_size, 1)
+    def _spread(self, units: torch.Tensor) -> torch.Tensor:
+        return units.repeat_interleave(self.group_size, 1)
 
-    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return self.select_codes(self._unit_values(), groups).to(dtype)
+    def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        return self.select_codes(self._unit_values(), units).to(dtype)
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         scales, moves = split_zero_points(scales)

@@ -72,14 +72,14 @@ class TorchaoInt4Weight(TorchaoWeight):
         eye = torch.eye(self.in_features, dtype=stored.dtype, device=stored.device)
         return F.linear(eye, self.with_scales(stored)).t()  # (N, K)
 
-    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         unit = torch.zeros_like(self.stored_scales)
         unit[..., 0] = 1
         codes = self._kernel_weight(unit).float()  # q - 8
         scales, offsets = self._used(self.stored_scales).unbind(-1)
         zeros = torch.where(scales == 0, 0.0, offsets / scales)  # (N, G)
         codes = codes + zeros.repeat_interleave(self.group_size, 1)
-        return self.select_codes(codes, groups).to(dtype)
+        return self.select_codes(codes, units).to(dtype)
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self._kernel_weight(self.prepare(scales)).to(dtype)

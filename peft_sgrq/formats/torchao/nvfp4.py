@@ -61,8 +61,8 @@ class TorchaoNVFP4Weight(TorchaoWeight):
 
         return f4_unpacked_to_f32(unpack_uint4(self.weight.qdata.view(torch.uint8)))  # (N, K)
 
-    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return self.select_codes(self._unit_values(), groups).to(dtype)
+    def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        return self.select_codes(self._unit_values(), units).to(dtype)
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         weight: Any = self.with_scales(self.prepare(scales))

@@ -154,13 +154,13 @@ class TorchaoPlainWeight(TorchaoWeight):
         stored = self.stored_scales
         return scales.to(stored.dtype).view(stored.shape)
 
-    def codes(self, groups: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         weight: Any = self.weight
         # Selected as bytes: not every operation knows float8.
         codes, zeros = weight.qdata.view(torch.int8), getattr(weight, "zero_point", None)
-        if groups is not None:
-            zeros = None if zeros is None else zeros.index_select(self.unit.dim, groups)
-            codes = self.select_codes(codes, groups)
+        if units is not None:
+            zeros = None if zeros is None else zeros.index_select(self.unit.dim, units)
+            codes = self.select_codes(codes, units)
         codes = codes.view(weight.qdata.dtype).to(dtype)  # (N, n * g), or (n, K)
         return codes if zeros is None else codes - self._spread(zeros.to(dtype), codes.shape)
 
