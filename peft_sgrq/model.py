@@ -37,6 +37,7 @@ from peft_sgrq.base.prepare import prepare_base, writing_scales
 from peft_sgrq.base.workarounds.compiled_modules import compiled_in_place
 from peft_sgrq.base.workarounds.loading_attributes import forget_loading_attributes
 from peft_sgrq.base.workarounds.tied_merges import separate_rows, separate_untied, ties
+from peft_sgrq.base.workarounds.token_rows import check_token_rows
 from peft_sgrq.choices import without_wrapper_names
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.bnb_4bit.nesting import nested_layers
@@ -129,6 +130,7 @@ class SGRQModel(BaseTuner):
             check_adapter_file(peft_config.loaded_from)
         check_modules_to_save(model, peft_config)
         scaled_weights = self._found = find_targets(model, peft_config, self._check_target_module_exists)
+        check_token_rows(model, peft_config, scaled_weights)
         if peft_config.auto_mapping is None:
             peft_config.auto_mapping = describe_class(model)
         check_group_sizes(model, scaled_weights)

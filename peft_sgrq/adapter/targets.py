@@ -178,7 +178,7 @@ def check_modules_to_save(model: nn.Module, config: SGRQConfig) -> None:
     """Refuses a quantized module in `modules_to_save`, which cannot be trained whole."""
     for wanted in config.modules_to_save or ():
         for name, module in model.named_modules():
-            if (name == wanted or name.endswith("." + wanted)) and any(map(is_quantized, module.modules())):
+            if name.endswith(wanted) and any(map(is_quantized, module.modules())):  # as PEFT matches names
                 raise ValueError(
                     f"`modules_to_save` names {name!r}, which is quantized and cannot be trained whole, expected a "
                     "module in floating point; leave it out (its scales are trained if it is in `target_modules`), or "

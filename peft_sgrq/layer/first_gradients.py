@@ -2,8 +2,10 @@
 
 Something between a layer and the loss may drop its gradient without a word: a quantizer under `torch.no_grad()`, a
 `detach`, a kernel without a backward pass. Deltas are watched until their first gradient, and cost nothing afterwards.
-Not watched are frozen deltas, adapters that are not active, layers that did not run (experts without tokens are not
-called), layers that something runs without the whole PEFT model, and whatever `torch.compile` compiles.
+A layer whose output is still held, with the graph behind it, may get its gradient in a further backward pass, and is
+waited for until the graph is gone. Not watched are frozen deltas, adapters that are not active, layers that did not run
+(experts without tokens), layers that something runs without the whole PEFT model, and whatever `torch.compile`
+compiles.
 """
 
 from __future__ import annotations
@@ -16,15 +18,26 @@ from typing import Any
 
 import torch
 
+_NAMED = 40  # layers in the error, all of those of a block or two, so that they can be excluded
+
 
 @dataclass
 class _Wait:
     delta: Any  # a `Delta`
     handle: Any  # of the hook on its weight
     backwards: int  # how many backward passes may end before the gradient is there
-    recorded: bool  # whether the forward pass was recorded for a backward pass
+    node: weakref.ref[Any] | None  # of the graph; `None` if autograd did not record the forward pass
     inside: bool  # whether it ran inside of a backward pass, as reentrant checkpointing makes it
     arrived: bool = False
+
+    @property
+    def recorded(self) -> bool:
+        return self.node is not None
+
+    @property
+    def gone(self) -> bool:
+        """Whether no backward pass can reach the delta any more: nothing holds the graph of its forward pass."""
+        return self.node is not None and self.node() is None
 
 
 class FirstGradients:
@@ -44,10 +57,17 @@ class FirstGradients:
         """Open while the whole model computes in training.
 
         Raises:
-            RuntimeError: If layers of an earlier pass ran under `torch.no_grad()` and never got a gradient.
+            RuntimeError: If layers of an earlier pass ran under `torch.no_grad()` and never got a gradient, or their
+                graph is gone since the backward pass.
         """
+        waiting = {key: wait for key, wait in self._waiting.items() if not wait.arrived}
         if self._ended:  # whatever reentrant checkpointing computed twice has its gradient now
-            self._raise([key for key, wait in self._waiting.items() if not (wait.recorded or wait.arrived)])
+            lost = [key for key, wait in waiting.items() if not wait.recorded or (wait.gone and wait.backwards <= 0)]
+            self._raise(lost)
+        else:  # no backward pass was made of what was computed last
+            for key, wait in waiting.items():
+                if wait.gone:
+                    self._waiting.pop(key).handle.remove()
         self._forwards = self._forwards + 1 if self._waiting else 1
         self._in_forward, self._ended = True, False
         try:
@@ -55,26 +75,27 @@ class FirstGradients:
         finally:
             self._in_forward = False
 
-    def expect(self, layer: str, adapter: str, delta: Any, recorded: bool) -> None:
+    def expect(self, layer: str, adapter: str, delta: Any, node: Any) -> None:
         """Notes that a delta took part in a forward pass, in training and before its first gradient.
 
         Args:
             layer (`str`): Name of the layer.
             adapter (`str`): Name of the adapter.
             delta (`Delta`): Its deltas, trainable.
-            recorded (`bool`): Whether autograd recorded the pass.
+            node (`torch.autograd.graph.Node` or `None`): What autograd recorded of the pass, a Python function's.
         """
         inside = torch._C._current_graph_task_id() != -1
         # Layers or blocks that something runs alone need not be followed by a backward pass.
         if not (self._in_forward or inside) or not delta.weight.is_leaf:
             return
         known = self._waiting.get((layer, adapter))
-        if known is not None and known.delta is delta and (known.recorded or not recorded):
+        if known is not None and known.delta is delta and (known.recorded or node is None):
             return
         if known is not None:
             known.handle.remove()
         handle = delta.weight.register_post_accumulate_grad_hook(lambda _: self._arrive(layer, adapter))
         self._call_witness()
+        recorded = None if node is None else weakref.ref(node)
         self._waiting[layer, adapter] = _Wait(delta, handle, max(1, self._forwards), recorded, inside)
 
     def _call_witness(self) -> None:
@@ -115,7 +136,7 @@ class FirstGradients:
                 del self._waiting[key]
             elif wait.recorded and wait.inside == inside:
                 wait.backwards -= 1
-                if wait.backwards <= 0:
+                if wait.backwards <= 0 and wait.gone:
                     lost.append(key)
         self._raise(lost)
 
@@ -124,13 +145,15 @@ class FirstGradients:
             return
         for key in lost:
             self._waiting.pop(key).handle.remove()
-        layers = ", ".join(repr(layer) for layer, _ in lost[:5]) + (", ..." if len(lost) > 5 else "")
+        names = list(dict.fromkeys(layer for layer, _ in lost))
+        layers = ", ".join(map(repr, names[:_NAMED])) + (f" and {len(names) - _NAMED} more" * (len(names) > _NAMED))
         raise RuntimeError(
-            f"No gradient reached the deltas of {len(lost)} layers that ran in the forward pass ({layers}; adapter "
+            f"No gradient reached the deltas of {len(names)} layers that ran in the forward pass ({layers}; adapter "
             f"{lost[0][1]!r}), expected one for each delta that is trained: either something between the layer and "
             "the loss drops it (torch.no_grad, detach, a kernel without a backward pass), and those before it get a "
-            "wrong one, or the loss does not depend on the layer. Mend the former; in the latter case leave the "
-            "layers out with `exclude_modules`, or freeze their deltas with `requires_grad_(False)`."
+            "wrong one, or the loss does not depend on the layer (a pooler, or the blocks behind the one whose output "
+            "a vision tower gives). Mend the former; in the latter case leave the layers out, with these names as "
+            "`exclude_modules`, or freeze their deltas with `requires_grad_(False)`."
         )
 
     def __getstate__(self) -> dict[str, Any]:

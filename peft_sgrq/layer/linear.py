@@ -78,8 +78,6 @@ class SGRQLinear(AdaptedLayer):
                 self._accept(name)
         x_cast = scaled_weight.cast_input(x)
         recorded = self._needs_grad(x_cast, names)
-        if self.training and not torch.compiler.is_compiling():
-            self._expect_gradients(names, recorded)
         if recorded:
             self.forget()
             moves = self.combined_zero_points(names)
@@ -90,18 +88,20 @@ class SGRQLinear(AdaptedLayer):
                 y = scaled_weight.linear(x_cast, prepared)
             if decodes and is_one_token(self, x):  # not for some rows of a mixed batch
                 self._decoder = Decoder.of(scaled_weight.bind(prepared), *self._decoding_state())
+        if self.training and not torch.compiler.is_compiling() and x.numel():
+            self._expect_gradients(names, y.grad_fn)
         y = scaled_weight.cast_output(y, x)
         bias = scaled_weight.bias
         if bias is not None and bias.requires_grad and torch.is_grad_enabled():
             y = y + (bias - bias.detach()).to(y.dtype)  # zero: the kernel has added the bias, this is its gradient
         return y
 
-    def _expect_gradients(self, names: tuple[str, ...], recorded: bool) -> None:
+    def _expect_gradients(self, names: tuple[str, ...], node: Any) -> None:
         for name in names:
             for what, trained in zip((name, f"{name} (zero points)"), self._trained(name), strict=False):
                 if self._first_gradients is None or trained.has_had_gradient or not trained.weight.requires_grad:
                     continue
-                self._first_gradients.expect(self._name, what, trained, recorded)
+                self._first_gradients.expect(self._name, what, trained, node)
 
     def _decoding_state(self) -> tuple[tuple[object, ...], list[torch.Tensor]]:
         """All that decides what a forward pass computes, as `Decoder` compares it."""

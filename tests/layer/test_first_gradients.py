@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -125,6 +126,65 @@ def test_several_forward_passes_before_their_backward_passes_are_told_apart():
     one.backward()
     other.backward()
     (model(x).sum() + model(x).sum()).backward()
+
+
+def test_two_backward_passes_of_one_forward_pass_may_reach_half_of_the_deltas_each():
+    model = adapted(lambda net, x: net.left(x))
+    middle: list[torch.Tensor] = []
+    model.base_model.model.last.register_forward_pre_hook(lambda module, args: middle.append(args[0]))
+    y = model(torch.randn(3, 64))
+    middle[0].sum().backward(retain_graph=True)
+    y.sum().backward()
+    steps(model)
+    assert all(p.grad is not None for n, p in model.named_parameters() if p.requires_grad and "right" not in n)
+
+
+def test_an_output_that_is_held_and_never_used_is_an_error_in_the_next_step():
+    held = []
+    model = adapted(lambda net, x: held.append(net.right(x)) or net.left(x))
+    steps(model, count=1)
+    held.clear()
+    with pytest.raises(RuntimeError, match="'right'"):
+        steps(model, count=1)
+
+
+def test_layers_of_a_forward_pass_without_a_backward_pass_are_not_waited_for():
+    used = [True]
+    model = adapted(lambda net, x: net.left(x) + (net.right(x) if used[0] else 0))
+    model(torch.randn(3, 64))
+    used[0] = False
+    steps(model)
+
+
+def test_experts_that_are_called_without_tokens_have_no_gradient():
+    def some(net: Net, x: torch.Tensor) -> torch.Tensor:
+        net.right(x[:0])
+        return net.left(x)
+
+    steps(adapted(some))
+
+
+def test_the_names_in_the_error_are_what_exclude_modules_takes():
+    class Tower(nn.Module):
+        """Gives the output of the block before the last, as vision towers do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(
+                nn.Sequential(*(linear_dense(64, 64) for _ in range(7))) for _ in range(3)
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            states = [x]
+            for block in self.blocks:
+                states.append(block(states[-1]))
+            return states[-2]
+
+    with pytest.raises(RuntimeError) as caught:
+        steps(get_peft_model(Tower(), SGRQConfig()).train())
+    names = re.findall(r"'(blocks[^']*)'", str(caught.value))
+    assert names == [f"blocks.2.{index}" for index in range(7)]
+    steps(get_peft_model(Tower(), SGRQConfig(exclude_modules=names)).train())
 
 
 def test_a_copy_in_the_middle_of_a_step_is_watched_on_its_own():
