@@ -35,9 +35,11 @@ from peft_sgrq.base.check import check_base, describe_quantization
 from peft_sgrq.base.engines import check_engine, check_whole
 from peft_sgrq.base.loading import describe_class
 from peft_sgrq.base.prepare import prepare_base, writing_scales
+from peft_sgrq.base.trainable_kernels import use_trainable_kernels
 from peft_sgrq.base.workarounds.compiled_modules import compiled_in_place
 from peft_sgrq.base.workarounds.loading_attributes import forget_loading_attributes
 from peft_sgrq.base.workarounds.tied_merges import separate_rows, separate_untied, ties
+from peft_sgrq.base.workarounds.trainer_refusal import let_trainers_train
 from peft_sgrq.choices import without_wrapper_names
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.bnb_4bit.nesting import nested_layers
@@ -48,7 +50,7 @@ from peft_sgrq.layer.first_gradients import FirstGradients
 from peft_sgrq.layer.linear import SGRQLinear
 from peft_sgrq.layer.masks import decode_mask, encode_mask
 from peft_sgrq.layer.mixed_batch import adapter_names_for, check_adapter_names
-from peft_sgrq.selection.by_weights import select_without_data
+from peft_sgrq.selection.by_weights import everything, select_without_data, selects_everything
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +99,7 @@ class SGRQModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_engine(model)
+        use_trainable_kernels(model)
         # The selection and the fingerprint are written into a copy, so that one config can serve several models.
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         if config.base_model_name_or_path is None:  # PEFT does not find it in a compiled model
@@ -143,6 +146,7 @@ class SGRQModel(BaseTuner):
         forget_loading_attributes(model)
         if not peft_config.inference_mode:
             warn_of_dense_base(model)
+            let_trainers_train(model)
 
     def _complete_config(
         self, peft_config: SGRQConfig, model: nn.Module, scaled_weights: dict[str, ScaledWeight]
@@ -157,9 +161,12 @@ class SGRQModel(BaseTuner):
         if peft_config.base_fingerprint is not None:
             check_base(peft_config, fingerprints, known=scaled_weights)
         selection = dict(peft_config.selection or {})
-        missing = {name: scaled_weight for name, scaled_weight in present.items() if name not in selection}
+        known = scaled_weights if selects_everything(peft_config) else present
+        missing = {name: scaled_weight for name, scaled_weight in known.items() if name not in selection}
         peft_config.selection = selection | select_without_data(missing, peft_config)
         self._check_selection(peft_config, scaled_weights)
+        if selects_everything(peft_config):
+            peft_config.full_masks = {name: everything(scaled_weight) for name, scaled_weight in scaled_weights.items()}
         if not present:
             return
         peft_config.base_fingerprint = (peft_config.base_fingerprint or {}) | fingerprints
