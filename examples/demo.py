@@ -23,16 +23,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    if not {"-h", "--help"} & set(sys.argv):
+        print("Loading torch, transformers and TRL ...", file=sys.stderr, flush=True)
+    for library in ("bitsandbytes", "torchao"):  # what they have not found is not needed here
+        logging.getLogger(library).setLevel(logging.ERROR)
+
 import torch
 from datasets import Dataset, load_dataset
 from demo_text import task_documents
 from peft import LoraConfig, PeftConfig, PeftModel
 from perplexity import keep_stored_layout, load, logits_of, perplexity, tokenize
-from transformers import AutoTokenizer, BitsAndBytesConfig, set_seed
+from progress_lines import ProgressLines
+from transformers import AutoTokenizer, BitsAndBytesConfig, PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
-from peft_sgrq import SGRQConfig
+from peft_sgrq import SGRQConfig, fast_dtype
+from peft_sgrq.base.precision import describe_dtype
 
 HERE = Path(__file__).resolve().parent
 
@@ -52,8 +60,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"))
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
     parser.add_argument("--ratio", type=float, default=1.0, help="share of the scales that SGRQ trains")
     parser.add_argument("--rank", type=int, default=16, help="rank of LoRA")
@@ -76,9 +84,9 @@ def load_texts(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
 def quantize(arguments: argparse.Namespace, directory: Path) -> None:
     """Saves the model in NF4, so that both methods start from the same codes and scales."""
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=arguments.dtype
     )
-    model = load(arguments.model, dtype=torch.bfloat16, quantization_config=quantization)
+    model = load(arguments.model, dtype=arguments.dtype, quantization_config=quantization)
     model.save_pretrained(directory)
     AutoTokenizer.from_pretrained(arguments.model).save_pretrained(directory)
 
@@ -104,8 +112,10 @@ def tune(
             packing_strategy="wrapped",
             activation_checkpointing=False,
             use_cpu=not torch.cuda.is_available(),
-            bf16=True,
-            logging_steps=max(1, arguments.steps // 5),
+            bf16=arguments.dtype == torch.bfloat16,
+            fp16=arguments.dtype == torch.float16,
+            logging_steps=1,
+            disable_tqdm=not sys.stderr.isatty(),
             save_strategy="no",
             report_to="none",
             seed=arguments.seed,
@@ -114,6 +124,9 @@ def tune(
         processing_class=AutoTokenizer.from_pretrained(base),
         peft_config=method.config,
     )
+    if not sys.stderr.isatty():
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(ProgressLines(method.name))
     start = time.perf_counter()
     trainer.train()
     return trainer.model, time.perf_counter() - start
@@ -125,10 +138,12 @@ def run(method: Method, base: Path, train: Dataset, held_out: Path, arguments: a
     windows = tokenize(
         AutoTokenizer.from_pretrained(base), held_out.read_text(), arguments.length, arguments.eval_windows
     )
+    say(f"{method.name}: {arguments.steps} steps.")
     model, seconds = tune(method, base, train, arguments, directory)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     model.save_pretrained(directory / "adapter")
 
+    say(f"{method.name}: trained in {seconds:.0f} s; merging, saving and loading it again.")
     # What a user would serve: the saved adapter on the base as it is stored.
     fresh = load(str(base))
     keep_stored_layout(fresh)
@@ -176,6 +191,10 @@ def evaluate_in_second_process(
     return json.loads(output.splitlines()[-1])["perplexity"], result
 
 
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def file_size(directory: Path) -> float:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors")) / 1e6
 
@@ -205,12 +224,13 @@ def spell(value: Any) -> str:
 
 def main() -> None:
     arguments = parse_arguments()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    arguments.dtype = fast_dtype()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     arguments.output.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
 
+    say(f"Computing in {describe_dtype(arguments.dtype)}; quantizing {arguments.model} to NF4.")
     train_texts, held_out_texts = load_texts(arguments)
     train = Dataset.from_dict({"text": train_texts})
     held_out = arguments.output / "held_out.txt"
@@ -220,7 +240,8 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     windows = tokenize(tokenizer, held_out.read_text(), arguments.length, arguments.eval_windows)
-    full = load(arguments.model, dtype=torch.bfloat16)
+    say(f"Perplexity of the model and of its NF4 version, on {windows.numel():,} held-out tokens.")
+    full = load(arguments.model, dtype=arguments.dtype)
     quantized = load(str(base))
     keep_stored_layout(quantized)
     shared = {
@@ -247,7 +268,10 @@ def main() -> None:
     print_table(columns)
     packages = ("peft", "torch", "transformers", "trl", "bitsandbytes")
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    print(f"\n{arguments.steps} steps of {arguments.batch_size} x {arguments.length} tokens, bfloat16; {versions};")
+    print(
+        f"\n{arguments.steps} steps of {arguments.batch_size} x {arguments.length} tokens, "
+        f"{describe_dtype(arguments.dtype)}; {versions};"
+    )
     print(f"{platform.machine()}, {os.cpu_count()} CPUs; {time.perf_counter() - start:.0f} seconds in all.")
     (arguments.output / "results.json").write_text(json.dumps(columns, indent=2))
 

@@ -11,6 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peft_sgrq.base.precision import compute_in as compute_in
+    from peft_sgrq.base.precision import fast_dtype as fast_dtype
     from peft_sgrq.base.restore import restore_codes as restore_codes
     from peft_sgrq.base.split import split_groups as split_groups
     from peft_sgrq.base.workarounds.trainer_refusal import allow_quantized_training as allow_quantized_training
@@ -48,6 +50,8 @@ _HOMES = {  # public name -> the module it is imported from when it is asked for
     "allocate_ratios": "selection.layerwise.allocate_ratios",
     "allow_quantized_training": "base.workarounds.trainer_refusal",
     "calibrate": "selection.calibrate",
+    "compute_in": "base.precision",
+    "fast_dtype": "base.precision",
     "keep_dense": "formats.gguf.dense_weights",
     "load_gguf": "formats.gguf.loading",
     "merge_checkpoint": "checkpoint.merge",

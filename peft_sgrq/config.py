@@ -61,7 +61,8 @@ class SGRQConfig(PeftConfig):
         modules_to_save (`list[str]` or `None`): Further modules to train and save whole.
         trainable_token_indices (`list[int]`, `dict[str, list[int]]` or `None`): Embedding rows to train.
         selection (`dict[str, str]` or `None`): Layer name -> bit mask of its selected groups in hexadecimal, the
-            first group the highest bit. [`calibrate`] fills it; missing ones are chosen without data.
+            first group the highest bit. [`calibrate`] fills it; missing ones are chosen without data. With `ratio=1.0`
+            a layer that is not named has all of them, and masks of all are not written to files.
         base_fingerprint (`dict[str, str]` or `None`): Layer name -> digest of the base layer. Where it is given,
             another base is refused; set it to `None` to load the adapter on another base all the same.
         base_quantization (`dict` or `None`): The quantization config of the base, to say how to load it.
@@ -124,6 +125,8 @@ class SGRQConfig(PeftConfig):
                 setattr(self, field_name, plain)
         # Names of layers in the file of the adapter -> in the model it was loaded on, where they differ; not a field.
         self.renamed_layers: dict[str, str] = {}
+        # The masks of all groups, by layer, where a selection that is not in the file means these; not a field.
+        self.full_masks: dict[str, str] = {}
         self._check_version()
         self._check_targets()
         self._check_numbers()
@@ -218,9 +221,21 @@ class SGRQConfig(PeftConfig):
         """Writes `adapter_config.json`, and, beside saved adapter weights, the model card `README.md`."""
         if self.auto_mapping is not None:
             kwargs["auto_mapping_dict"] = None  # PEFT's own names the class, and not what else loading takes
-        super().save_pretrained(save_directory, **kwargs)
+        selection = self.selection
+        self.selection = self._written_selection()
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.selection = selection
         for write in self.written_beside:
             write(save_directory, self)
+
+    def _written_selection(self) -> dict[str, str] | None:
+        """The selection without what follows from a ratio of 1: 350 KB of "f" for an 8B model in int8."""
+        if self.selection is None:
+            return None
+        masks = self.full_masks
+        return {name: mask for name, mask in self.selection.items() if masks.get(name) != mask} or None
 
 
 def _as_set(names: Any) -> Any:

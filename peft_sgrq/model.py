@@ -34,10 +34,12 @@ from peft_sgrq.adapter.weighted_sum import check_sum, config_of_sum
 from peft_sgrq.base.engines import check_engine, check_whole
 from peft_sgrq.base.loading import describe_class
 from peft_sgrq.base.prepare import prepare_base, writing_scales
+from peft_sgrq.base.trainable_kernels import use_trainable_kernels
 from peft_sgrq.base.workarounds.compiled_modules import compiled_in_place
 from peft_sgrq.base.workarounds.loading_attributes import forget_loading_attributes
 from peft_sgrq.base.workarounds.tied_merges import separate_rows, separate_untied, ties
 from peft_sgrq.base.workarounds.token_rows import check_token_rows
+from peft_sgrq.base.workarounds.trainer_refusal import let_trainers_train
 from peft_sgrq.choices import without_wrapper_names
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.bnb_4bit.nesting import nested_layers
@@ -98,6 +100,7 @@ class SGRQModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_engine(model)
+        use_trainable_kernels(model)
         # The selection and the fingerprint are written into a copy, so that one config can serve several models.
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         if config.base_model_name_or_path is None:  # PEFT does not find it in a compiled model
@@ -145,6 +148,7 @@ class SGRQModel(BaseTuner):
         forget_loading_attributes(model)
         if not peft_config.inference_mode:
             warn_of_dense_base(model)
+            let_trainers_train(model)
 
     def _create_and_replace(
         self,

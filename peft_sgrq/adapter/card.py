@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 
 _BEGIN = "<!-- written by peft_sgrq: begin -->"
 _END = "<!-- written by peft_sgrq: end -->"
+_PLACE = "path or Hub name of this adapter"
 _TEMPLATE_SIGN = "[More Information Needed]"  # in the card PEFT and huggingface_hub start from
 
 _TEXT = """\
 {begin}
 # {title}
 
-An adapter of `peft_sgrq`, saliency-guided scale tuning: it changes {share}scales of {layers} layers and
-nothing else of the base model. Merged into the base it gives a model of the same format whose outputs are those of the
+An adapter of `peft_sgrq`, saliency-guided scale tuning: it changes {share}scales of the layers named below and nothing
+else of the base model. Merged into the base it gives a model of the same format whose outputs are those of the
 adapter, bit for bit.
 
 | | |
@@ -36,7 +37,7 @@ adapter, bit for bit.
 | quantization of the base | {quantization} |
 | ratio of trained scales | {ratio} |
 | criterion | {criterion} |
-| layers | {layers} |
+| tuned layers | {layers}: {kinds} |
 | trained parameters | {parameters:,} ({adapter_dtype}) |
 | size of the adapter | {size} |
 
@@ -46,7 +47,7 @@ adapter, bit for bit.
 import peft_sgrq  # registers SGRQ with PEFT
 from peft import PeftModel
 {loading}
-model = PeftModel.from_pretrained(base, "path or Hub name of this adapter")
+model = PeftModel.from_pretrained(base, "{place}")
 ```
 
 The adapter fits this base and this quantization of it only; another one is refused.
@@ -66,8 +67,9 @@ _SAVING = "\n`save_pretrained` cannot save a model of this format so that it loa
 def write_model_card(directory: str, config: SGRQConfig) -> None:
     """Writes or updates `README.md` beside the weights of a saved adapter.
 
-    A card that is there keeps its metadata and its text (TRL's, say, or the author's) and gets a section of ours, that
-    is brought up to date at the next save; only the empty template that PEFT fills in is replaced.
+    A card that is there keeps its metadata and its text (TRL's, say, or the author's) below a section of ours, which
+    is brought up to date at the next save; only the empty template that PEFT fills in is replaced. Where TRL names a
+    base that is a folder "None", the name of the folder is put.
 
     Args:
         directory (`str`): Where the adapter was saved; without adapter weights in it nothing is written.
@@ -84,7 +86,7 @@ def write_model_card(directory: str, config: SGRQConfig) -> None:
         card.data["base_model"] = base
     tags = {"sgrq", "quantization"} | ({f"base_model:adapter:{base}"} if base and not os.path.isdir(base) else set())
     card.data["tags"] = sorted(tags | set(card.data.get("tags") or ()))
-    card.text = _with_section(card.text, _section(weights, config))
+    card.text = _with_section(_without_none(card.text, base), _section(weights, config))
     with written(path) as file:
         card.save(file)
 
@@ -96,13 +98,21 @@ def _with_section(text: str, section: str) -> str:
     _, end, after = rest.partition(_END)
     if begin and end:
         return before + section.rstrip("\n") + after
-    return text.rstrip("\n") + "\n\n" + section
+    return section.rstrip("\n") + "\n\n" + text.lstrip("\n")
+
+
+def _without_none(text: str, base: str | None) -> str:
+    """TRL's text with names for what it knows none of."""
+    text = text.replace("[None](https://huggingface.co/None)", f"`{base or 'a model that is not named'}`")
+    return text.replace('model="None"', f'model="{_PLACE}"')
 
 
 def _section(weights: str, config: SGRQConfig) -> str:
     quantization = config.base_quantization
     base = config.base_model_name_or_path or "not recorded"
+    tuned = config.selection or config.base_fingerprint or {}
     return _TEXT.format(
+        place=_PLACE,
         begin=_BEGIN,
         end=_END,
         title=f"SGRQ adapter for {Path(base).name}",
@@ -111,7 +121,8 @@ def _section(weights: str, config: SGRQConfig) -> str:
         share=_share(config),
         ratio=config.ratio if isinstance(config.ratio, str) else f"{config.ratio:g}",
         criterion=config.criterion or ("magnitude" if _share(config) else "none, all are trained"),
-        layers=len(config.selection or ()),
+        layers=len(tuned),
+        kinds=", ".join(dict.fromkeys(f"`{name.rpartition('.')[2]}`" for name in tuned)) or "none",
         parameters=_count_parameters(weights),
         adapter_dtype=config.adapter_dtype,
         size=f"{os.path.getsize(weights) / 1e6:.2f} MB",

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from peft_sgrq.base.prepare import prepare_base, writing_scales
+from peft_sgrq.base.trainable_kernels import use_trainable_kernels
 from peft_sgrq.formats.registry import is_quantized, resolve_weight
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.base_layers import refuse_adapters
@@ -58,6 +59,7 @@ def split_groups(model: Model, group_size: int) -> Model:
     if group_size < 1:
         raise ValueError(f"group_size is {group_size}, expected at least 1; pass the columns per scale, such as 32.")
     refuse_adapters(model, "split its groups")
+    use_trainable_kernels(model)
     scaled_weights = {
         name: _scaled_weight(name, module, group_size)
         for name, module in model.named_modules()

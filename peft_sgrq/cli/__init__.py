@@ -7,10 +7,13 @@ imports torch and the like inside `run`, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+
+from peft_sgrq import __version__
 
 COMMANDS: tuple[str, ...] = ("calibrate", "inspect", "merge", "recover", "verify")
 _BY_SIGNAL = 128
@@ -19,7 +22,9 @@ _BY_SIGNAL = 128
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command with all its subcommands."""
     parser = argparse.ArgumentParser(prog="peft-sgrq", description="Saliency-guided scale tuning of quantized models.")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    parser.add_argument("--version", action="version", version=f"peft-sgrq {__version__}")
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(metavar="COMMAND")
     for name in COMMANDS:
         module = import_module(f"{__name__}.{name}")
         text = (module.__doc__ or "").strip().splitlines()[0]
@@ -53,9 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     try:
         try:
-            args = build_parser().parse_args(argv)
+            parser = build_parser()
+            args = parser.parse_args(argv)
         except SystemExit as end:
             return int(end.code or 0)
+        if args.run is None:
+            parser.print_help()
+            return 0
+        _quiet_libraries()
         import_module("peft_sgrq.plugin.registration").register()
         return args.run(args)
     except KeyboardInterrupt:
@@ -68,6 +78,12 @@ def _run(argv: Sequence[str] | None) -> int:
     except (ValueError, TypeError, OSError) as error:
         print(f"peft-sgrq: error: {error}", file=sys.stderr)
         return 2
+
+
+def _quiet_libraries() -> None:
+    """Keeps what libraries say about kernels they have not found, and a command does not need, from coming first."""
+    for library in ("bitsandbytes", "torchao"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def _leave_closed_pipes() -> None:

@@ -10,6 +10,9 @@ import argparse
 import sys
 from typing import Any
 
+from peft_sgrq.choices import DEFAULT_CRITERION
+from peft_sgrq.cli.argument_types import CRITERION_NAMES, criterion
+
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -17,7 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("data", metavar="DATA", help="a .txt, .jsonl, .csv or .parquet file, or a dataset of the Hub")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the safetensors file to write")
-    parser.add_argument("--criterion", default="diag", help="how salience is measured (default: diag)")
+    parser.add_argument(
+        "--criterion",
+        default=DEFAULT_CRITERION,
+        type=criterion,
+        help=f"how salience is measured: {CRITERION_NAMES} (default: diag)",
+    )
     add_data_arguments(parser)
     parser.add_argument("--original", help="for the criterion error: the model before quantization")
     parser.add_argument("--memory-limit", metavar="SIZE", help='of Hessians in models that are no chain, e.g. "4GB"')
@@ -32,7 +40,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group-size", type=int, default=64, help="columns per scale where nothing is quantized")
     parser.add_argument("--quantize", choices=("nf4", "fp4", "int8"), help="quantize the model by bitsandbytes first")
     parser.add_argument("--double-quant", action="store_true", help="with nf4 and fp4: quantize the scales, too")
-    parser.add_argument("--dtype", default="auto", help="of what is not quantized (default: that of the checkpoint)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of what is not quantized (default: that of the checkpoint, or float32 on CPUs without bfloat16)",
+    )
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,6 +131,9 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+    from peft_sgrq.base.loading_arguments import loading_arguments
+    from peft_sgrq.base.precision import compute_in, describe_dtype, fast_dtype
+
     if args.model.endswith(".gguf"):
         from peft_sgrq.formats.gguf.loading import load_gguf
 
@@ -128,7 +144,11 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
         place = "auto" if torch.cuda.is_available() else None
         return load_gguf(args.model, dtype=None if args.dtype == "auto" else args.dtype, device_map=place)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    kwargs: dict[str, Any] = {"dtype": args.dtype, "device_map": "auto" if torch.cuda.is_available() else None}
+    kwargs: dict[str, Any] = loading_arguments(args.model)
+    kwargs["device_map"] = "auto" if torch.cuda.is_available() else None
+    if args.dtype != "auto":
+        kwargs["dtype"] = getattr(torch, args.dtype)
+    dtype = kwargs["dtype"]
     if args.quantize == "int8":
         kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     elif args.quantize:
@@ -136,6 +156,11 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
             load_in_4bit=True,
             bnb_4bit_quant_type=args.quantize,
             bnb_4bit_use_double_quant=args.double_quant,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=fast_dtype() if dtype == "auto" else dtype,
         )
-    return AutoModelForCausalLM.from_pretrained(args.model, **kwargs), tokenizer
+    model = AutoModelForCausalLM.from_pretrained(args.model, **kwargs)
+    if dtype != "auto":
+        compute_in(model, dtype)
+        if args.dtype == "auto" and not args.quiet:
+            print(f"computing in {describe_dtype(dtype)}", file=sys.stderr)
+    return model, tokenizer

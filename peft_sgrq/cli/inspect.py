@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from peft_sgrq.choices import DEFAULT_BUDGET, NAMED_RATIOS
+from peft_sgrq.choices import DEFAULT_BUDGET
+from peft_sgrq.cli.argument_types import budget, ratio
 
 if TYPE_CHECKING:
     from peft_sgrq.formats.gguf.report import FileReport
@@ -23,9 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path", metavar="ADAPTER|SALIENCY|GGUF", help="a saved adapter, a saliency file, or a .gguf file"
     )
-    parser.add_argument("--ratio", type=_ratio, help="of a saliency: the ratio to show by layer (default: knee)")
     parser.add_argument(
-        "--budget", type=_budget, default=DEFAULT_BUDGET, help='of ratio "global": a share, a number, or "20MB"'
+        "--ratio",
+        type=ratio,
+        help="of a saliency: the ratio to show by layer, a number in (0, 1], knee or global (default: knee)",
+    )
+    parser.add_argument(
+        "--budget", type=budget, default=DEFAULT_BUDGET, help='of ratio "global": a share, a number, or "20MB"'
     )
     parser.add_argument("--saliency", metavar="FILE", help="of an adapter: that of its base, for the share held")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -78,23 +83,6 @@ def run(args: argparse.Namespace) -> int:
     text = json.dumps(found, indent=1) if args.json else describe(report)
     print(text, file=sys.stderr if args.plot and is_standard_output(args.plot) else None)
     return 0
-
-
-def _ratio(text: str) -> float | str:
-    try:
-        return text if text in NAMED_RATIOS else float(text)
-    except ValueError:
-        known = ", ".join(NAMED_RATIOS)
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a number in (0, 1] or one of {known}") from None
-
-
-def _budget(text: str) -> float | int | str:
-    for convert in (int, float):
-        try:
-            return convert(text)
-        except ValueError:
-            continue
-    return text
 
 
 def describe(report: Report) -> str:

@@ -7,10 +7,10 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id of the adapter")
-    parser.add_argument("out", metavar="OUT", help="folder to make; a file if the base is a .gguf file")
+    parser.add_argument("out", metavar="MERGED", help="folder to make; a file if the base is a .gguf file")
     parser.add_argument("--base", help="folder, Hub id or .gguf file of the base; the adapter names it, too")
     parser.add_argument("--revision", help="revision of the base on the Hub")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace MERGED if it exists")
     parser.add_argument(
         "--name", help="of a .gguf file: the general.name to write into its header (default: as it is)"
     )

@@ -11,6 +11,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from peft_sgrq.cli.argument_types import ratio
 from peft_sgrq.cli.calibrate import add_data_arguments, add_model_arguments, check_sources, load_data, load_model
 
 if TYPE_CHECKING:
@@ -33,12 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="a .txt, .jsonl, .csv or .parquet file, or a dataset of the Hub")
     parser.add_argument("-o", "--output", required=True, metavar="ADAPTER", help="the folder to write")
     add_data_arguments(parser)
-    parser.add_argument("--ratio", type=float, default=1.0, help="share of the scales trained (default: 1.0)")
+    parser.add_argument(
+        "--ratio", type=ratio, default=1.0, help="share of the scales trained, or knee or global (default: 1.0)"
+    )
     parser.add_argument("--epochs", type=int, help="of each block; 0 leaves the first stage out")
     parser.add_argument("--learning-rate", type=float, help="of the first stage, of relative changes")
     parser.add_argument("--augmented", action=argparse.BooleanOptionalAction, help="match f(X_q) as well as f(X)")
     parser.add_argument("--preservation", type=float, metavar="WEIGHT", help="how much salient weights are held")
-    parser.add_argument("--importance", help="which are: fisher, or magnitude for all alike")
+    parser.add_argument("--importance", choices=("fisher", "magnitude"), help="which are; magnitude: all alike")
     parser.add_argument("--distill-steps", type=int, help="steps of the second stage")
     parser.add_argument("--distill-learning-rate", type=float, help="of the second stage")
     parser.add_argument("--progress-file", metavar="FILE", help="to go on from when interrupted (default: beside -o)")

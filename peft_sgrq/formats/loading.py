@@ -11,10 +11,10 @@ from peft_sgrq.formats.registry import quantizing_code
 
 # Formats whose kernel is chosen at loading, so that a quantized checkpoint, too, needs an argument; these are the
 # kernels that can be trained through.
-_KERNELS: dict[str, tuple[str, str]] = {
-    "auto-round": ("AutoRoundConfig", 'backend="torch"'),
-    "awq": ("AwqConfig", 'bits={bits}, backend="torch_awq"'),
-    "gptq": ("GPTQConfig", 'bits={bits}, backend="torch"'),
+_KERNELS: dict[str, tuple[str, str, bool]] = {  # its config, the kernel, and whether the config needs the bits
+    "auto-round": ("AutoRoundConfig", "torch", False),
+    "awq": ("AwqConfig", "torch_awq", True),
+    "gptq": ("GPTQConfig", "torch", True),
 }
 _NAMES = {
     "autoround": "AutoRound",
@@ -32,17 +32,31 @@ def kernel_is_chosen(quantization: Mapping[str, Any]) -> bool:
     return quantization.get("quant_method") in _KERNELS
 
 
+def kernel_arguments(quantization: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """The config of transformers that loads a trainable kernel, and its arguments; `None` if there is none."""
+    method = quantization.get("quant_method")
+    found = _KERNELS.get(getattr(method, "value", method) or "")
+    if found is None:
+        return None
+    name, kernel, needs_bits = found
+    return name, {**({"bits": quantization.get("bits")} if needs_bits else {}), "backend": kernel}
+
+
 def quantization_code(quantization: Mapping[str, Any]) -> Code:
     """The Python code that quantizes a base as recorded; empty where it is loaded as it is.
 
     Args:
         quantization (`Mapping`): What `ScaledWeight.quantization` and the config of the model said.
     """
-    method = str(quantization.get("quant_method"))
+    method = quantization.get("quant_method")
+    method = str(getattr(method, "value", method))
     code = Code()
-    if method in _KERNELS:
-        name, arguments = _KERNELS[method]
-        code = Code({"transformers": {name}}, f"{name}({arguments.format(bits=quantization.get('bits'))})")
+    kernel = kernel_arguments(quantization)
+    if kernel is not None:
+        name, values = kernel
+        quoted = {key: f'"{value}"' if isinstance(value, str) else str(value) for key, value in values.items()}
+        arguments = ", ".join(f"{key}={value}" for key, value in quoted.items())
+        code = Code({"transformers": {name}}, f"{name}({arguments})")
     elif not quantization.get("pre_quantized"):
         after = quantizing_code(method)
         code = (after and after(quantization)) or _config_code(method, quantization)

@@ -46,11 +46,13 @@ def _register() -> None:
             )
     # Before the member is made, so that a failing import leaves nothing half registered.
     from peft_sgrq.adapter.card import write_model_card
+    from peft_sgrq.base.workarounds.gptqmodel_few_cores import give_gptqmodel_workers
     from peft_sgrq.config import SGRQConfig
     from peft_sgrq.model import SGRQModel
 
     if NAME not in PeftType.__members__:
         _insert_member(PeftType, NAME)
+    give_gptqmodel_workers()
     SGRQConfig.written_beside.append(write_model_card)
     register_peft_method(name=NAME.lower(), config_cls=SGRQConfig, model_cls=SGRQModel, prefix=SGRQModel.prefix)
 

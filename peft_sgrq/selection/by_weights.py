@@ -18,10 +18,23 @@ if TYPE_CHECKING:
     from peft_sgrq.config import SGRQConfig
 
 
+def selects_everything(config: SGRQConfig) -> bool:
+    """Whether a config selects all groups of every layer that its selection does not name."""
+    return config.ratio == 1 and not config.ratio_pattern
+
+
+def everything(scaled_weight: ScaledWeight) -> str:
+    """The mask of all groups of a layer; only its shape is needed, which it has on the meta device, too."""
+    return encode_mask(torch.arange(scaled_weight.selectable), scaled_weight.selectable)
+
+
 def select_without_data(scaled_weights: Mapping[str, ScaledWeight], config: SGRQConfig) -> dict[str, str]:
     """The selection a config asks for where no calibration made one: module name -> bit mask in hexadecimal.
 
-    The config's criterion `None` means `"magnitude"`; a criterion or ratio that needs calibration is a ValueError.
+    At a ratio of 1 that is everything, whatever the criterion. The config's criterion `None` means `"magnitude"`.
+
+    Raises:
+        ValueError: If the criterion or the ratio needs calibration.
     """
     if not scaled_weights:
         return {}
@@ -29,6 +42,8 @@ def select_without_data(scaled_weights: Mapping[str, ScaledWeight], config: SGRQ
         return {
             name: encode_mask(torch.empty(0, dtype=torch.int64), b.selectable) for name, b in scaled_weights.items()
         }
+    if selects_everything(config):
+        return {name: everything(scaled_weight) for name, scaled_weight in scaled_weights.items()}
     criterion = config.criterion or "magnitude"
     asked = "criterion" if criterion not in WITHOUT_DATA else "ratio" if config.ratio == "layerwise" else None
     if asked:

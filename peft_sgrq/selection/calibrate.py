@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from peft_sgrq.adapter.targets import find_targets, supported_layers
 from peft_sgrq.base.prepare import prepare_base
+from peft_sgrq.base.trainable_kernels import use_trainable_kernels
 from peft_sgrq.choices import CUSTOM, DEFAULT_CRITERION, WITHOUT_DATA, check_criterion, size_in_bytes
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.scaled_weight import ScaledWeight
@@ -118,6 +119,7 @@ def calibrate(
         )
     if memory_limit is not None:
         size_in_bytes(memory_limit, "memory_limit")
+    use_trainable_kernels(model)
     scaled_weights = _targets(model, config)
     prepare_base(model)
     saliency = Saliency({layer: _unscored(weight) for layer, weight in scaled_weights.items()}, name)

@@ -10,7 +10,7 @@ from peft_sgrq.base.check import check_base, describe_quantization
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.masks import decode_mask
-from peft_sgrq.selection.by_weights import select_without_data
+from peft_sgrq.selection.by_weights import everything, select_without_data, selects_everything
 
 
 def complete_config(config: SGRQConfig, model: nn.Module, scaled_weights: Mapping[str, ScaledWeight]) -> None:
@@ -30,9 +30,12 @@ def complete_config(config: SGRQConfig, model: nn.Module, scaled_weights: Mappin
     if config.base_fingerprint is not None:
         check_base(config, fingerprints, known=scaled_weights)
     selection = dict(config.selection or {})
-    missing = {name: weight for name, weight in present.items() if name not in selection}
+    known = scaled_weights if selects_everything(config) else present
+    missing = {name: weight for name, weight in known.items() if name not in selection}
     config.selection = selection | select_without_data(missing, config)
     _check_selection(config, scaled_weights)
+    if selects_everything(config):
+        config.full_masks = {name: everything(weight) for name, weight in scaled_weights.items()}
     if not present:
         return
     config.base_fingerprint = (config.base_fingerprint or {}) | fingerprints

@@ -62,6 +62,26 @@ def test_text_of_others_is_kept(saved: Path, llama_dir: Path):
     assert card.data.license == "mit"
 
 
+def test_our_section_comes_first_and_trl_s_text_names_no_none(saved: Path, llama_dir: Path):
+    trl = (
+        "# Model Card for out\n\nThis model is a fine-tuned version of [None](https://huggingface.co/None).\n\n"
+        '```python\ngenerator = pipeline("text-generation", model="None", device="cuda")\n```\n'
+    )
+    card = ModelCard.load(saved / "README.md")
+    card.text = trl
+    card.save(saved / "README.md")
+    for _ in range(2):
+        adapted(NF4_NESTED, llama_dir).save_pretrained(saved)
+    text = ModelCard.load(saved / "README.md").text
+    assert text.index("An adapter of `peft_sgrq`") < text.index("# Model Card for out")
+    assert "None" not in text and f"fine-tuned version of `{llama_dir}`" in text
+
+
+def test_the_card_names_the_layers_that_were_tuned(saved: Path):
+    text = (saved / "README.md").read_text()
+    assert "`q_proj`" in text and "`down_proj`" in text
+
+
 def test_a_config_saved_alone_gets_no_card(tmp_path: Path):
     SGRQConfig().save_pretrained(tmp_path)
     assert not (tmp_path / "README.md").exists()

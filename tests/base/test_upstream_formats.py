@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -14,6 +16,7 @@ from support.bases import TRAINING, logits, save_small_llama
 from support.library_formats import FORMATS
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from trl import SFTConfig, SFTTrainer
 
 from peft_sgrq import SGRQConfig
@@ -41,18 +44,21 @@ def examples(ids: torch.Tensor) -> Dataset:
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
 
 
-def test_transformers_still_refuses_to_train_adapters_on_torchao_intx(model, ids, tmp_path):
-    model = get_peft_model(model, SGRQConfig(task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="do not support training"):
-        Trainer(model, TrainingArguments(tmp_path, **TRAINING), train_dataset=examples(ids))
+def test_transformers_still_calls_torchao_intx_untrainable(model):
+    assert not model.hf_quantizer.is_trainable
 
 
-def test_a_trainer_trains_an_adapter_on_torchao_intx_when_allowed(model, ids, tmp_path):
-    quantizer, cls = model.hf_quantizer, type(model.hf_quantizer)
-    model = get_peft_model(model, SGRQConfig(task_type="CAUSAL_LM"))
+def test_an_allowance_ends_where_it_was_given(model):
     with allow_quantized_training(model):
-        trainer = Trainer(model, TrainingArguments(tmp_path, max_steps=3, **TRAINING), train_dataset=examples(ids))
-    assert type(quantizer) is cls and not quantizer.is_trainable
+        assert model.hf_quantizer.is_trainable
+    assert not model.hf_quantizer.is_trainable
+
+
+def test_a_trainer_trains_an_adapter_on_torchao_intx(model, ids, tmp_path):
+    model = get_peft_model(model, SGRQConfig(task_type="CAUSAL_LM"))
+    for copied in (copy.deepcopy(model.hf_quantizer), pickle.loads(pickle.dumps(model.hf_quantizer))):
+        assert copied.is_trainable and isinstance(copied, TorchAoHfQuantizer)
+    trainer = Trainer(model, TrainingArguments(tmp_path, max_steps=3, **TRAINING), train_dataset=examples(ids))
     before = logits(model.eval(), ids)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -63,17 +69,16 @@ def test_a_trainer_trains_an_adapter_on_torchao_intx_when_allowed(model, ids, tm
     assert torch.equal(logits(model, ids), trained)
 
 
-def test_sfttrainer_makes_the_adapter_itself_when_allowed(model, tmp_path, llama_dir):
+def test_sfttrainer_makes_the_adapter_itself(model, tmp_path, llama_dir):
     from transformers import AutoTokenizer
 
-    with allow_quantized_training(model):
-        trainer = SFTTrainer(
-            model,
-            args=SFTConfig(tmp_path, max_steps=2, max_length=32, **TRAINING),
-            train_dataset=Dataset.from_dict({"text": ["one two three four"] * 4}),
-            processing_class=AutoTokenizer.from_pretrained(llama_dir),
-            peft_config=SGRQConfig(task_type="CAUSAL_LM"),
-        )
+    trainer = SFTTrainer(
+        model,
+        args=SFTConfig(tmp_path, max_steps=2, max_length=32, **TRAINING),
+        train_dataset=Dataset.from_dict({"text": ["one two three four"] * 4}),
+        processing_class=AutoTokenizer.from_pretrained(llama_dir),
+        peft_config=SGRQConfig(task_type="CAUSAL_LM"),
+    )
     trainer.train()
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
 

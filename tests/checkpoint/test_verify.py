@@ -72,20 +72,20 @@ def test_the_commands_merge_and_verify(nested, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert main(["merge", adapter, out]) == 0  # the base is the one the adapter names
     assert "14 layers merged" in capsys.readouterr().out
-    assert main(["verify", base, adapter, out]) == 0
+    assert main(["verify", adapter, out, "--base", base]) == 0
     assert capsys.readouterr().out.startswith("right: ")
     assert main(["merge", adapter, out, "--base", base]) == 2
     assert "exists already" in capsys.readouterr().err
     assert main(["merge", adapter, out, "--base", base, "--overwrite"]) == 0
-    assert main(["verify", base, adapter, base, "--json"]) == 1
+    assert main(["verify", adapter, base, "--base", base, "--json"]) == 1
     report = json.loads(capsys.readouterr().out.partition("\n")[2])
     assert not report["ok"]
     assert len(report["errors"]) == 14 * 4 + 1  # absmax, the two nested tensors, the state; and the config
-    assert main(["verify", base, adapter, base]) == 1
+    assert main(["verify", adapter, base, "--base", base]) == 1
     text = capsys.readouterr().out
     assert "and 37 more" in text
     assert "WRONG" in text
-    assert main(["verify", base, adapter, str(tmp_path / "nothing")]) == 2
+    assert main(["verify", adapter, str(tmp_path / "nothing"), "--base", base]) == 2
 
 
 def test_every_field_of_the_scales_config_survives(dense, tmp_path):

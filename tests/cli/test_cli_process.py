@@ -23,7 +23,7 @@ COMMANDS: dict[str, list[str]] = {
     "inspect": ["inspect", "ADAPTER"],
     "merge": ["merge", "ADAPTER", "OUT", "--base", "MODEL"],
     "recover": ["recover", "MODEL", "--reference", "REFERENCE", "--data", "DATA", "-o", "OUT"],
-    "verify": ["verify", "MODEL", "ADAPTER", "MERGED"],
+    "verify": ["verify", "ADAPTER", "MERGED", "--base", "MODEL"],
 }
 each = pytest.mark.parametrize("command", COMMANDS)
 

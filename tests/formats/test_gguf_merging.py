@@ -112,7 +112,7 @@ def test_the_command_merges_names_verifies_and_inspects(made, merged, tmp_path, 
     assert file.metadata["general.name"] == "my model, tuned"
     for info in GGUFFile(merged).tensors.values():
         assert torch.equal(file.data(info.name), GGUFFile(merged).data(info.name))
-    assert main(["verify", str(made.base), str(made.adapter), str(out)]) == 0
+    assert main(["verify", str(made.adapter), str(out), "--base", str(made.base)]) == 0
     assert "named 'my model, tuned'" in capsys.readouterr().out
     assert main(["inspect", str(made.base), "--json"]) == 0
     types = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)["types"]}
@@ -259,4 +259,4 @@ def test_the_commands_calibrate_and_recover_take_a_file(made, tmp_path, capsys):
     command = ["recover", str(made.base), "--reference", str(tmp_path / "reference"), "--data", str(text)]
     assert main([*command, "-o", str(recovered), *options, *few]) == 0
     assert main(["merge", str(recovered), str(tmp_path / "out.gguf")]) == 0
-    assert main(["verify", str(made.base), str(recovered), str(tmp_path / "out.gguf")]) == 0
+    assert main(["verify", str(recovered), str(tmp_path / "out.gguf"), "--base", str(made.base)]) == 0

@@ -2,16 +2,18 @@
 
 `transformers.trainer_utils.validate_quantization_for_training` asks the quantizer (`HfQuantizer.is_trainable`) and
 does not look at the adapter: torchao's int4, intx and NVFP4, AutoRound and others are refused with "... do not support
-training". For torchao the answer is a match on the name of the config (`TorchAoHfQuantizer.is_trainable`).
-`tests/base/test_upstream_formats.py::test_transformers_still_refuses_to_train_adapters_on_torchao_intx` and
-`tests/formats/test_packed_training.py::test_transformers_still_refuses_to_train_adapters_on_autoround` fail once this
-is not needed any more.
+training". For torchao the answer is a match on the name of the config (`TorchAoHfQuantizer.is_trainable`). A model
+that gets an SGRQ adapter to train says that it can be; a Trainer still refuses it without one.
+`tests/base/test_upstream_formats.py::test_transformers_still_calls_torchao_intx_untrainable` and
+`tests/formats/test_packed_training.py::test_transformers_still_calls_autoround_untrainable` fail once this is not
+needed any more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -44,8 +46,32 @@ def allow_quantized_training(model: nn.Module) -> Iterator[None]:
             "Trainer takes this model as it is."
         )
     cls = type(quantizer)
-    quantizer.__class__ = type(cls.__name__, (cls,), {"is_trainable": True, "__module__": cls.__module__})
+    quantizer.__class__ = _trainable(cls)  # type: ignore[arg-type]
     try:
         yield
     finally:
         quantizer.__class__ = cls
+
+
+def let_trainers_train(model: nn.Module) -> None:
+    """Has a Trainer take a quantized model, from now on; one without an adapter it refuses all the same."""
+    for module in model.modules():
+        quantizer: Any = getattr(module, "hf_quantizer", None)
+        if quantizer is not None and not quantizer.is_trainable:
+            quantizer.__class__ = _trainable(type(quantizer))  # type: ignore[arg-type]
+
+
+@cache
+def _trainable(cls: type) -> type:
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        return _made_again, (cls, dict(vars(self)))
+
+    fields = {"is_trainable": True, "__module__": cls.__module__, "__reduce_ex__": reduce}
+    return type(cls.__name__, (cls,), fields)
+
+
+def _made_again(cls: type, state: dict[str, Any]) -> Any:
+    """A copy, which a pickle cannot find by the name of its class."""
+    made: Any = object.__new__(_trainable(cls))
+    made.__dict__.update(state)
+    return made

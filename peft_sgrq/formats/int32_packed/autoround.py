@@ -48,6 +48,10 @@ class AutoRoundWeight(GPTQLayout):
         return type(module).__module__.startswith(_PACKAGES) and hasattr(module, "qweight")
 
     @staticmethod
+    def is_trainable(module: nn.Module) -> bool:
+        return type(module).__module__ in _KERNELS
+
+    @staticmethod
     def known_class(module: nn.Module) -> type[nn.Module]:
         return sys.modules[type(module).__module__].QuantLinear
 

@@ -15,6 +15,7 @@ from peft_sgrq.formats.int32_packed.gptqmodel_layer import check_kernel, class_n
 from peft_sgrq.formats.int32_packed.packing import unpack
 from peft_sgrq.formats.int32_packed.weight import Int32PackedWeight
 
+_KERNEL = "AwqTorchLinear"
 _INTERLEAVED = (0, 4, 1, 5, 2, 6, 3, 7)  # where in its word each of eight 4-bit codes is
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -28,7 +29,7 @@ class AWQWeight(Int32PackedWeight):
         layer: Any = module
         check_kernel(
             module,
-            "AwqTorchLinear",
+            _KERNEL,
             'quantization_config=AwqConfig(bits=..., backend="torch_awq"), AutoRoundConfig(backend="torch"), or '
             "GPTQModel.load(..., backend=BACKEND.AWQ_TORCH)",
         )
@@ -39,8 +40,12 @@ class AWQWeight(Int32PackedWeight):
         return is_gptqmodel_layer(module, "awq")
 
     @staticmethod
+    def is_trainable(module: nn.Module) -> bool:
+        return type(module).__name__ == _KERNEL
+
+    @staticmethod
     def known_class(module: nn.Module) -> type[nn.Module]:
-        return class_named("AwqTorchLinear", module)
+        return class_named(_KERNEL, module)
 
     def _unpack(self, packed: torch.Tensor) -> torch.Tensor:
         order = _INTERLEAVED if self.bits == 4 else None

@@ -17,6 +17,8 @@ from peft_sgrq.formats.int32_packed.gptqmodel_layer import check_kernel, class_n
 from peft_sgrq.formats.int32_packed.packing import WORD, unpack, unpack_rows
 from peft_sgrq.formats.int32_packed.weight import Int32PackedWeight
 
+_KERNEL = "TorchLinear"
+
 
 class GPTQLayout(Int32PackedWeight):
     """Codes packed along the input, zero points along the output: the tensors of GPTQ, whoever computes with them."""
@@ -53,7 +55,7 @@ class GPTQWeight(GPTQLayout):
         layer: Any = module
         check_kernel(
             module,
-            "TorchLinear",
+            _KERNEL,
             'quantization_config=GPTQConfig(bits=..., backend="torch"), or GPTQModel.load(..., '
             "backend=BACKEND.GPTQ_TORCH)",
         )
@@ -75,8 +77,12 @@ class GPTQWeight(GPTQLayout):
         return is_gptqmodel_layer(module, "gptq")
 
     @staticmethod
+    def is_trainable(module: nn.Module) -> bool:
+        return type(module).__name__ == _KERNEL
+
+    @staticmethod
     def known_class(module: nn.Module) -> type[nn.Module]:
-        return class_named("TorchLinear", module)
+        return class_named(_KERNEL, module)
 
     @property
     def _index(self) -> torch.Tensor | None:

@@ -42,6 +42,11 @@ class Int32PackedWeight(ScaledWeight):
                 f"group size {self.group_size}; leave it out with `exclude_modules`"
             )
 
+    @staticmethod
+    @abstractmethod
+    def is_trainable(module: nn.Module) -> bool:
+        """Whether a layer of this format runs on the kernel that scales can be trained through."""
+
     @property
     def _stored(self) -> torch.Tensor:
         return self.module.scales  # type: ignore[return-value]

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from peft_sgrq.base.prepare import prepare_base
+from peft_sgrq.base.trainable_kernels import use_trainable_kernels
 from peft_sgrq.choices import Budget, check_ratio
 from peft_sgrq.layer.base_layers import named_base_layers, refuse_adapters, scaled_weight_of
 from peft_sgrq.passes.data import Batch, load_batches
@@ -113,6 +114,7 @@ def allocate_ratios(
         raise ValueError(f"`method` is {method!r}, expected one of {METHODS}; fisher is the cheaper one.")
     offered = _check_ratios(ratios)
     refuse_adapters(model, "allocate ratios")
+    use_trainable_kernels(model)
     prepare_base(model)
     saliency.check(model)
     check_affordable(config, saliency, offered, budget)  # before the data is read

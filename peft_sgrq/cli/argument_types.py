@@ -1,0 +1,53 @@
+"""What the values of arguments are checked by while they are read, before anything is imported or loaded."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from typing import TypeVar
+
+from peft_sgrq.choices import CRITERIA, NAMED_RATIOS, check_budget, check_criterion, check_ratio
+
+T = TypeVar("T")
+_SIZE = re.compile(r"\d+(\.\d+)? *[KMGT]i?B", re.IGNORECASE)  # the rest of the check needs accelerate
+
+CRITERION_NAMES = " or ".join([", ".join(CRITERIA[:-1]), CRITERIA[-1]])
+
+
+def ratio(text: str) -> float | str:
+    """A number in (0, 1], or the name of a ratio."""
+    return _checked(_number(text) if text not in NAMED_RATIOS else text, check_ratio)
+
+
+def criterion(text: str) -> str:
+    """The name of a criterion."""
+    if text not in CRITERIA:  # a config may name a function of the user's; a command cannot have one
+        raise argparse.ArgumentTypeError(f"{text!r}, expected one of {CRITERION_NAMES}")
+    return _checked(text, check_criterion)
+
+
+def budget(text: str) -> float | int | str:
+    """A share, a number of scales, or a size."""
+    if _SIZE.fullmatch(text):
+        return text
+    try:
+        return _checked(int(text), check_budget)
+    except ValueError:
+        return _checked(_number(text), check_budget)
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _checked(value: T, check: Callable[[object], None]) -> T:
+    try:
+        check(value)
+    except (ValueError, TypeError) as error:
+        found, _, expected = str(error).partition(", expected ")
+        raise argparse.ArgumentTypeError(f"{found.partition(' is ')[2]}, expected {expected.rstrip('.')}") from None
+    return value
