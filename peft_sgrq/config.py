@@ -60,6 +60,8 @@ class SGRQConfig(PeftConfig):
         layers_pattern (`list[str]`, `str` or `None`): Name of the list of blocks those indices count in.
         modules_to_save (`list[str]` or `None`): Further modules to train and save whole.
         trainable_token_indices (`list[int]`, `dict[str, list[int]]` or `None`): Embedding rows to train.
+        check_learning_rate (`bool`): Warn once if Adam is to train the adapter at a rate below 1e-3, at which scales
+            hardly move; 2e-2 is the recommended one.
         selection (`dict[str, str]` or `None`): Layer name -> bit mask of its selected groups in hexadecimal, the
             first group the highest bit. [`calibrate`] fills it; missing ones are chosen without data. With `ratio=1.0`
             a layer that is not named has all of them, and masks of all are not written to files.
@@ -105,6 +107,7 @@ class SGRQConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Embedding rows to train."}
     )
+    check_learning_rate: bool = field(default=True, metadata={"help": "Warn of a learning rate that moves nothing."})
     selection: dict[str, str] | None = field(default=None, metadata={"help": "Selected groups, written."})
     base_fingerprint: dict[str, str] | None = field(default=None, metadata={"help": "Digests of the base, written."})
     base_quantization: dict[str, Any] | None = field(default=None, metadata={"help": "How to load the base, written."})
@@ -149,7 +152,7 @@ class SGRQConfig(PeftConfig):
         if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(
                 f"The adapter has `sgrq_version` {version!r}, this peft-sgrq reads versions 1 to {FORMAT_VERSION}; "
-                "upgrade with `pip install -U peft-sgrq`."
+                "install a newer peft-sgrq."
             )
 
     def _check_targets(self) -> None:
@@ -177,8 +180,9 @@ class SGRQConfig(PeftConfig):
             )
 
     def _check_numbers(self) -> None:
-        if not isinstance(self.zero_points, bool):
-            raise TypeError(f"`zero_points` is {self.zero_points!r}, expected True or False.")
+        for name in ("zero_points", "check_learning_rate"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` is {getattr(self, name)!r}, expected True or False.")
         if not (self.zero_points and self.ratio == 0 and not isinstance(self.ratio, (bool, str))):
             check_ratio(self.ratio)
         check_ratio_pattern(self.ratio_pattern)

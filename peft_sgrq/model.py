@@ -16,6 +16,7 @@ from peft.utils.peft_types import TaskType
 from torch import nn
 
 from peft_sgrq.adapter.file import check_adapter_file
+from peft_sgrq.adapter.learning_rate import watch_learning_rate
 from peft_sgrq.adapter.renamed_layers import rename_layers, rename_tensors
 from peft_sgrq.adapter.starting_point import StartingPoint
 from peft_sgrq.adapter.state import adapter_tensors, take_over
@@ -149,6 +150,8 @@ class SGRQModel(BaseTuner):
         if not peft_config.inference_mode:
             warn_of_dense_base(model)
             let_trainers_train(model)
+            if peft_config.check_learning_rate:
+                watch_learning_rate()
 
     def _create_and_replace(
         self,

@@ -61,8 +61,8 @@ def read_saliency_file(path: str) -> tuple[dict[str, LayerSaliency], dict[str, A
     version = described.pop("version")
     if not 1 <= version <= FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {version}, this peft-sgrq reads versions 1 to {FORMAT_VERSION}; upgrade with "
-            "`pip install -U peft-sgrq`."
+            f"{path} has format version {version}, this peft-sgrq reads versions 1 to {FORMAT_VERSION}; install a "
+            "newer peft-sgrq."
         )
     layers = {}
     for name, geometry in described.pop("layers").items():

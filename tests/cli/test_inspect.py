@@ -235,7 +235,7 @@ def test_without_matplotlib_the_error_says_what_to_install(file, tmp_path, monke
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ImportError, match=r"pip install peft-sgrq\[plot\]"):
+    with pytest.raises(ImportError, match=r"pip install matplotlib"):
         plot_report(report_saliency(saliency()), tmp_path / "picture.png", saliency())
     assert main(["inspect", str(file), "--plot", str(tmp_path / "picture.png")]) == 2
 

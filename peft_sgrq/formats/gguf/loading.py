@@ -63,7 +63,7 @@ def load_gguf(
     from peft_sgrq.formats.gguf.quantizer import SGRQGgufConfig
 
     if not is_gguf_available():
-        raise ImportError("Loading GGUF files needs the package gguf; install it with `pip install peft-sgrq[gguf]`.")
+        raise ImportError("Loading GGUF files needs the package gguf; install it with `pip install gguf`.")
     file_path = find_gguf(path, gguf_file, revision)
     file = GGUFFile(file_path)
     # Local files are given as folder and name. From the Hub, the name is what an adapter finds its base by.

@@ -68,7 +68,7 @@ def _import_figure() -> Any:
         from matplotlib.figure import Figure  # without pyplot: no window, no global state
     except ImportError as error:
         raise ImportError(
-            "Drawing needs matplotlib, which is not installed; `pip install peft-sgrq[plot]` brings it."
+            "Drawing needs matplotlib, which is not installed; `pip install matplotlib` brings it."
         ) from error
     return Figure
 
