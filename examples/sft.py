@@ -9,8 +9,8 @@
 
 A base that is quantized already loads the same everywhere, so the adapter fits everywhere. A model that is not is
 quantized while loading with `--load_in_4bit` or `--load_in_8bit`. The data is a dataset of the Hub, a folder, or a
-.jsonl, .json, .csv or .parquet file, with a column of texts, or of chats (`messages`). All arguments of TRL's SFTConfig
-work; some have other defaults here, those for scales, and the dtype is the one this machine computes fast in. With
+.jsonl, .json, .csv or .parquet file, with a column of texts, or of chats (`messages`). All arguments of TRL's
+SFTConfig work; some have other defaults here, those for scales, and the dtype is the one this machine computes fast in. With
 `--group_size 32` the base's groups are split first, and each half has a scale of its own; the split base is saved in
 OUTPUT_DIR/base, because the adapter belongs to it.
 
@@ -45,7 +45,7 @@ class TrainingArguments(SFTConfig):
     """TRL's settings, with the defaults of scales: their relative changes want larger steps than LoRA's matrices."""
 
     learning_rate: float = field(
-        default=RECOMMENDED_LEARNING_RATE, metadata={"help": "Peak of the schedule; that of LoRA moves scales nowhere."}
+        default=RECOMMENDED_LEARNING_RATE, metadata={"help": "Peak of the schedule; LoRA's moves scales nowhere."}
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Of the schedule; below 1 a share of all steps."})
@@ -153,8 +153,8 @@ def load_split(
     columns, text = list(found.column_names or ()), training.dataset_text_field
     if columns and text not in columns and not set(COLUMNS) & set(columns):
         fail(
-            f"{path} has the columns {', '.join(columns)}, expected {text!r} with texts or 'messages' with chats; name "
-            "the column of texts by --dataset_text_field."
+            f"{path} has the columns {', '.join(columns)}, expected {text!r} with texts or 'messages' with chats; "
+            "name the column of texts by --dataset_text_field."
         )
     return found
 
