@@ -232,7 +232,7 @@ def test_an_index_loaded_into_the_layer_is_seen():
     assert torch.equal(model(x), unmerged)
     scaled_weight = the_layer(model).scaled_weight
     columns = scaled_weight.select_columns(torch.arange(128.0).unsqueeze(0), torch.tensor([1]))
-    assert sorted(columns.flatten().tolist()) == (other.units == 1).nonzero().flatten().tolist()
+    assert sorted(columns.flatten().tolist()) == (other.groups == 1).nonzero().flatten().tolist()
 
 
 def test_magnitude_selects_the_groups_of_the_largest_weights():
