@@ -169,7 +169,9 @@ class SGRQModel(BaseTuner):
         peft_config.selection = selection | select_without_data(missing, peft_config)
         self._check_selection(peft_config, scaled_weights)
         if selects_everything(peft_config):
-            peft_config.full_masks = {name: everything(scaled_weight) for name, scaled_weight in scaled_weights.items()}
+            peft_config.full_masks = {
+                name: everything(scaled_weight) for name, scaled_weight in scaled_weights.items()
+            }
         if not present:
             return
         peft_config.base_fingerprint = (peft_config.base_fingerprint or {}) | fingerprints

@@ -21,7 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="a .txt, .jsonl, .csv or .parquet file, or a dataset of the Hub")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the safetensors file to write")
     parser.add_argument(
-        "--criterion", default=DEFAULT_CRITERION, type=criterion, help=f"how salience is measured: {CRITERION_NAMES} (default: diag)"
+        "--criterion",
+        default=DEFAULT_CRITERION,
+        type=criterion,
+        help=f"how salience is measured: {CRITERION_NAMES} (default: diag)",
     )
     add_data_arguments(parser)
     parser.add_argument("--original", help="for the criterion error: the model before quantization")

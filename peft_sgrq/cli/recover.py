@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="a .txt, .jsonl, .csv or .parquet file, or a dataset of the Hub")
     parser.add_argument("-o", "--output", required=True, metavar="ADAPTER", help="the folder to write")
     add_data_arguments(parser)
-    parser.add_argument("--ratio", type=ratio, default=1.0, help="share of the scales trained, or knee or global (default: 1.0)")
+    parser.add_argument(
+        "--ratio", type=ratio, default=1.0, help="share of the scales trained, or knee or global (default: 1.0)"
+    )
     parser.add_argument("--epochs", type=int, help="of each block; 0 leaves the first stage out")
     parser.add_argument("--learning-rate", type=float, help="of the first stage, of relative changes")
     parser.add_argument("--augmented", action=argparse.BooleanOptionalAction, help="match f(X_q) as well as f(X)")
