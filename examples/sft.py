@@ -9,10 +9,10 @@
 
 A base that is quantized already loads the same everywhere, so the adapter fits everywhere. A model that is not is
 quantized while loading with `--load_in_4bit` or `--load_in_8bit`. The data is a dataset of the Hub, a folder, or a
-.jsonl, .json, .csv or .parquet file, with a column of texts, or of chats (`messages`). All arguments of TRL's SFTConfig
-work; some have other defaults here, those for scales, and the dtype is the one this machine computes fast in. With
-`--group_size 32` the base's groups are split first, and each half has a scale of its own; the split base is saved in
-OUTPUT_DIR/base, because the adapter belongs to it.
+.jsonl, .json, .csv or .parquet file, with a column of texts, or of chats (`messages`). All arguments of TRL's
+SFTConfig work; some have other defaults here, those for scales, and the dtype is the one this machine computes fast
+in. With `--group_size 32` the base's groups are split first, and each half has a scale of its own; the split base is
+saved in OUTPUT_DIR/base, because the adapter belongs to it.
 
 On several devices: `accelerate launch --config_file examples/accelerate/ddp.yaml examples/sft.py ...`;
 docs/distributed.md says which configuration is for what.
@@ -154,8 +154,8 @@ def load_split(
     columns, text = list(found.column_names or ()), training.dataset_text_field
     if columns and text not in columns and not set(COLUMNS) & set(columns):
         fail(
-            f"{path} has the columns {', '.join(columns)}, expected {text!r} with texts or 'messages' with chats; name "
-            "the column of texts by --dataset_text_field."
+            f"{path} has the columns {', '.join(columns)}, expected {text!r} with texts or 'messages' with chats; "
+            "name the column of texts by --dataset_text_field."
         )
     return found
 

@@ -28,8 +28,8 @@ _TEXT = """\
 # {title}
 
 An adapter of `peft_sgrq`, saliency-guided scale tuning: it changes {share}scales of the layers named below
-and nothing else of the base model. Merged into the base it gives a model of the same format whose outputs are those of the
-adapter, bit for bit.
+and nothing else of the base model. Merged into the base it gives a model of the same format whose outputs are those
+of the adapter, bit for bit.
 
 | | |
 |---|---|
@@ -67,9 +67,9 @@ _SAVING = "\n`save_pretrained` cannot save a model of this format so that it loa
 def write_model_card(directory: str, config: SGRQConfig) -> None:
     """Writes or updates `README.md` beside the weights of a saved adapter.
 
-    A card that is there keeps its metadata and its text (TRL's, say, or the author's) below a section of ours, which is
-    brought up to date at the next save; only the empty template that PEFT fills in is replaced. Where TRL names a base
-    that is a folder "None", the name of the folder is put.
+    A card that is there keeps its metadata and its text (TRL's, say, or the author's) below a section of ours, which
+    is brought up to date at the next save; only the empty template that PEFT fills in is replaced. Where TRL names a
+    base that is a folder "None", the name of the folder is put.
 
     Args:
         directory (`str`): Where the adapter was saved; without adapter weights in it nothing is written.

@@ -38,7 +38,7 @@ def _look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     # Other optimizers have other units: the step of Adam is about its rate.
     if "adam" in type(optimizer).__name__.lower() and max(rates) < _LOW:
         warnings.warn(
-            f"The learning rate is {max(rates):g}, expected about {RECOMMENDED_LEARNING_RATE:g}: scales change by a share "
-            "of themselves, and rates of LoRA hardly move them; set `learning_rate`, or "
+            f"The learning rate is {max(rates):g}, expected about {RECOMMENDED_LEARNING_RATE:g}: scales change by a "
+            "share of themselves, and rates of LoRA hardly move them; set `learning_rate`, or "
             "SGRQConfig(check_learning_rate=False) if it is meant."
         )

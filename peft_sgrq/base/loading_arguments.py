@@ -1,4 +1,4 @@
-"""What a command or a script passes to `from_pretrained`, so that a checkpoint computes fast here and can be trained."""
+"""What a command or a script passes to `from_pretrained`, so that a checkpoint is fast here and can be trained."""
 
 from __future__ import annotations
 

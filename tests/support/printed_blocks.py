@@ -77,9 +77,8 @@ def run_blocks(blocks: list[Block], names: dict[str, Any] | None = None) -> dict
         if block.language == "python":
             exec(compile(block.text, f"block at line {block.line}", "exec"), names)
         elif block.language in ("bash", "sh"):
-            for words in map(
-                lambda line: shlex.split(line, comments=True), block.text.replace("\\\n", " ").splitlines()
-            ):
+            lines = block.text.replace("\\\n", " ").splitlines()
+            for words in (shlex.split(line, comments=True) for line in lines):
                 if words and words[0] == "peft-sgrq":
                     assert main(words[1:]) == 0, block
                 elif words:

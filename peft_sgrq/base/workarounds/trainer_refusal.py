@@ -2,18 +2,18 @@
 
 `transformers.trainer_utils.validate_quantization_for_training` asks the quantizer (`HfQuantizer.is_trainable`) and
 does not look at the adapter: torchao's int4, intx and NVFP4, AutoRound and others are refused with "... do not support
-training". For torchao the answer is a match on the name of the config (`TorchAoHfQuantizer.is_trainable`). A model that gets an SGRQ
-adapter to train says that it can be; a Trainer still refuses it without one.
+training". For torchao the answer is a match on the name of the config (`TorchAoHfQuantizer.is_trainable`). A model
+that gets an SGRQ adapter to train says that it can be; a Trainer still refuses it without one.
 `tests/base/test_upstream_formats.py::test_transformers_still_calls_torchao_intx_untrainable` and
-`tests/formats/test_packed_training.py::test_transformers_still_calls_autoround_untrainable` fail once this is not needed
-any more.
+`tests/formats/test_packed_training.py::test_transformers_still_calls_autoround_untrainable` fail once this is not
+needed any more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -61,7 +61,7 @@ def let_trainers_train(model: nn.Module) -> None:
             quantizer.__class__ = _trainable(type(quantizer))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _trainable(cls: type) -> type:
     def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
         return _made_again, (cls, dict(vars(self)))
