@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 DEMO_ARGS ?=
 
-.PHONY: test test-fast lint format formats engines demo serving clean
+.PHONY: test test-fast lint format formats engines demo serving dist clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -72,6 +72,16 @@ format: $(VENV)/installed
 
 demo: $(VENV)/installed
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+# What would be published, checked, and tried from outside of this checkout; `twine upload dist/*` is left to the owner.
+dist: $(VENV)/installed
+	rm -rf dist build
+	$(BIN)/python -m pip install --quiet -c constraints.txt build twine
+	$(BIN)/python -m build --quiet
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m pip install --quiet --no-deps --target build/installed dist/*.whl
+	cp .ci/smoke.py build/smoke.py
+	cd build && PYTHONPATH=installed HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(abspath $(BIN))/python smoke.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-vllm $(VENV)-lm-eval build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -267,11 +267,9 @@ def main() -> None:
     print()
     print_table(columns)
     packages = ("peft", "torch", "transformers", "trl", "bitsandbytes")
+    dtype = describe_dtype(arguments.dtype)
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    print(
-        f"\n{arguments.steps} steps of {arguments.batch_size} x {arguments.length} tokens, "
-        f"{describe_dtype(arguments.dtype)}; {versions};"
-    )
+    print(f"\n{arguments.steps} steps of {arguments.batch_size} x {arguments.length} tokens, {dtype}; {versions};")
     print(f"{platform.machine()}, {os.cpu_count()} CPUs; {time.perf_counter() - start:.0f} seconds in all.")
     (arguments.output / "results.json").write_text(json.dumps(columns, indent=2))
 

@@ -45,7 +45,8 @@ class TrainingArguments(SFTConfig):
     """TRL's settings, with the defaults of scales: their relative changes want larger steps than LoRA's matrices."""
 
     learning_rate: float = field(
-        default=RECOMMENDED_LEARNING_RATE, metadata={"help": "Peak of the schedule; LoRA's moves scales nowhere."}
+        default=RECOMMENDED_LEARNING_RATE,
+        metadata={"help": "Peak of the schedule; that of LoRA moves scales nowhere."},
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Of the schedule; below 1 a share of all steps."})

@@ -27,9 +27,9 @@ _TEXT = """\
 {begin}
 # {title}
 
-An adapter of `peft_sgrq`, saliency-guided scale tuning: it changes {share}scales of the layers named below and nothing
-else of the base model. Merged into the base it gives a model of the same format whose outputs are those of the
-adapter, bit for bit.
+An adapter of `peft_sgrq`, saliency-guided scale tuning: it changes {share}scales of the layers named below
+and nothing else of the base model. Merged into the base it gives a model of the same format whose outputs are those
+of the adapter, bit for bit.
 
 | | |
 |---|---|

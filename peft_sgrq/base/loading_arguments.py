@@ -1,4 +1,4 @@
-"""What commands and scripts pass to `from_pretrained`: a checkpoint computes fast here then, and can be trained."""
+"""What a command or a script passes to `from_pretrained`, so that a checkpoint is fast here and can be trained."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def describe_dtype(dtype: torch.dtype) -> str:
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Has the 4-bit layers of bitsandbytes compute in a dtype, whatever their checkpoint says; its config stays.
+    """Has the 4-bit layers of bitsandbytes compute in a dtype, whatever their checkpoint says; configs stay.
 
     Args:
         model (`nn.Module`): The model, changed in place.

@@ -99,7 +99,17 @@ def describe(report: Report) -> str:
     if report.sizes:
         head = ["ratio", "scales", "of all", "saliency held", "float32", "bfloat16"]
         parts.append("Adapters to come\n" + _table(head, [_size_row(size) for size in report.sizes]))
+        parts += _notes(report.sizes)
     return "\n\n".join(part for part in parts if part)
+
+
+def _notes(sizes: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence about ratios that take far more than they say."""
+    above = [size for size in sizes if not isinstance(size["ratio"], str) and size["share"] > 1.25 * size["ratio"]]
+    if not above:
+        return []
+    taken = ", ".join(f"{size['ratio']:g} takes {100 * size['share']:.1f} %" for size in above)
+    return [f"Note: of the scales of this model {taken}: each layer has at least one group, and these have few."]
 
 
 def describe_file(report: FileReport) -> str:

@@ -33,7 +33,7 @@ def kernel_is_chosen(quantization: Mapping[str, Any]) -> bool:
 
 
 def kernel_arguments(quantization: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """The config of transformers that loads a trainable kernel, and its arguments; `None` if there is none."""
+    """The config of transformers that loads a checkpoint's trainable kernel, and its arguments, if one does."""
     method = quantization.get("quant_method")
     found = _KERNELS.get(getattr(method, "value", method) or "")
     if found is None:

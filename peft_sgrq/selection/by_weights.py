@@ -25,7 +25,7 @@ def selects_everything(config: SGRQConfig) -> bool:
 
 def everything(scaled_weight: ScaledWeight) -> str:
     """The mask of all groups of a layer; only its shape is needed, which it has on the meta device, too."""
-    return encode_mask(torch.arange(scaled_weight.selectable), scaled_weight.selectable)
+    return encode_mask(torch.arange(scaled_weight.selectable, device="cpu"), scaled_weight.selectable)
 
 
 def select_without_data(scaled_weights: Mapping[str, ScaledWeight], config: SGRQConfig) -> dict[str, str]:

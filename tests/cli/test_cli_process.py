@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -195,3 +196,42 @@ def test_what_is_here_or_in_the_cache_or_on_the_hub_is_taken(tmp_path: Path, mon
     check_source(tmp_path, "model")
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda self, name, **kwargs: None)
     check_source("org/there", "model")
+
+
+# at once
+
+
+USAGE = [
+    ([], 0, "COMMAND"),
+    (["--help"], 0, "verify"),
+    (["--version"], 0, "peft-sgrq "),
+    *(([name, "--help"], 0, "usage: peft-sgrq") for name in COMMANDS),
+    (["nothing"], 2, "invalid choice: 'nothing'"),
+    (["merge", "adapter"], 2, "MERGED"),
+    (["inspect", "x", "--ratio", "kne"], 2, '\'kne\', expected a number in (0, 1] or one of "knee", "global"'),
+    (["inspect", "x", "--budget", "none"], 2, "expected a share of all scales"),
+    (["calibrate", "m", "d", "-o", "o", "--criterion", "best"], 2, "one of obs, billm, diag, error, fisher, gradient"),
+    (["recover", "m", "--reference", "r", "--data", "d", "-o", "o", "--ratio", "2"], 2, "a share of the scales"),
+]
+
+
+def test_help_and_mistakes_in_arguments_are_answered_without_the_libraries():
+    code = (
+        "import json, sys; sys.argv[0] = 'peft-sgrq'; from peft_sgrq.cli import main\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    print('status', main(words)); print('status', main(words), file=sys.stderr)\n"
+        "print([name for name in ('torch', 'peft', 'accelerate', 'numpy') if name in sys.modules])"
+    )
+    given = json.dumps([words for words, _, _ in USAGE])
+    run = subprocess.run([sys.executable, "-c", code, given], capture_output=True, text=True, check=True)
+    assert run.stdout.endswith("[]\n")
+    told = zip(run.stdout.split("status ")[:-1], run.stderr.split("status ")[:-1], USAGE, strict=True)
+    for number, (out, error, (words, status, text)) in enumerate(told):
+        assert text in (error if status else out), (number, words)
+
+
+def test_the_merged_model_has_the_same_place_in_both_commands():
+    parser = cli.build_parser()
+    for words in (["merge", "ADAPTER", "MERGED"], ["verify", "ADAPTER", "MERGED"]):
+        assert parser.parse_args(words).adapter == "ADAPTER" and parser.parse_args(words).base is None
+        assert parser.parse_args([*words, "--base", "BASE"]).base == "BASE"

@@ -18,7 +18,14 @@ from peft_sgrq.cli import main
 from peft_sgrq.formats.selectable_unit import SelectableUnit
 from peft_sgrq.selection.layer_saliency import LayerSaliency
 from peft_sgrq.selection.report.plot import cumulative_share, plot_report
-from peft_sgrq.selection.report.report import adapter_bytes, report_adapter, report_saliency, share_held, shorten
+from peft_sgrq.selection.report.report import (
+    adapter_bytes,
+    in_model_order,
+    report_adapter,
+    report_saliency,
+    share_held,
+    shorten,
+)
 from peft_sgrq.selection.saliency import Saliency
 
 quick = settings(max_examples=60, deadline=None)
@@ -257,3 +264,39 @@ def test_mistakes_are_explained(file, llama_dir, tmp_path, capsys):
     ]:
         assert main(["inspect", *map(str, arguments)]) == 2, arguments
         assert message in capsys.readouterr().err
+
+
+# what an adapter did
+
+
+@pytest.fixture
+def trained(llama_dir: Path, tmp_path: Path) -> Path:
+    adapted(NF4, llama_dir, ratio=1.0).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_the_layers_of_an_adapter_stand_as_they_do_in_the_model(trained: Path):
+    report = report_adapter(trained)
+    kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert report.grid("scales")[1] == kinds
+    assert [layer["name"].rpartition(".")[2] for layer in report.layers] == kinds * 2
+
+
+def test_layers_of_other_architectures_stand_by_block_and_attention_first():
+    names = ["lm_head", "h.10.mlp.c_proj", "h.2.mlp.c_proj", "h.2.mlp.c_fc", "h.2.attn.c_proj", "h.2.attn.c_attn"]
+    assert in_model_order(sorted(names)) == [
+        "h.2.attn.c_attn", "h.2.attn.c_proj", "h.2.mlp.c_fc", "h.2.mlp.c_proj", "h.10.mlp.c_proj", "lm_head",
+    ]  # fmt: skip
+
+
+def test_the_picture_of_an_adapter_shows_how_far_it_moved_the_scales(trained: Path, tmp_path: Path):
+    plot_report(report_adapter(trained), tmp_path / "picture.svg")
+    text = (tmp_path / "picture.svg").read_text()
+    assert "How far the scales moved" in text
+    assert "selected" not in text  # of everything there is nothing to see
+
+
+def test_a_ratio_that_takes_far_more_than_it_says_is_noted(file: Path, tmp_path: Path, capsys):
+    assert "0.05 takes 12.5 %" in run(capsys, file)  # one of eight groups
+    saliency(columns=64 * 100).save(tmp_path / "wide.safetensors")
+    assert "Note:" not in run(capsys, tmp_path / "wide.safetensors")

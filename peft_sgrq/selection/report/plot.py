@@ -22,7 +22,9 @@ _POINTS = 401
 
 
 def plot_report(report: Report, path: str | os.PathLike[str], saliency: Saliency | None = None) -> None:
-    """Draws a report: ratios by block and kind of layer, and with a saliency its cumulative distribution and knees.
+    """Draws a report by block and kind of layer: ratios, and of an adapter how far it moved the scales.
+
+    With a saliency its cumulative distribution and knees come first.
 
     Args:
         report (`Report`): What `report_saliency` or `report_adapter` returned.
@@ -33,11 +35,15 @@ def plot_report(report: Report, path: str | os.PathLike[str], saliency: Saliency
         ImportError: If matplotlib is not installed.
         ValueError: If matplotlib does not know the ending of `path`.
     """
-    figure = _import_figure()(figsize=(9, 4.5 if saliency is None else 9), layout="constrained")
-    axes = figure.subplots(1 if saliency is None else 2, 1, squeeze=False)[:, 0]
-    if saliency is not None:
-        _draw_curves(axes[0], report, saliency)
-    _draw_ratios(figure, axes[-1], report)
+    draw = [] if saliency is None else [lambda axes: _draw_curves(axes, report, saliency)]
+    if {layer["ratio"] for layer in report.layers} != {1.0}:  # of which there is nothing to see
+        draw.append(lambda axes: _draw_ratios(figure, axes, report))
+    if any(layer["change"] is not None for layer in report.layers):
+        draw.append(lambda axes: _draw_changes(figure, axes, report))
+    draw = draw or [lambda axes: _draw_ratios(figure, axes, report)]
+    figure = _import_figure()(figsize=(9, 4.5 * len(draw)), layout="constrained")
+    for axes, picture in zip(figure.subplots(len(draw), 1, squeeze=False)[:, 0], draw, strict=True):
+        picture(axes)
     with written(path) as file:
         figure.savefig(file, dpi=150, format=picture_format(path))
 
@@ -103,13 +109,27 @@ def _draw_curves(axes: Any, report: Report, saliency: Saliency) -> None:
 
 def _draw_ratios(figure: Any, axes: Any, report: Report) -> None:
     known = all(layer["ratio"] is not None for layer in report.layers)
-    blocks, kinds, means = report.grid("ratio" if known else "scales")
-    factor = 100 if known else 1
+    title = f"By layer: {'selected groups, %' if known else 'selected scales'}"
+    _draw_grid(
+        figure, axes, report, "ratio" if known else "scales", 100 if known else 1, 100 if known else None, title
+    )
+
+
+def _draw_changes(figure: Any, axes: Any, report: Report) -> None:
+    _draw_grid(
+        figure, axes, report, "change", 100, None, "How far the scales moved: root mean square of the deltas, %"
+    )
+
+
+def _draw_grid(
+    figure: Any, axes: Any, report: Report, key: str, factor: float, highest: float | None, title: str
+) -> None:
+    blocks, kinds, means = report.grid(key)
     values = torch.tensor([[torch.nan if value is None else factor * value for value in row] for row in means]).T
-    image = axes.imshow(values.numpy(), cmap="cividis", vmin=0, vmax=100 if known else None, aspect="auto")
+    image = axes.imshow(values.numpy(), cmap="cividis", vmin=0, vmax=highest, aspect="auto")
     axes.set_yticks(range(len(kinds)), kinds, fontsize=9)
     shown = range(0, len(blocks), -(-len(blocks) // 32))
     axes.set_xticks(shown, ["other" if blocks[at] is None else str(blocks[at]) for at in shown], fontsize=8)
     axes.set_xlabel("block")
-    axes.set_title(f"By layer: {'selected groups, %' if known else 'selected scales'}", fontsize=10)
+    axes.set_title(title, fontsize=10)
     figure.colorbar(image, ax=axes, pad=0.01)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,14 @@ from peft_sgrq.selection.ratio import knee
 from peft_sgrq.selection.saliency import Saliency
 
 RATIOS: tuple[Ratio, ...] = (0.05, 0.1, 0.2, 0.4, 1.0, "knee", "global")
+# Where layers stand in a block, by the ends of their names: an adapter's file and config have them by the alphabet.
+_ORDER = (
+    *("q_proj", "query", "k_proj", "key", "v_proj", "value", "qkv_proj", "query_key_value", "c_attn", "Wqkv"),
+    *("o_proj", "out_proj", "dense"),
+    *("gate_proj", "w1", "up_proj", "w3", "gate_up_proj", "fc1", "c_fc", "fc_in", "dense_h_to_4h"),
+    *("down_proj", "w2", "fc2", "fc_out", "dense_4h_to_h"),
+)
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _NUMBERED = re.compile(r"(.*?\.)??(\d+)\.(.+)")
 
 
@@ -57,6 +65,18 @@ def place(name: str) -> tuple[int | None, str]:
     return (None, name) if match is None else (int(match[2]), re.sub(r"\b\d+\b", "*", match[3]))
 
 
+def in_model_order(names: Iterable[str]) -> list[str]:
+    """Names of layers as they follow each other in a model: by block, attention first, what is in no block last."""
+
+    def key(name: str) -> tuple[Any, ...]:
+        block, kind = place(name)
+        end = kind.rpartition(".")[2]
+        known = _ORDER.index(end) if end in _ORDER else len(_ORDER)
+        return block is None, block or 0, _ATTENTION.search(kind) is None, known, name
+
+    return sorted(names, key=key)
+
+
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
@@ -92,7 +112,8 @@ def report_saliency(
     ]
     facts = {name: getattr(saliency, name) for name in ("criterion", "tokens", "seconds")}
     sizes = [_size(saliency, other, budget) for other in ratios]
-    return Report({"kind": "saliency", **facts, "ratio": ratio, "budget": budget}, layers, sizes)
+    spent = {"budget": budget} if ratio == "global" else {}
+    return Report({"kind": "saliency", **facts, "ratio": ratio, **spent}, layers, sizes)
 
 
 def _row(name: str, selected: int, scales: int, layer: LayerSaliency | None, held: float | None) -> dict[str, Any]:
@@ -166,7 +187,11 @@ def report_adapter(adapter: str | os.PathLike[str], saliency: Saliency | None = 
         raise ValueError(f"{os.fspath(adapter)} holds no deltas, expected some for each adapted layer; save it again.")
     config, fingerprints = stored.config, stored.config.base_fingerprint or {}
     layers = []
-    for name, (delta, groups, _) in stored.deltas.items():
+    names = in_model_order(stored.deltas)
+    if saliency is not None:  # which was made of the model
+        names = [*(name for name in saliency.layers if name in stored.deltas), *names]
+    for name in dict.fromkeys(names):
+        delta, groups, _ = stored.deltas[name]
         known = None if saliency is None else _same_layer(name, saliency, fingerprints.get(name))
         held = None if known is None else share_held(known, 0, groups)
         row = _row(name, len(groups), delta.numel(), known, held)
