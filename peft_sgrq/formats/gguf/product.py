@@ -48,12 +48,10 @@ def product(x: torch.Tensor, held: BlockScales, factors: Factors, bias: torch.Te
 
 def transposed_product(dy: torch.Tensor, held: BlockScales, factors: Factors) -> torch.Tensor:
     """`dy W`, `[..., N]` -> `[..., K]`: the gradient of the input."""
-    dx = None
     flat = dy.reshape(-1, dy.shape[-1])
-    for rows, weight in _parts(held, factors, dy.dtype):
-        if dx is None:
-            dx = flat[:, rows] @ weight
-        else:
-            dx.addmm_(flat[:, rows], weight)
-    assert dx is not None
+    parts = _parts(held, factors, dy.dtype)
+    rows, weight = next(parts)
+    dx = flat[:, rows] @ weight
+    for rows, weight in parts:
+        dx.addmm_(flat[:, rows], weight)
     return dx.view(*dy.shape[:-1], -1)

@@ -7,7 +7,7 @@ sub-block `j` of 16 or 32 columns. Layouts are those of `ggml-quants.c` of llama
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -45,8 +45,8 @@ def _read_q2_k(packed: torch.Tensor) -> Sub:
 
 
 def _write_q2_k(sub: Sub) -> torch.Tensor:
-    assert sub.minimums is not None
-    return (sub.scales | (sub.minimums << 4)).to(torch.uint8)
+    minimums = cast(torch.Tensor, sub.minimums)
+    return (sub.scales | (minimums << 4)).to(torch.uint8)
 
 
 def _read_q3_k(packed: torch.Tensor) -> Sub:
@@ -71,8 +71,7 @@ def _read_q4_k(packed: torch.Tensor) -> Sub:
 
 
 def _write_q4_k(sub: Sub) -> torch.Tensor:
-    assert sub.minimums is not None
-    scales, minimums = sub.scales, sub.minimums  # (n, 8)
+    scales, minimums = sub.scales, cast(torch.Tensor, sub.minimums)  # (n, 8)
     first = scales[:, :4] | ((scales[:, 4:] >> 4) << 6)
     second = minimums[:, :4] | ((minimums[:, 4:] >> 4) << 6)
     rest = (scales[:, 4:] & 15) | ((minimums[:, 4:] & 15) << 4)
