@@ -26,7 +26,7 @@ from typing import Any
 if __name__ == "__main__":
     if not {"-h", "--help"} & set(sys.argv):
         print("Loading torch, transformers and TRL ...", file=sys.stderr, flush=True)
-    for library in ("bitsandbytes", "torchao"):  # what they have not found is not needed here
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # what they have not found is not needed here
         logging.getLogger(library).setLevel(logging.ERROR)
 
 import torch

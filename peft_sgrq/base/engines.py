@@ -61,7 +61,7 @@ def check_whole(model: nn.Module) -> None:
             engine = "DeepSpeed ZeRO-3" if hasattr(parameter, "ds_id") else "FSDP"
             raise ValueError(
                 f"The adapter cannot be merged in place: {engine} has {name!r} in shards, expected whole tensors; "
-                "save the adapter, and merge it on files (`peft-sgrq merge ADAPTER OUT`) or in one process. "
+                "save the adapter, and merge it on files (`peft-sgrq merge ADAPTER MERGED`) or in one process. "
                 "Nothing was merged."
             )
 

@@ -82,7 +82,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _quiet_libraries() -> None:
     """Keeps what libraries say about kernels they have not found, and a command does not need, from coming first."""
-    for library in ("bitsandbytes", "torchao"):
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # the last warns of torchao
         logging.getLogger(library).setLevel(logging.ERROR)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from peft_sgrq.base.workarounds.awq_scale_dtype import keep_awq_scales
 from peft_sgrq.base.workarounds.gptq_zero_points import save_zero_points_as_loaded
+from peft_sgrq.base.workarounds.gptqmodel_few_cores import give_gptqmodel_workers
 from peft_sgrq.base.workarounds.loading_attributes import forget_loading_attributes
 
 pytestmark = pytest.mark.slow
@@ -30,6 +31,18 @@ class _Model(nn.Module):
 
 def awq_layer(**options) -> nn.Module:
     return packed_layer("awq", **options).layer
+
+
+def test_gptqmodel_still_loads_nothing_on_two_cores(monkeypatch):
+    gptqmodel = pytest.importorskip("gptqmodel")
+    monkeypatch.delenv("GPTQMODEL_CPU_WORKERS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert gptqmodel._default_cpu_workers() == 1  # of which its loader wants two
+    give_gptqmodel_workers()
+    assert gptqmodel._default_cpu_workers() == 2
+    monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "3")
+    give_gptqmodel_workers()
+    assert gptqmodel._default_cpu_workers() == 3  # what the user says
 
 
 def test_gptqmodel_still_rounds_awq_scales_in_place():

@@ -14,6 +14,5 @@ _VARIABLE = "GPTQMODEL_CPU_WORKERS"
 
 def give_gptqmodel_workers() -> None:
     """Sets the number of workers on machines of two cores or one, unless the user has."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if min(cores, os.cpu_count() or 1) <= 2:
+    if (os.cpu_count() or 1) <= 2:
         os.environ.setdefault(_VARIABLE, "2")
