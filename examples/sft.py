@@ -20,9 +20,14 @@ docs/distributed.md says which configuration is for what.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # what they have not found is not needed here
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 import torch
 from datasets import Dataset, IterableDataset, load_dataset

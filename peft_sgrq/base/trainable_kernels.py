@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,13 +72,15 @@ def _load_again(model: Any, quantizer: Any, names: list[str]) -> None:
     source = model.name_or_path
     revision = None if os.path.isdir(source) else getattr(model.config, "_commit_hash", None)
     try:
-        fresh = type(model).from_pretrained(
-            source,
-            dtype=model.dtype,
-            device_map=places,
-            quantization_config=kernel,
-            **({"revision": revision} if revision else {}),
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # for the kernel alone
+            fresh = type(model).from_pretrained(
+                source,
+                dtype=model.dtype,
+                device_map=places,
+                quantization_config=kernel,
+                **({"revision": revision} if revision else {}),
+            )
     except (OSError, ValueError) as error:  # the checkpoint has gone, or the model is a part of another's
         logger.debug("%s could not be loaded again: %s", source, error)
         return

@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -84,6 +85,7 @@ def _quiet_libraries() -> None:
     """Keeps what libraries say about kernels they have not found, and a command does not need, from coming first."""
     for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # the last warns of torchao
         logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # to choose a kernel
 
 
 def _leave_closed_pipes() -> None:

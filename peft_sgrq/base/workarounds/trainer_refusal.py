@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 from torch import nn
+
+_TRAINABLE: dict[type, type] = {}  # class of a quantizer -> the same, but trainable
 
 
 @contextmanager
@@ -61,13 +62,16 @@ def let_trainers_train(model: nn.Module) -> None:
             quantizer.__class__ = _trainable(type(quantizer))  # type: ignore[arg-type]
 
 
-@cache
 def _trainable(cls: type) -> type:
+    if cls in _TRAINABLE:
+        return _TRAINABLE[cls]
+
     def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
         return _made_again, (cls, dict(vars(self)))
 
     fields = {"is_trainable": True, "__module__": cls.__module__, "__reduce_ex__": reduce}
-    return type(cls.__name__, (cls,), fields)
+    made = _TRAINABLE[cls] = type(cls.__name__, (cls,), fields)
+    return made
 
 
 def _made_again(cls: type, state: dict[str, Any]) -> Any:
