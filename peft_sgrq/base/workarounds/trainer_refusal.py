@@ -47,7 +47,7 @@ def allow_quantized_training(model: nn.Module) -> Iterator[None]:
             "Trainer takes this model as it is."
         )
     cls = type(quantizer)
-    quantizer.__class__ = _trainable(cls)  # type: ignore[arg-type]
+    quantizer.__class__ = _trainable(cls)
     try:
         yield
     finally:
@@ -59,7 +59,7 @@ def let_trainers_train(model: nn.Module) -> None:
     for module in model.modules():
         quantizer: Any = getattr(module, "hf_quantizer", None)
         if quantizer is not None and not quantizer.is_trainable:
-            quantizer.__class__ = _trainable(type(quantizer))  # type: ignore[arg-type]
+            quantizer.__class__ = _trainable(type(quantizer))
 
 
 def _trainable(cls: type) -> type:
