@@ -170,9 +170,7 @@ def test_the_names_in_the_error_are_what_exclude_modules_takes():
 
         def __init__(self) -> None:
             super().__init__()
-            self.blocks = nn.ModuleList(
-                nn.Sequential(*(linear_dense(64, 64) for _ in range(7))) for _ in range(3)
-            )
+            self.blocks = nn.ModuleList(nn.Sequential(*(linear_dense(64, 64) for _ in range(7))) for _ in range(3))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             states = [x]
