@@ -94,6 +94,12 @@ def check_criterion(criterion: object) -> None:
         )
 
 
+# What torch.compile, activation checkpointing and FSDP put into the names of the modules they wrap.
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
 def without_wrapper_names(name: str) -> str:
-    """The name of a layer as it is in a model that `torch.compile` has not wrapped."""
-    return name.replace("_orig_mod.", "")
+    """The name of a layer as it is in a model that nothing has wrapped."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -116,16 +117,7 @@ class SGRQConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("SGRQ")
-        # PEFT's matching expects sets; its save_pretrained turns them into lists.
-        self.target_modules = _as_set(self.target_modules)
-        self.exclude_modules = _as_set(self.exclude_modules)
-        for field_name in ("selection", "base_fingerprint"):
-            value = getattr(self, field_name)
-            if isinstance(value, dict):
-                plain = {
-                    without_wrapper_names(key) if isinstance(key, str) else key: item for key, item in value.items()
-                }
-                setattr(self, field_name, plain)
+        self._forget_wrappers()
         # Names of layers in the file of the adapter -> in the model it was loaded on, where they differ; not a field.
         self.renamed_layers: dict[str, str] = {}
         # The masks of all groups, by layer, where a selection that is not in the file means these; not a field.
@@ -146,6 +138,19 @@ class SGRQConfig(PeftConfig):
                     f"`selection[{name!r}]` is {mask!r}, expected a bit mask in hexadecimal digits; take the "
                     "selection from the adapter_config.json it was saved in."
                 )
+
+    def _forget_wrappers(self) -> None:
+        """Has every field name layers as they are in a model that nothing has wrapped."""
+        # PEFT's matching expects sets; its save_pretrained turns them into lists.
+        self.target_modules = _as_set(self.target_modules)
+        self.exclude_modules = _as_set(self.exclude_modules)
+        for field_name in ("selection", "base_fingerprint"):
+            value = getattr(self, field_name)
+            if isinstance(value, dict):
+                plain = {
+                    without_wrapper_names(key) if isinstance(key, str) else key: item for key, item in value.items()
+                }
+                setattr(self, field_name, plain)
 
     def _check_version(self) -> None:
         version = self.sgrq_version
@@ -225,14 +230,13 @@ class SGRQConfig(PeftConfig):
         """Writes `adapter_config.json`, and, beside saved adapter weights, the model card `README.md`."""
         if self.auto_mapping is not None:
             kwargs["auto_mapping_dict"] = None  # PEFT's own names the class, and not what else loading takes
-        selection = self.selection
-        self.selection = self._written_selection()
-        try:
-            super().save_pretrained(save_directory, **kwargs)
-        finally:
-            self.selection = selection
+        plain = copy.copy(self)
+        plain._forget_wrappers()
+        written = copy.copy(plain)
+        written.selection = plain._written_selection()
+        super(SGRQConfig, written).save_pretrained(save_directory, **kwargs)
         for write in self.written_beside:
-            write(save_directory, self)
+            write(save_directory, plain)
 
     def _written_selection(self) -> dict[str, str] | None:
         """The selection without what follows from a ratio of 1: 350 KB of "f" for an 8B model in int8."""
@@ -243,7 +247,7 @@ class SGRQConfig(PeftConfig):
 
 
 def _as_set(names: Any) -> Any:
-    if not isinstance(names, (list, tuple)):
+    if not isinstance(names, (list, tuple, set)):
         return names
     return {without_wrapper_names(name) if isinstance(name, str) else name for name in names}
 

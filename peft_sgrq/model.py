@@ -19,11 +19,12 @@ from peft_sgrq.adapter.file import check_adapter_file
 from peft_sgrq.adapter.learning_rate import watch_learning_rate
 from peft_sgrq.adapter.renamed_layers import rename_layers, rename_tensors
 from peft_sgrq.adapter.starting_point import StartingPoint
-from peft_sgrq.adapter.state import adapter_tensors, take_over
+from peft_sgrq.adapter.state import adapter_tensors, further_names, take_over
 from peft_sgrq.adapter.targets import (
     TASK_HEADS,
     check_gradient_paths,
     check_group_sizes,
+    check_layers_apart,
     check_modules_to_save,
     check_zero_points,
     find_targets,
@@ -46,7 +47,7 @@ from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.bnb_4bit.nesting import nested_layers
 from peft_sgrq.formats.compressed_tensors.weight import keep_compressed
 from peft_sgrq.formats.scaled_weight import ScaledWeight
-from peft_sgrq.layer.base_layers import base_layer_of, scaled_weight_of
+from peft_sgrq.layer.base_layers import base_layer_of, places_of_shared, scaled_weight_of
 from peft_sgrq.layer.first_gradients import FirstGradients
 from peft_sgrq.layer.linear import SGRQLinear
 from peft_sgrq.layer.masks import decode_mask, encode_mask
@@ -88,6 +89,8 @@ class SGRQModel(BaseTuner):
     # Of the adapter that is being injected: where it starts, and the layers it goes to.
     _starting_point: StartingPoint | None = None
     _found: Mapping[str, ScaledWeight] = MappingProxyType({})
+    # Layers that a model has under several names, and where: the modules they are in, and their names there.
+    _places: Mapping[nn.Module, list[tuple[nn.Module, str]]] = MappingProxyType({})
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(compiled_in_place(model), *args, **kwargs)
@@ -112,11 +115,11 @@ class SGRQModel(BaseTuner):
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
         # Read once, so that what is checked is what is written.
         start = StartingPoint(config.init_weights) if isinstance(config.init_weights, str) else None
-        self._starting_point = start
+        self._starting_point, self._places = start, places_of_shared(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
-            self._starting_point, self._found = None, {}
+            self._starting_point, self._found, self._places = None, {}, {}
         if start is not None:
             start.write(model, adapter_name)
             config.init_weights = True  # where it is saved, its own deltas say where it is
@@ -137,6 +140,7 @@ class SGRQModel(BaseTuner):
         check_token_rows(model, peft_config, scaled_weights)
         if peft_config.auto_mapping is None:
             peft_config.auto_mapping = describe_class(model)
+        check_layers_apart(model, scaled_weights)
         check_group_sizes(model, scaled_weights)
         check_gradient_paths(model, scaled_weights, peft_config)
         check_zero_points(scaled_weights, peft_config)
@@ -184,6 +188,9 @@ class SGRQModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # The layer made its deltas on the device of its base; PEFT's own would also move the base.
         setattr(parent, child_name, new_module)
+        # PEFT knows a layer by the first of its names.
+        for module, name in self._places.get(child, ()):
+            setattr(module, name, new_module)
 
     # merging
 
@@ -218,6 +225,10 @@ class SGRQModel(BaseTuner):
             model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
                 merge=merge, progressbar=progressbar, adapter_names=adapter_names
             )
+        for shared, places in places_of_shared(model).items():
+            if isinstance(shared, SGRQLinear):
+                for module, name in places:
+                    setattr(module, name, shared.get_base_layer())
         if merge:
             separate_untied(model, groups.values(), tied)
         for how in saved_by if merge else ():
@@ -293,7 +304,10 @@ class SGRQModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return selected | adapter_tensors(model, state_dict, config, f".{cls.prefix}delta.{adapter_name}")
+        stored = adapter_tensors(model, state_dict, config, f".{cls.prefix}delta.{adapter_name}")
+        # A layer with several names is saved under the first, as the config names it.
+        again = {f"{name}.{key}" for name in further_names(model) for key in ("weight", "selection")}
+        return {key: tensor for key, tensor in selected.items() if key not in again} | stored
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -5,13 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from peft_sgrq.choices import ADAPTER_DTYPES
+from peft_sgrq.choices import ADAPTER_DTYPES, without_wrapper_names
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.layer.delta import Delta
 from peft_sgrq.layer.masks import encode_mask, mask_of, pack_mask, read_mask
-
-# What FSDP's activation checkpointing puts into the names of modules, and not into those of state dicts.
-_WRAPPED = "_checkpoint_wrapped_module."
 
 
 def adapter_tensors(
@@ -27,9 +24,11 @@ def adapter_tensors(
     """
     dtype = getattr(torch, config.adapter_dtype)
     stored = {}
-    for name, delta in {**_deltas(model, suffix), **_moves(model, suffix)}.items():
-        name = name.replace(_WRAPPED, "")
-        if name + ".weight" in state:
+    for module_name, delta in {**_deltas(model, suffix), **_moves(model, suffix)}.items():
+        # State dicts leave out the names of some wrappers.
+        names = (module_name, without_wrapper_names(module_name))
+        name = next((name for name in names if name + ".weight" in state), None)
+        if name is not None:
             mask = state.get(name + ".selection")
             units = delta.units if mask is None else read_mask(mask, delta.selectable)
             stored[name + ".weight"] = state[name + ".weight"].to(dtype)
@@ -46,6 +45,12 @@ def _deltas(model: nn.Module, suffix: str) -> dict[str, Delta]:
 def _moves(model: nn.Module, suffix: str) -> dict[str, Delta]:
     """The moves of zero points of the same adapter."""
     return _deltas(model, suffix.replace("sgrq_delta", "sgrq_zero_points"))
+
+
+def further_names(model: nn.Module) -> set[str]:
+    """The names of deltas that a model has under a name before: of layers it has under several."""
+    found = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Delta)}
+    return found - {name for name, module in model.named_modules() if isinstance(module, Delta)}
 
 
 def take_over(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.peft_types import TaskType
@@ -46,6 +47,38 @@ def find_targets(
         for name, layer in named_base_layers(model)
         if name and matches(config, name)
     }
+
+
+def check_layers_apart(model: nn.Module, scaled_weights: Mapping[str, ScaledWeight]) -> None:
+    """Refuses targets whose weight something besides their own forward pass computes with.
+
+    Raises:
+        ValueError: If a quantized layer shares its weight with another, or PyTorch computes a block of its own with
+            the weights of its layers; the sentence names the layer.
+    """
+    owners: dict[int, str] = {}  # of parameters, which live as long as the model
+    for name, layer in named_base_layers(model):
+        if not is_quantized(layer):
+            continue
+        for parameter in layer.parameters(recurse=False):
+            other = owners.setdefault(id(parameter), name)
+            if other != name and (other in scaled_weights or name in scaled_weights):
+                raise ValueError(
+                    f"Layers {other!r} and {name!r} share one quantized weight, so that changing its scales for one "
+                    "would change the other, too, expected a weight for each; give one of them a copy, or leave both "
+                    "out with `exclude_modules`. The model was not changed."
+                )
+    if not torch.backends.mha.get_fastpath_enabled():
+        return
+    for name, module in model.named_modules():
+        inside = [f"{name}.{child}".lstrip(".") for child in ("linear1", "linear2")]
+        if isinstance(module, nn.TransformerEncoderLayer) and any(child in scaled_weights for child in inside):
+            raise ValueError(
+                f"Layer {inside[0]!r} belongs to an nn.TransformerEncoderLayer, which in eval mode computes with the "
+                "weights of its layers itself and passes an adapter by, expected that fast path to be off; call "
+                "`torch.backends.mha.set_fastpath_enabled(False)`, or leave the layers out with `exclude_modules`. "
+                "The model was not changed."
+            )
 
 
 def check_group_sizes(model: nn.Module, scaled_weights: Mapping[str, ScaledWeight]) -> None:

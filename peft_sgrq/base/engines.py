@@ -10,6 +10,8 @@ from torch.distributed.tensor import DTensor
 from peft_sgrq.formats.bnb_int8.weight import BnbInt8Weight
 from peft_sgrq.formats.registry import is_quantized
 
+# By name: the classes belong to engines that need not be there.
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 _DOCS = "https://huggingface.co/docs/bitsandbytes/fsdp_qlora"
 
 
@@ -20,9 +22,17 @@ def check_engine(model: nn.Module) -> None:
         model (`nn.Module`): The base model, not wrapped yet.
 
     Raises:
-        ValueError: If the model is sharded already (tensor parallelism, FSDP2), or is to be sharded by FSDP and
-            cannot be.
+        ValueError: If an engine has wrapped the model already and would not know of the deltas, the model is sharded
+            already (tensor parallelism, FSDP2), or is to be sharded by FSDP and cannot be.
     """
+    for name, module in model.named_modules():
+        if type(module).__name__ in _WRAPPERS:
+            raise ValueError(
+                f"The model is wrapped in {type(module).__name__} already ({name or 'as a whole'}), which would not "
+                "average the gradients of deltas that are added now, and puts a name of its own into those of the "
+                "layers, expected a model that is not wrapped yet; add the adapter to the model itself (`.module`), "
+                "and wrap the result. The model was not changed."
+            )
     for name, parameter in model.named_parameters():
         if isinstance(parameter.data, DTensor) and "sgrq_delta" not in name:
             raise ValueError(

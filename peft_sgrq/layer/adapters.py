@@ -61,6 +61,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self._unmerged_scales: tuple[Any, ...] = ()  # in a tuple, lest a parameter in it is registered
         self._decoder: Decoder | None = None
         self._unions: dict[tuple[str, ...], torch.Tensor | None] = {}
+        self._known_forward = (type(base_layer), type(base_layer).forward)  # what computes in the merged layer
         self._name = ""
         self._first_gradients: FirstGradients | None = None
         self.update_layer(adapter_name, config=config, units=units)
@@ -78,6 +79,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         # Another module put in place of the base layer is the one that computes from then on.
         if name == "base_layer" and "_scaled_weight" in self.__dict__:
             self.__dict__["_scaled_weight"] = resolve_weight(value, self._scaled_weight.group_size)
+            self.__dict__["_known_forward"] = (type(value), type(value).forward)
             self._forget_all()
         super().__setattr__(name, value)
 
@@ -210,7 +212,12 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_decoder": None}  # what is bound to this layer's tensors is not a copy's
+        # What is bound to this layer's tensors is not a copy's, and not every function can be pickled.
+        return {**super().__getstate__(), "_decoder": None, "_known_forward": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._known_forward = (type(self.base_layer), type(self.base_layer).forward)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._forget_all()

@@ -24,6 +24,16 @@ def named_base_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, base_layer_of(module)
 
 
+def places_of_shared(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """Where the layers of a model are that have several places, and those with an adapter: the parents, and names."""
+    found: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None and (isinstance(child, SGRQLinear) or not child._modules):
+                found.setdefault(child, []).append((parent, name))
+    return {child: places for child, places in found.items() if len(places) > 1 or isinstance(child, SGRQLinear)}
+
+
 def base_layer_of(module: nn.Module) -> nn.Module:
     """The base layer of a layer adapted by SGRQ; any other module itself."""
     return module.get_base_layer() if isinstance(module, SGRQLinear) else module

@@ -57,10 +57,8 @@ class SGRQLinear(AdaptedLayer):
         if not names:
             return self.base_layer(x)
         base, scaled_weight = self.base_layer, self.scaled_weight
-        if "forward" in base.__dict__:
-            obstacle = forward_obstacle(base, scaled_weight.known_class(base))
-            if obstacle is not None:
-                raise RuntimeError(f"A layer with an adapter cannot compute as its base does: {obstacle}.")
+        if "forward" in base.__dict__ or not torch.compiler.is_compiling():
+            self._check_forward(base, scaled_weight)
         decodes = plain and not has_hooks(base) and "_hf_hook" not in base.__dict__
 
         def compute(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -68,6 +66,22 @@ class SGRQLinear(AdaptedLayer):
             return self._compute(x, names, scaled_weight, decodes)
 
         return call_as(base, compute, x)
+
+    def _check_forward(self, base: nn.Module, scaled_weight: ScaledWeight) -> None:
+        """Raises a RuntimeError if the base layer has had another forward pass since the adapter was added."""
+        known, forward = self._known_forward
+        obstacle = None
+        if type(base) is not known:
+            obstacle = scaled_weight.obstacle(base)
+        elif known.forward is not forward:
+            obstacle = (
+                f"the forward pass of {known.__qualname__} was replaced after the adapter was added, expected the one "
+                "it had; replace it before, which is looked at, or use hooks"
+            )
+        elif "forward" in base.__dict__:
+            obstacle = forward_obstacle(base, scaled_weight.known_class(base))
+        if obstacle is not None:
+            raise RuntimeError(f"A layer with an adapter cannot compute as its base does: {obstacle}.")
 
     def _compute(
         self, x: torch.Tensor, names: tuple[str, ...], scaled_weight: ScaledWeight, decodes: bool

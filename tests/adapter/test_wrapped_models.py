@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.bases import DENSE, NF4, adapted, logits
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from peft_sgrq import SGRQConfig, merge_checkpoint
 
@@ -64,6 +65,39 @@ def test_an_adapter_of_a_compiled_model_fits_the_plain_one(compiled, llama_dir, 
     model.merge_and_unload().save_pretrained(tmp_path / "memory")
     files, memory = (load_file(tmp_path / name / "model.safetensors") for name in ("files", "memory"))
     assert files.keys() == memory.keys()
+
+
+def _checkpointed(model: Any) -> Any:
+    for index, block in enumerate(model.model.layers):
+        model.model.layers[index] = checkpoint_wrapper(block)
+    return model
+
+
+def test_an_adapter_of_a_model_in_wrappers_fits_the_plain_one(llama_dir, tmp_path, ids):
+    settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "init_weights": False, "ratio": 0.5}
+    model = get_peft_model(_checkpointed(NF4.load(llama_dir)), SGRQConfig(**settings))
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    expected = logits(model.eval(), ids)
+    model.save_pretrained(tmp_path / "adapter")
+    assert "wrapped" not in (tmp_path / "adapter" / "adapter_config.json").read_text()
+    assert not any("wrapped" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    assert torch.equal(logits(PeftModel.from_pretrained(NF4.load(llama_dir), tmp_path / "adapter"), ids), expected)
+
+
+def test_blocks_that_are_compiled_after_the_adapter_was_added_are_saved(llama_dir, tmp_path, ids):
+    model = adapted(NF4, llama_dir)
+    expected = logits(model, ids)
+    _blocks(model.base_model.model, Compiler())
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(PeftModel.from_pretrained(NF4.load(llama_dir), tmp_path / "adapter"), ids), expected)
+
+
+def test_a_model_that_an_engine_wraps_already_is_refused(llama_dir):
+    model = NF4.load(llama_dir)
+    for wrapped in (torch.nn.DataParallel(model), torch.nn.Sequential(torch.nn.DataParallel(model))):
+        with pytest.raises(ValueError, match="wrapped in DataParallel already"):
+            get_peft_model(wrapped, SGRQConfig())
+    assert get_peft_model(model, SGRQConfig())
 
 
 def test_a_compiled_base_is_named(llama_dir, tmp_path):
