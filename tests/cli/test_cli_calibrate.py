@@ -72,7 +72,7 @@ def test_other_columns_and_files_of_datasets_are_read(llama_dir: Path, tmp_path:
         ("data.jsonl", '{"prose": "a"}\n', [], "no column"),
         ("data.jsonl", '{"text": ""}\n', [], "calibration data is empty"),
         ("data.pdf", "%", [], "ends in '.pdf', expected a text file"),
-        ("data.txt", "Some text.", ["--criterion", "salience"], "`criterion` is 'salience'"),
+        ("data.txt", "Some text.", ["--criterion", "salience"], "'salience', expected one of obs, billm"),
     ],
 )
 def test_mistakes_end_with_a_sentence_and_no_file(name, text, arguments, message, llama_dir, tmp_path, capsys):

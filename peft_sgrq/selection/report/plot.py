@@ -36,7 +36,8 @@ def plot_report(report: Report, path: str | os.PathLike[str], saliency: Saliency
         ValueError: If matplotlib does not know the ending of `path`.
     """
     draw = [] if saliency is None else [lambda axes: _draw_curves(axes, report, saliency)]
-    if {layer["ratio"] for layer in report.layers} != {1.0}:  # of which there is nothing to see
+    whole = {layer["ratio"] for layer in report.layers} | {report.facts.get("ratio")} <= {None, 1.0}
+    if not whole:  # of everything there is nothing to see
         draw.append(lambda axes: _draw_ratios(figure, axes, report))
     if any(layer["change"] is not None for layer in report.layers):
         draw.append(lambda axes: _draw_changes(figure, axes, report))
