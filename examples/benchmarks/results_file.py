@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import cpu
 
-from benchmarks.measure import cpu
 from peft_sgrq.files.output import written
 
 
