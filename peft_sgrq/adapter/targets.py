@@ -64,7 +64,7 @@ def check_layers_apart(model: nn.Module, scaled_weights: Mapping[str, ScaledWeig
             other = owners.setdefault(id(parameter), name)
             if other != name and (other in scaled_weights or name in scaled_weights):
                 raise ValueError(
-                    f"Layers {other!r} and {name!r} share one quantized weight, so that a change of its scales for one "
+                    f"Layers {other!r} and {name!r} share one quantized weight, so that changing its scales for one "
                     "would change the other, too, expected a weight for each; give one of them a copy, or leave both "
                     "out with `exclude_modules`. The model was not changed."
                 )

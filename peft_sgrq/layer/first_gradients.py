@@ -3,8 +3,8 @@
 Something between a layer and the loss may drop its gradient without a word: a quantizer under `torch.no_grad()`, a
 `detach`, a kernel without a backward pass. Deltas are watched until their first gradient, and cost nothing afterwards.
 A layer whose output is still held, with the graph behind it, may get its gradient in a further backward pass, and is
-waited for until the graph is gone. Not watched are frozen deltas, adapters that are not active, layers that did not run
-(experts without tokens), layers that something runs without the whole PEFT model, and whatever `torch.compile`
+waited for until the graph is gone. Not watched are frozen deltas, adapters that are not active, layers that did not
+run (experts without tokens), layers that something runs without the whole PEFT model, and whatever `torch.compile`
 compiles.
 """
 

@@ -1,4 +1,4 @@
-"""Layers that a model uses in several places, and weights that several layers share: merged is unmerged, or refused."""
+"""Layers that a model has in several places, and weights that layers share: merged is unmerged, or refused."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_block_that_computes_with_its_layers_weights_itself_is_refused():
     def block() -> nn.Module:
         return nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 1)
 
-    with pytest.raises(ValueError, match="nn.TransformerEncoderLayer"):
+    with pytest.raises(ValueError, match=r"nn\.TransformerEncoderLayer"):
         get_peft_model(block(), SGRQConfig())
     torch.backends.mha.set_fastpath_enabled(False)
     try:

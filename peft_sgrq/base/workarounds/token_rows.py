@@ -1,10 +1,10 @@
 """PEFT computes with trained rows (`trainable_token_indices`) by a formula of its own, which is not every layer's.
 
-`peft/tuners/trainable_tokens/layer.py` calls `F.linear(input=x, weight=W)` for a head: a bias, as BERT's heads have one,
-is left out in training and used again once merged. It fails in the first forward pass on what is neither an
-`nn.Embedding` nor an `nn.Linear`: a head that `modules_to_save` trains whole, a layer with an adapter. Both are refused
-before anything is changed. `tests/base/test_token_rows.py::test_peft_still_leaves_a_bias_out` fails once the bias is
-used, and its refusal is not needed any more.
+`peft/tuners/trainable_tokens/layer.py` calls `F.linear(input=x, weight=W)` for a head: a bias, as BERT's heads have
+one, is left out in training and used again once merged. It fails in the first forward pass on what is neither an
+`nn.Embedding` nor an `nn.Linear`: a head that `modules_to_save` trains whole, a layer with an adapter. Both are
+refused before anything is changed. `tests/base/test_token_rows.py::test_peft_still_leaves_a_bias_out` fails once the
+bias is used, and its refusal is not needed any more.
 """
 
 from __future__ import annotations
