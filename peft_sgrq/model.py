@@ -262,7 +262,7 @@ class SGRQModel(BaseTuner):
             )
         for layer, places in places_of_shared(model).items():
             for module, name in places if isinstance(layer, SGRQLinear) else ():
-                setattr(module, name, layer.get_base_layer())
+                setattr(module, name, base_layer_of(layer))
         if merge:
             separate_untied(model, groups.values(), tied)
         for how in saved_by if merge else ():
