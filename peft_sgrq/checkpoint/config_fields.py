@@ -140,6 +140,9 @@ def _in_full(*configs: dict[str, Any]) -> list[dict[str, Any]]:
             made = transformers.CONFIG_MAPPING[str(config.get("model_type"))].from_dict(fields).to_dict()
         except Exception:  # whatever a config's own code says of fields it does not take
             return list(configs)
+        rope = made.get("rope_parameters")
+        if isinstance(rope, dict) and config.get("rope_theta", rope.get("rope_theta")) != rope.get("rope_theta"):
+            made["rope_theta"] = config["rope_theta"]  # transformers passes it by, and other readers do not
         if "quantization_config" in config:
             made["quantization_config"] = config["quantization_config"]
         full.append(made)

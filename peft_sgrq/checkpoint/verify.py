@@ -79,7 +79,9 @@ def verify_checkpoint(
     with plan.base, result:
         tensors = TensorComparison(plan, result)
         tensors.run()
-        errors, notes = list(tensors.errors), list(tensors.notes)
+        errors, notes = [*tensors.errors, *result.misplaced()], list(tensors.notes)
+        if (result.path / "adapter_config.json").is_file() and not (plan.base.path / "adapter_config.json").is_file():
+            errors.append("adapter_config.json is there, by which transformers loads an adapter and its base instead.")
         _compare_files(plan, result, errors, notes)
     return VerifyReport(tensors.same, tensors.merged, errors, notes)
 

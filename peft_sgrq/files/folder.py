@@ -37,11 +37,11 @@ class CheckpointFolder:
         self.path = path
         self.config: dict[str, Any] = _read_json(path / "config.json") if (path / "config.json").is_file() else {}
         self.index: dict[str, Any] | None = None
-        if (path / INDEX).is_file():
+        if (path / SINGLE).is_file():  # which transformers reads even where there is an index
+            files = [SINGLE]
+        elif (path / INDEX).is_file():
             self.index = _read_json(path / INDEX)
             files = sorted(set(self.index.get("weight_map", {}).values()))
-        elif (path / SINGLE).is_file():
-            files = [SINGLE]
         else:
             files = []
         if not files:
@@ -82,6 +82,17 @@ class CheckpointFolder:
         """The quantization config, empty if the checkpoint has none."""
         text_config = self.config.get("text_config") or {}
         return self.config.get("quantization_config") or text_config.get("quantization_config") or {}
+
+    def misplaced(self) -> list[str]:
+        """What the index says wrongly of where tensors are, a sentence each."""
+        named = self.where if self.index is None else self.index.get("weight_map", {})
+        errors = [
+            f"{INDEX} has {tensor} in {named.get(tensor, 'no file')}, and it is in {name}."
+            for name, shard in self.shards.items()
+            for tensor in shard.entries
+            if named.get(tensor) != name
+        ]
+        return errors if len(errors) <= 3 else [*errors[:3], f"{INDEX} is wrong of {len(errors) - 3} more tensors."]
 
     def __contains__(self, name: str) -> bool:
         return name in self.where
@@ -154,7 +165,7 @@ class CheckpointFolder:
         if self.index is not None:
             index = dict(self.index)
             index["weight_map"] = {
-                tensor: shard for tensor, shard in self.index["weight_map"].items() if changes.get(tensor, True)
+                tensor: shard for tensor, shard in self.where.items() if changes.get(tensor, True)
             } | {tensor: shard for shard in self.shards for tensor in self._added(shard, changes)}
             metadata = dict(self.index.get("metadata") or {})
             if "total_size" in metadata:

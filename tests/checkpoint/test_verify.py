@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from support.quantized_checkpoints import (
     edit_config,
     tensors_of,
 )
+from support.small_models import TIED, load
 
 from peft_sgrq import SGRQConfig, merge_checkpoint, verify_checkpoint
 from peft_sgrq.cli import main
+from peft_sgrq.files.folder import INDEX
 
 # verify and the command line
 
@@ -93,3 +96,60 @@ def test_every_field_of_the_scales_config_survives(dense, tmp_path):
     merge_checkpoint(base, adapter, tmp_path / "out")
     assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
     assert SGRQConfig.from_pretrained(str(adapter)).base_model_name_or_path == str(base)
+
+
+def _in_shards(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A base in several files, an adapter, and the merged base."""
+    model = TIED["llama"]()
+    model.save_pretrained(tmp_path / "base", max_shard_size="30KB")
+    get_peft_model(load(tmp_path / "base"), SGRQConfig(init_weights=False)).save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    return tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+
+
+def _exchange(folder: Path) -> None:
+    one, other = sorted(folder.glob("*.safetensors"))[:2]
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+
+
+def _misname(folder: Path) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    names = list(index["weight_map"])
+    places = index["weight_map"]
+    places[names[0]], places[names[-1]] = places[names[-1]], places[names[0]]
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def _twice(folder: Path) -> None:
+    one, other = sorted(folder.glob("*.safetensors"))[:2]
+    spare = {name: tensor * 0 for name, tensor in load_file(other).items()}
+    save_file({**spare, **load_file(one)}, one, metadata={"format": "pt"})
+
+
+def _old_single_file(folder: Path) -> None:
+    shutil.copy(sorted(folder.glob("*.safetensors"))[0], folder / "model.safetensors")
+
+
+def _adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def _other_rope(folder: Path) -> None:
+    edit_config(folder, rope_theta=5.0)
+
+
+@pytest.mark.parametrize("change", [_exchange, _misname, _twice, _old_single_file, _adapter, _other_rope])
+def test_verify_sees_what_readers_would_read_otherwise(change, tmp_path):
+    base, adapter, out = _in_shards(tmp_path)
+    assert verify_checkpoint(base, adapter, out).ok
+    change(out)
+    assert not verify_checkpoint(base, adapter, out).ok
+
+
+def test_a_base_whose_index_is_stale_is_merged_with_a_right_one(tmp_path):
+    base, adapter, _ = _in_shards(tmp_path)
+    _misname(base)
+    merge_checkpoint(base, adapter, tmp_path / "again")
+    assert verify_checkpoint(base, adapter, tmp_path / "again").ok
