@@ -3,7 +3,8 @@
 Something between a layer and the loss may drop its gradient without a word: a quantizer under `torch.no_grad()`, a
 `detach`, a kernel without a backward pass. Deltas are watched until their first gradient, and cost nothing afterwards.
 A layer whose output is still held, with the graph behind it, may get its gradient in a further backward pass, and is
-waited for until the graph is gone. Not watched are frozen deltas, adapters that are not active, layers that did not
+waited for until the graph is gone, or two more forward passes have begun: something may hold it for good, as caches
+of keys and values do. Not watched are frozen deltas, adapters that are not active, layers that did not
 run (experts without tokens), layers that something runs without the whole PEFT model, and whatever `torch.compile`
 compiles.
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+_HELD = 2  # further forward passes that a held graph is waited for
 _NAMED = 40  # layers in the error, all of those of a block or two, so that they can be excluded
 
 
@@ -58,11 +60,17 @@ class FirstGradients:
 
         Raises:
             RuntimeError: If layers of an earlier pass ran under `torch.no_grad()` and never got a gradient, or their
-                graph is gone since the backward pass.
+                graph is gone since the backward pass, or held for long after it.
         """
         waiting = {key: wait for key, wait in self._waiting.items() if not wait.arrived}
         if self._ended:  # whatever reentrant checkpointing computed twice has its gradient now
-            lost = [key for key, wait in waiting.items() if not wait.recorded or (wait.gone and wait.backwards <= 0)]
+            lost = [
+                key
+                for key, wait in waiting.items()
+                if not wait.recorded or (wait.gone and wait.backwards <= 0) or wait.backwards <= 1 - _HELD
+            ]
+            for wait in waiting.values():
+                wait.backwards -= wait.backwards <= 0
             self._raise(lost)
         else:  # no backward pass was made of what was computed last
             for key, wait in waiting.items():
@@ -88,13 +96,13 @@ class FirstGradients:
         # Layers or blocks that something runs alone need not be followed by a backward pass.
         if not (self._in_forward or inside) or not delta.weight.is_leaf:
             return
+        self._call_witness()
         known = self._waiting.get((layer, adapter))
         if known is not None and known.delta is delta and (known.recorded or node is None):
             return
         if known is not None:
             known.handle.remove()
         handle = delta.weight.register_post_accumulate_grad_hook(lambda _: self._arrive(layer, adapter))
-        self._call_witness()
         recorded = None if node is None else weakref.ref(node)
         self._waiting[layer, adapter] = _Wait(delta, handle, max(1, self._forwards), recorded, inside)
 
