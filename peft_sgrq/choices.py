@@ -72,9 +72,11 @@ def check_budget(budget: object, name: str = "budget") -> None:
 
 def size_in_bytes(size: int | str, name: str) -> int:
     """Bytes of a size such as `"20MB"`, `"4GiB"` or a number of bytes; a ValueError names what it is the size of."""
-    from accelerate.utils.modeling import convert_file_size_to_int  # type: ignore[import-untyped]
-
     try:
+        if isinstance(size, str) and not size.strip()[:1].isdigit():
+            raise ValueError
+        from accelerate.utils.modeling import convert_file_size_to_int  # type: ignore[import-untyped]
+
         found = int(convert_file_size_to_int(size))
     except (ValueError, AttributeError):
         found = 0

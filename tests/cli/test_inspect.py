@@ -120,7 +120,7 @@ def test_a_saliency_is_shown_as_tables(file, capsys):
     assert "criterion: obs" in text and "tokens: 1000" in text
     head = next(line for line in text.splitlines() if line.startswith("block"))
     assert head.split() == ["block", "q_proj", "k_proj", "down_proj"]
-    sizes = text[text.index("Adapters to come") :].splitlines()
+    sizes = text[text.index("Adapters to come") :].split("\n\n")[0].splitlines()
     assert [line.split()[0] for line in sizes[2:]] == ["0.05", "0.1", "0.2", "0.4", "1.0", "knee", "global"]
     full = next(line for line in sizes if line.split()[0] == "1.0")
     assert "6,144" in full and full.count("100.0 %") == 2
