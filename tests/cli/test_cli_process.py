@@ -219,13 +219,13 @@ def test_help_and_mistakes_in_arguments_are_answered_without_the_libraries():
     code = (
         "import json, sys; sys.argv[0] = 'peft-sgrq'; from peft_sgrq.cli import main\n"
         "for words in json.loads(sys.argv[1]):\n"
-        "    print('status', main(words)); print('status', main(words), file=sys.stderr)\n"
+        "    status = main(words); print('STATUS', status); print('STATUS', status, file=sys.stderr)\n"
         "print([name for name in ('torch', 'peft', 'accelerate', 'numpy') if name in sys.modules])"
     )
     given = json.dumps([words for words, _, _ in USAGE])
     run = subprocess.run([sys.executable, "-c", code, given], capture_output=True, text=True, check=True)
     assert run.stdout.endswith("[]\n")
-    told = zip(run.stdout.split("status ")[:-1], run.stderr.split("status ")[:-1], USAGE, strict=True)
+    told = zip(run.stdout.split("STATUS ")[:-1], run.stderr.split("STATUS ")[:-1], USAGE, strict=True)
     for number, (out, error, (words, status, text)) in enumerate(told):
         assert text in (error if status else out), (number, words)
 
