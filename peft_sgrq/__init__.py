@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from peft_sgrq.plugin.registration import register as register
     from peft_sgrq.recovery.recover import Recovery as Recovery
     from peft_sgrq.recovery.recover import recover as recover
+    from peft_sgrq.rotation.online import load_rotated as load_rotated
+    from peft_sgrq.rotation.rotate import rotate as rotate
+    from peft_sgrq.rotation.rotations import Rotations as Rotations
     from peft_sgrq.selection.calibrate import calibrate as calibrate
     from peft_sgrq.selection.criteria import LayerStatistics as LayerStatistics
     from peft_sgrq.selection.layerwise.allocate_ratios import allocate_ratios as allocate_ratios
@@ -39,6 +42,7 @@ _HOMES = {  # public name -> the module it is imported from when it is asked for
     "LayerStatistics": "selection.criteria",
     "MergeReport": "checkpoint.merge",
     "Recovery": "recovery.recover",
+    "Rotations": "rotation.rotations",
     "SGRQConfig": "config",
     "SGRQGgufConfig": "formats.gguf.quantizer",
     "SGRQLinear": "layer.linear",
@@ -50,10 +54,12 @@ _HOMES = {  # public name -> the module it is imported from when it is asked for
     "calibrate": "selection.calibrate",
     "keep_dense": "formats.gguf.dense_weights",
     "load_gguf": "formats.gguf.loading",
+    "load_rotated": "rotation.online",
     "merge_checkpoint": "checkpoint.merge",
     "recover": "recovery.recover",
     "register": "plugin.registration",
     "restore_codes": "base.restore",
+    "rotate": "rotation.rotate",
     "save_gguf": "formats.gguf.saving",
     "split_groups": "base.split",
     "verify_checkpoint": "checkpoint.verify",
