@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-COMMANDS: tuple[str, ...] = ("calibrate", "inspect", "merge", "recover", "verify")
+COMMANDS: tuple[str, ...] = ("allocate", "calibrate", "inspect", "merge", "recover", "rotate", "verify")
 _BY_SIGNAL = 128
 
 

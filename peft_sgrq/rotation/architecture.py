@@ -132,7 +132,9 @@ def _refuse_quantized(model: nn.Module) -> None:
             "quantization."
         )
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("The model has weights on the meta device, expected all in memory; load it without offloading.")
+        raise ValueError(
+            "The model has weights on the meta device, expected all in memory; load it without offloading."
+        )
 
 
 def _embeddings(model: nn.Module, which: str) -> str:
@@ -205,7 +207,9 @@ def _trace(model: nn.Module, blocks: nn.ModuleList, hidden: int) -> dict[str, _C
         model(input_ids=ids.to(device), use_cache=False)
     several = next((name for name, found in calls.items() if len(found) > 1), None)
     if several is not None:
-        raise ValueError(f"{several} is called several times in one forward pass, expected once; it cannot be rotated.")
+        raise ValueError(
+            f"{several} is called several times in one forward pass, expected once; it cannot be rotated."
+        )
     return {name: found[0] for name, found in calls.items()}
 
 

@@ -127,7 +127,7 @@ def _product_watcher(
     """A hook for a layer that adds the errors of its product, with and without a rotation of its input."""
     plain = layer.weight.detach()
     weights = [plain, _rotated(layer, name, seed, head_dim, "weight_input", plain)]
-    args = scheme.weight_args(plain.shape[1])
+    args = scheme.weight_args(scheme.weights, scheme.by_row(plain.shape[1]))
     rounded = [quantized_weight(weight, args) for weight in weights]
     rounding = scheme.activation_args()
 

@@ -201,7 +201,7 @@ def _compare(before: _Observed, after: _Observed, roles: Roles, tolerance: float
         "the output head",
     )
     raise ValueError(
-        f"The rotated model does not compute the same: logits changed by {difference:.2g} of their spread, expected at "
-        f"most {allowed:.2g} in {dtype}, first at {changed}; the model is as it was. Report its architecture, or raise "
-        "`tolerance` if that is rounding."
+        f"The rotated model does not compute the same: logits changed by {difference:.2g} of their spread, expected "
+        f"at most {allowed:.2g} in {dtype}, first at {changed}; the model is as it was. Report its architecture, or "
+        "raise `tolerance` if that is rounding."
     )

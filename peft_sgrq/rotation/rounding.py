@@ -58,7 +58,7 @@ def quantized_weight(weight: torch.Tensor, args: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def quantized_activation(x: torch.Tensor, args: Any) -> torch.Tensor:
-    """What activations `[B, T, D]` are when they are rounded by their own scales; themselves where `args` is `None`."""
+    """What activations `[B, T, D]` are when they are rounded by their own scales; as they are without `args`."""
     if args is None:
         return x
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,8 @@ class Scheme:
         cache (`int`): Bits of keys and values, one scale a token and head; 16 leaves them as they are.
         group_size (`int`): Columns of a weight that share a scale. A layer whose columns are no multiple of it gets
             one scale a row.
-        symmetric (`bool`): Codes around zero, without zero points.
+        symmetric (`bool`): Codes of activations and of the cache around zero, without zero points. Those of weights
+            always are: transformers 5.23 does not load packed zero points.
     """
 
     weights: int
@@ -35,18 +37,49 @@ class Scheme:
         """As [`parse_scheme`] reads it."""
         return f"W{self.weights}A{self.activations}" + (f"KV{self.cache}" if self.cache < FULL else "")
 
-    def weight_args(self, columns: int, bits: int | None = None) -> Any:
-        """compressed-tensors' `QuantizationArgs` of a weight with so many columns, at other bits if given."""
+    def by_row(self, columns: int) -> bool:
+        """Whether a weight with so many columns gets one scale a row."""
+        return columns % self.group_size != 0
+
+    def weight_args(self, bits: int, by_row: bool) -> Any:
+        """compressed-tensors' `QuantizationArgs` of a weight at some bits."""
         from compressed_tensors.quantization import QuantizationArgs
 
-        grouped = columns % self.group_size == 0
         return QuantizationArgs(
-            num_bits=self.weights if bits is None else bits,
+            num_bits=bits,
             type="int",
-            symmetric=self.symmetric,
-            strategy="group" if grouped else "channel",
-            group_size=self.group_size if grouped else None,
+            symmetric=True,
+            strategy="channel" if by_row else "group",
+            group_size=None if by_row else self.group_size,
         )
+
+    def config(
+        self, widths: Mapping[str, int], by_row: Collection[str], ignored: Collection[str], head_dim: int | None = None
+    ) -> Any:
+        """compressed-tensors' `QuantizationConfig`: a group of layers for each width and kind of scales.
+
+        Args:
+            widths (`Mapping[str, int]`): Module name -> bits of the weight.
+            by_row (`Collection[str]`): Those with one scale a row.
+            ignored (`Collection[str]`): Linear layers that stay.
+            head_dim (`int` or `None`): That of attention, where the cache is quantized.
+        """
+        from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+
+        groups: dict[tuple[int, bool], list[str]] = {}
+        for name, width in widths.items():
+            groups.setdefault((width, name in by_row), []).append(name)
+        schemes = {
+            f"w{width}" + ("_rows" if rows else ""): QuantizationScheme(
+                targets=["Linear"] if len(groups) == 1 else names,
+                weights=self.weight_args(width, rows),
+                input_activations=self.activation_args(),
+                format="pack-quantized",
+            )
+            for (width, rows), names in sorted(groups.items())
+        }
+        cache = None if head_dim is None else self.cache_args(head_dim)
+        return QuantizationConfig(config_groups=schemes, ignore=sorted(ignored), kv_cache_scheme=cache)
 
     def activation_args(self) -> Any:
         """Those of the inputs of linear layers; `None` if they are not quantized."""
