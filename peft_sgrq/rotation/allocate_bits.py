@@ -143,8 +143,8 @@ def _budget(bits: float | str, layers: Mapping[str, nn.Linear], costs: Mapping[s
     least = sum(cost[0] for cost in costs.values())
     if least > budget:
         raise ValueError(
-            f"`bits` is {bits!r}, but with scales the smallest widths take {math.ceil(1e3 * least / weights) / 1e3} bits "
-            f"a weight ({-(-least // 8)} bytes); raise it, offer smaller widths, or give a larger `group_size`."
+            f"`bits` is {bits!r}, but with scales the smallest widths take {math.ceil(1e3 * least / weights) / 1e3} "
+            f"bits a weight ({-(-least // 8)} bytes); raise it, offer smaller widths, or give a larger `group_size`."
         )
     return budget
 

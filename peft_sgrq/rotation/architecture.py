@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -274,7 +275,7 @@ def _check_stream(calls: dict[str, _Call], embedding: str, final: str, blocks: l
             f"{blocks[0]} does not start from the output of {embedding} alone, expected token embeddings and nothing "
             "added to them; the model cannot be rotated."
         )
-    pairs = [(calls[one].y, calls[other].x) for one, other in zip(blocks, blocks[1:], strict=False)]
+    pairs = [(calls[one].y, calls[other].x) for one, other in pairwise(blocks)]
     if not all(torch.equal(y, x) for y, x in [*pairs, (last.y, calls[final].x)]):
         raise ValueError(
             f"The blocks {blocks[0]} to {blocks[-1]} and {final} do not follow one another, expected each to take "
@@ -306,9 +307,8 @@ def _block(model: nn.Module, name: str, norms: list[NormRoles], calls: dict[str,
         )
     writers = tuple(part for part, factor in zip(candidates, factors, strict=True) if abs(factor) > 1e-3)
     for part, call in own.items():
-        if part not in readers and part not in writers and call.x.shape[-1] == stream.y.shape[-1]:
-            if same_tensor(call.x, stream.x):
-                raise ValueError(f"{part} reads the residual stream without a norm; the model cannot be rotated.")
+        if part not in readers and same_tensor(call.x, stream.x):
+            raise ValueError(f"{part} reads the residual stream without a norm; the model cannot be rotated.")
     attention = next((part for part in _parts(block, name) if _is_attention(model.get_submodule(part))), None)
     head_dim = getattr(model.get_submodule(attention), "head_dim", None) if attention else None
     inner = [part for part in writers if attention and part.startswith(f"{attention}.")]

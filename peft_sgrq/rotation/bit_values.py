@@ -30,7 +30,7 @@ Pairs = dict[tuple[int, int], NDArray[np.float64]]
 
 
 class Rounding:
-    """The layers of a model rounded to several widths: scales are kept, weights are rounded when they are asked for."""
+    """The layers of a model at several widths: scales are kept, weights are rounded when they are asked for."""
 
     def __init__(self, layers: Mapping[str, nn.Linear], widths: Sequence[int], scheme: Scheme) -> None:
         self.layers, self.widths, self._scheme = layers, widths, scheme
@@ -78,15 +78,15 @@ def by_fisher(
     """For each unit, what each width changes the loss by, to second order; one backward pass a row."""
     slopes = {name: np.zeros((len(rows), len(rounding.widths))) for name in rounding.layers}
     weights = {name: layer.weight for name, layer in rounding.layers.items()}
-    current = 0
+    current = [0]  # the row
 
     def take(name: str) -> Callable[[torch.Tensor], None]:
         def hook(parameter: torch.Tensor) -> None:
-            gradient, own = parameter.grad, parameter.detach()
-            assert gradient is not None  # torch has just put it there
+            gradient: Any = parameter.grad
+            own = parameter.detach()
             for index, width in enumerate(rounding.widths):
                 change = rounding.weight(name, width).double() - own.double()
-                slopes[name][current, index] += float((gradient.double() * change).sum())
+                slopes[name][current[0], index] += float((gradient.double() * change).sum())
             parameter.grad = None  # one gradient is in memory at a time
 
         return hook
@@ -95,7 +95,7 @@ def by_fisher(
     with _gradients_of(model, weights.values()), untouched(model), torch.enable_grad(), ExitStack() as stack:
         for name, weight in weights.items():
             stack.callback(weight.register_post_accumulate_grad_hook(take(name)).remove)
-        for current, row in enumerate(rows):
+        for current[0], row in enumerate(rows):
             inputs = {key: value.to(device) for key, value in row.items()}
             loss_of(model(**inputs, use_cache=False), row).backward()
             tick()
