@@ -141,3 +141,18 @@ def test_what_cannot_be_quantized_is_refused_and_stays():
         quantize(model)
     with pytest.raises(TypeError, match="a name such as"):
         parse_scheme(4)
+
+
+def test_transformers_still_does_not_load_packed_zero_points(tmp_path, monkeypatch):
+    from compressed_tensors.quantization import QuantizationArgs
+
+    monkeypatch.setattr(
+        Scheme,
+        "weight_args",
+        lambda self, bits, by_row: QuantizationArgs(
+            num_bits=bits, type="int", symmetric=False, strategy="group", group_size=64
+        ),
+    )
+    quantize(random_model("mistral")).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
