@@ -4,7 +4,7 @@
     python -m benchmarks.rotated_bits rotations --model MODEL --test TEXTS --calibration TEXTS --out FILE
     python -m benchmarks.rotated_bits bits --model MODEL --test TEXTS --calibration TEXTS --out FILE
 
-Texts are .jsonl files with a column `text`. Each run is added to the file when it is done; the table of all is printed.
+Texts are .jsonl files with a column `text`. Each run is printed and added to the file when it is done.
 """
 
 from __future__ import annotations

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_sgrq.base.workarounds.dropped_rotations import FIELD, has_online_rotations
 from peft_sgrq.files.folder import CheckpointFolder
 from peft_sgrq.files.sources import find_folder
 from peft_sgrq.rotation.architecture import BlockRoles
 from peft_sgrq.rotation.fusing import Applied, has_hadamard, rotation_factory
 
-FIELD = "online_rotations"
 _LARGEST = 4096  # of a full rotation; larger ones are block-diagonal
 _ONLINE = ("input", "q_attn", "k_cache")
 
@@ -125,11 +125,6 @@ def hooked_attention(model: Any) -> Iterator[None]:
             model.set_attn_implementation(implementation)
 
 
-def is_online(model: nn.Module) -> bool:
-    """Whether a model computes with online rotations."""
-    return any(type(module).__name__ == "HadamardTransform" for module in model.modules())
-
-
 def load_rotated(path: str | os.PathLike[str], **kwargs: Any) -> Any:
     """Loads a causal language model with the online rotations it was saved with.
 
@@ -149,7 +144,7 @@ def load_rotated(path: str | os.PathLike[str], **kwargs: Any) -> Any:
 
     model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     groups: Mapping[str, Any] = getattr(model.config, FIELD, None) or {}
-    if not groups or is_online(model):
+    if not groups or has_online_rotations(model):
         return model
     from peft_sgrq.rotation.scheme import require_compressed_tensors
 

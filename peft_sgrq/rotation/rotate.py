@@ -9,13 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from peft_sgrq.base.workarounds.dropped_rotations import has_online_rotations
 from peft_sgrq.passes.data import Batch, load_batches
 from peft_sgrq.passes.running import longest, runner
 from peft_sgrq.passes.untouched import untouched
 from peft_sgrq.rotation.architecture import BlockRoles, Roles, find_roles, recorded_calls
 from peft_sgrq.rotation.errors import RotationError, measure_errors, possible
 from peft_sgrq.rotation.fusing import fuse_norms, has_hadamard, rotate_stream, rotate_values, untie
-from peft_sgrq.rotation.online import is_online, rotate_down, rotate_queries
+from peft_sgrq.rotation.online import rotate_down, rotate_queries
 from peft_sgrq.rotation.rotations import Rotations
 from peft_sgrq.rotation.scheme import Scheme, parse_scheme, require_compressed_tensors
 from peft_sgrq.rotation.snapshot import restored_on_failure
@@ -86,7 +87,7 @@ def rotate(
     bits = parse_scheme(scheme, group_size)
     wanted = _check_rotations(rotations, select, data)
     select = select or ("measured" if data is not None else "all")
-    if is_online(model):
+    if has_online_rotations(model):
         raise ValueError("The model has online rotations, expected one without; rotate the original model.")
     batches: list[Batch] = []
     if data is not None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
 from support.bases import logits
 from support.rotated_models import random_model
 from transformers import AutoModelForCausalLM
 
-from peft_sgrq import load_rotated, rotate
+from peft_sgrq import SGRQConfig, load_rotated, rotate
 
 pytest.importorskip("compressed_tensors")
 pytestmark = pytest.mark.filterwarnings("ignore:The model has online rotations")
@@ -57,3 +58,12 @@ def test_transformers_still_drops_online_rotations(tmp_path, ids):
     dropped = logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), ids % 256)
     expected = logits(model, ids % 256)
     assert (dropped - expected).abs().max() > 0.1 * expected.abs().max()
+
+
+def test_an_adapter_on_a_model_that_lost_its_rotations_is_refused(tmp_path):
+    model = random_model("llama, tied")
+    rotate(model, rotations=["R4"])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="load_rotated"):
+        get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path), SGRQConfig())
+    get_peft_model(load_rotated(tmp_path), SGRQConfig())
