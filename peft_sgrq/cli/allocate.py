@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
         progress=not args.quiet,
     )
     if checkpoint is not None:
-        quantize(model, plan).save_pretrained(checkpoint)
+        quantize(model, plan)
+        model.save_pretrained(checkpoint)
         tokenizer.save_pretrained(checkpoint)
     tools = {"compressed_tensors": plan.quantization_config(), "autoround": plan.autoround()}
     with written(args.output) as scratch, open(scratch, "w", encoding="utf-8") as file:

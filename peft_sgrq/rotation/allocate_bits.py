@@ -207,7 +207,7 @@ def _problem(
     problem = []
     for block in blocks:
         place = {unit: at for at, unit in enumerate(block)}
-        of_unit = [np.sum([costs[name] for name in units[unit]], axis=0, dtype=np.int64) for unit in block]
+        of_unit = [np.array([costs[name] for name in units[unit]], dtype=np.int64).sum(axis=0) for unit in block]
         tables = {(place[one], place[two]): table for (one, two), table in together.items() if one in place}
         problem.append(Block(of_unit, [values[unit] for unit in block], tables))
     return problem

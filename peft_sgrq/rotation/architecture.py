@@ -104,7 +104,7 @@ def find_roles(model: nn.Module) -> Roles:
     stack = find_stack(model, linears)
     if stack is None:
         raise ValueError("The model has no list of transformer blocks, expected a causal language model; give one.")
-    hidden = model.get_submodule(embedding).embedding_dim
+    hidden = int(model.get_submodule(embedding).embedding_dim)  # type: ignore[arg-type]
     _refuse_parts(model, stack[0], embedding, head)
     calls = _trace(model, stack[1], hidden)
     norms = _find_norms(model, calls, hidden)

@@ -35,12 +35,12 @@ def untie(model: Any, roles: Roles) -> int:
 def fuse_norms(model: nn.Module, norms: Iterable[NormRoles]) -> None:
     """Multiplies the columns of what reads a norm by its weight, in float64, and leaves the norm a plain one."""
     for norm in norms:
-        weight = model.get_submodule(norm.name).weight
-        factors = norm.offset + weight.double()  # type: ignore[operator, union-attr]
+        weight: Any = model.get_submodule(norm.name).weight
+        factors = norm.offset + weight.double()
         for reader in norm.readers:
-            columns = model.get_submodule(reader).weight
-            columns.copy_((columns.double() * factors).to(columns.dtype))  # type: ignore[union-attr, operator]
-        weight.fill_(1 - norm.offset)  # type: ignore[union-attr, operator]
+            columns: Any = model.get_submodule(reader).weight
+            columns.copy_((columns.double() * factors).to(columns.dtype))
+        weight.fill_(1 - norm.offset)
 
 
 def rotation_factory(name: str, seed: int, applied: Iterable[Applied], head_dim: int | None = None) -> Any:

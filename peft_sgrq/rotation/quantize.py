@@ -82,9 +82,9 @@ def quantize(
     apply_quantization_config(model, config, show_progress=False)
     for name, layer in layers.items():
         scales, zeros = rounded.pop(name)
-        layer.weight_scale.data.copy_(scales)  # type: ignore[union-attr, operator]
+        layer.weight_scale.data.copy_(scales)  # type: ignore[operator]
         if hasattr(layer, "weight_zero_point"):
-            layer.weight_zero_point.data.copy_(zeros)  # type: ignore[union-attr, operator]
+            layer.weight_zero_point.data.copy_(zeros)  # type: ignore[operator]
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     _declare(model, compressor.quantization_config)
