@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from peft_sgrq.plugin.registration import register as register
     from peft_sgrq.recovery.recover import Recovery as Recovery
     from peft_sgrq.recovery.recover import recover as recover
+    from peft_sgrq.rotation.allocate_bits import allocate_bits as allocate_bits
+    from peft_sgrq.rotation.bit_plan import BitPlan as BitPlan
+    from peft_sgrq.rotation.online import load_rotated as load_rotated
+    from peft_sgrq.rotation.quantize import quantize as quantize
+    from peft_sgrq.rotation.rotate import rotate as rotate
+    from peft_sgrq.rotation.rotations import Rotations as Rotations
     from peft_sgrq.selection.calibrate import calibrate as calibrate
     from peft_sgrq.selection.criteria import LayerStatistics as LayerStatistics
     from peft_sgrq.selection.layerwise.allocate_ratios import allocate_ratios as allocate_ratios
@@ -38,15 +44,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {  # public name -> the module it is imported from when it is asked for
+    "BitPlan": "rotation.bit_plan",
     "LayerStatistics": "selection.criteria",
     "MergeReport": "checkpoint.merge",
     "Recovery": "recovery.recover",
+    "Rotations": "rotation.rotations",
     "SGRQConfig": "config",
     "SGRQGgufConfig": "formats.gguf.quantizer",
     "SGRQLinear": "layer.linear",
     "SGRQModel": "model",
     "Saliency": "selection.saliency",
     "VerifyReport": "checkpoint.verify",
+    "allocate_bits": "rotation.allocate_bits",
     "allocate_ratios": "selection.layerwise.allocate_ratios",
     "allow_quantized_training": "base.workarounds.trainer_refusal",
     "calibrate": "selection.calibrate",
@@ -54,10 +63,13 @@ _HOMES = {  # public name -> the module it is imported from when it is asked for
     "fast_dtype": "base.precision",
     "keep_dense": "formats.gguf.dense_weights",
     "load_gguf": "formats.gguf.loading",
+    "load_rotated": "rotation.online",
     "merge_checkpoint": "checkpoint.merge",
+    "quantize": "rotation.quantize",
     "recover": "recovery.recover",
     "register": "plugin.registration",
     "restore_codes": "base.restore",
+    "rotate": "rotation.rotate",
     "save_gguf": "formats.gguf.saving",
     "split_groups": "base.split",
     "verify_checkpoint": "checkpoint.verify",

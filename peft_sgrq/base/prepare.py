@@ -9,6 +9,7 @@ from torch import nn
 
 from peft_sgrq.base.workarounds.awq_scale_dtype import keep_awq_scales
 from peft_sgrq.base.workarounds.bnb_cpu_packing import disable_cpu_packing
+from peft_sgrq.base.workarounds.dropped_rotations import refuse_dropped_rotations
 from peft_sgrq.base.workarounds.gptq_zero_points import save_zero_points_as_loaded
 from peft_sgrq.base.workarounds.loading_attributes import forget_loading_attributes
 from peft_sgrq.base.workarounds.transformers_save import drop_irreversible_conversions
@@ -16,7 +17,12 @@ from peft_sgrq.formats.bnb_4bit.nesting import nested_layers, note_unnested
 
 
 def prepare_base(model: nn.Module) -> None:
-    """Undoes and prevents what libraries do to the layers of a model that changes their scales or loses gradients."""
+    """Undoes and prevents what libraries do to the layers of a model that changes their scales or loses gradients.
+
+    Raises:
+        ValueError: If the model lost rotations when it was loaded.
+    """
+    refuse_dropped_rotations(model)
     disable_cpu_packing(model)
     keep_awq_scales(model)
 

@@ -16,7 +16,7 @@ from importlib import import_module
 
 from peft_sgrq import __version__
 
-COMMANDS: tuple[str, ...] = ("calibrate", "inspect", "merge", "recover", "verify")
+COMMANDS: tuple[str, ...] = ("allocate", "calibrate", "inspect", "merge", "recover", "rotate", "verify")
 _BY_SIGNAL = 128
 
 

@@ -103,7 +103,8 @@ def check_sources(args: argparse.Namespace, **models: str | None) -> None:
     for what, name in models.items():
         if name is not None:
             check_source(name, what)
-    check_source(args.data, "data", kind="dataset")
+    if args.data is not None:
+        check_source(args.data, "data", kind="dataset")
 
 
 def load_data(args: argparse.Namespace, tokenizer: Any) -> Any:

@@ -20,10 +20,12 @@ from peft_sgrq.cli import main
 from peft_sgrq.files.hub import check_source
 
 COMMANDS: dict[str, list[str]] = {
+    "allocate": ["allocate", "MODEL", "DATA", "-o", "OUT"],
     "calibrate": ["calibrate", "MODEL", "DATA", "-o", "OUT"],
     "inspect": ["inspect", "ADAPTER"],
     "merge": ["merge", "ADAPTER", "OUT", "--base", "MODEL"],
     "recover": ["recover", "MODEL", "--reference", "REFERENCE", "--data", "DATA", "-o", "OUT"],
+    "rotate": ["rotate", "MODEL", "-o", "OUT"],
     "verify": ["verify", "ADAPTER", "MERGED", "--base", "MODEL"],
 }
 each = pytest.mark.parametrize("command", COMMANDS)

@@ -1,0 +1,74 @@
+"""Find how many bits each layer of a dense model is to get under one budget, and write the plan.
+
+The plan is JSON with the same for compressed-tensors, AutoRound (`layer_config`) and GPTQModel (`dynamic`);
+`--checkpoint` rounds the model to nearest by it and saves that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from peft_sgrq.cli.calibrate import add_data_arguments, check_sources, load_data
+from peft_sgrq.cli.rotate import add_dense_model_arguments, load_dense
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_dense_model_arguments(parser)
+    parser.add_argument("data", metavar="DATA", help="a .txt, .jsonl, .csv or .parquet file, or a dataset of the Hub")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the JSON file to write")
+    parser.add_argument("--bits", type=_bits, default=2.5, help='a weight with scales, or a size such as "3GB"')
+    parser.add_argument("--widths", type=int, nargs="+", default=[2, 3, 4], help="to choose from (default: 2 3 4)")
+    parser.add_argument("--group-size", type=int, default=64, help="columns that share a scale (default: 64)")
+    parser.add_argument("--criterion", default="fisher", help="fisher, measured or output (default: fisher)")
+    parser.add_argument("--pairs", action="store_true", help="with measured: pairs of layers, too")
+    parser.add_argument("--no-fuse", action="store_true", help="let query, key and value, gate and up differ")
+    parser.add_argument("--checkpoint", metavar="FOLDER", help="quantize by the plan, and save that here")
+    add_data_arguments(parser)
+    parser.set_defaults(samples=64)
+
+
+def run(args: argparse.Namespace) -> int:
+    from peft_sgrq.files.output import check_output, check_output_folder
+
+    check_output(args.output)
+    checkpoint = check_output_folder(args.checkpoint) if args.checkpoint else None
+    check_sources(args, model=args.model)
+    from peft_sgrq.files.output import written
+    from peft_sgrq.rotation.allocate_bits import allocate_bits
+    from peft_sgrq.rotation.quantize import quantize
+
+    model, tokenizer = load_dense(args)
+    plan = allocate_bits(
+        model,
+        load_data(args, tokenizer),
+        tokenizer=tokenizer,
+        bits=args.bits,
+        widths=args.widths,
+        group_size=args.group_size,
+        criterion=args.criterion,
+        pairs=args.pairs,
+        fuse=not args.no_fuse,
+        column=args.column,
+        samples=args.samples,
+        max_length=args.max_length,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        progress=not args.quiet,
+    )
+    if checkpoint is not None:
+        quantize(model, plan)
+        model.save_pretrained(checkpoint)
+        tokenizer.save_pretrained(checkpoint)
+    tools = {"compressed_tensors": plan.quantization_config(), "autoround": plan.autoround()}
+    with written(args.output) as scratch, open(scratch, "w", encoding="utf-8") as file:
+        json.dump({"plan": plan.as_dict(), **tools, "gptqmodel": plan.gptqmodel()}, file, indent=1)
+    print(plan.table())
+    return 0
+
+
+def _bits(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

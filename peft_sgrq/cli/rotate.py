@@ -1,0 +1,81 @@
+"""Rotate a dense model so that quantization costs it less, and save it; what it computes stays.
+
+With the default rotations the result is an ordinary dense checkpoint that any quantizer takes. `--quantize` rounds it
+to nearest at the bits of `--scheme` and saves that.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from peft_sgrq.cli.calibrate import add_data_arguments, check_sources, load_data
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_dense_model_arguments(parser)
+    parser.add_argument("--data", help="to choose by error: a .txt, .jsonl, .csv or .parquet file, or a dataset")
+    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="the folder to write")
+    parser.add_argument("--scheme", default="W4A4KV4", help="the bits to come (default: W4A4KV4)")
+    parser.add_argument("--group-size", type=int, default=64, help="columns that will share a scale (default: 64)")
+    parser.add_argument("--rotations", nargs="+", default=["R1", "R2"], metavar="NAME", help="of R1 R2 R3 R4")
+    parser.add_argument("--select", choices=("measured", "all"), help="default: measured if there is data")
+    parser.add_argument("--quantize", action="store_true", help="round to nearest, and save that")
+    parser.add_argument("--report", metavar="FILE", help="write what was chosen and the errors as JSON")
+    add_data_arguments(parser)
+    parser.set_defaults(samples=16)
+
+
+def add_dense_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those that `load_dense` takes."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="a dense causal language model: a directory or a name on the Hub"
+    )
+    parser.add_argument("--dtype", default="auto", help="default: that of the checkpoint")
+
+
+def load_dense(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model in eval mode, on the GPU if there is one, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), AutoTokenizer.from_pretrained(args.model)
+
+
+def run(args: argparse.Namespace) -> int:
+    from peft_sgrq.files.output import check_output, check_output_folder
+
+    output = check_output_folder(args.output)
+    if args.report:
+        check_output(args.report)
+    check_sources(args, model=args.model)
+    from peft_sgrq.rotation.quantize import quantize
+    from peft_sgrq.rotation.rotate import rotate
+    from peft_sgrq.rotation.scheme import parse_scheme
+
+    parse_scheme(args.scheme, args.group_size)
+    model, tokenizer = load_dense(args)
+    found = rotate(
+        model,
+        load_data(args, tokenizer) if args.data else None,
+        tokenizer=tokenizer,
+        scheme=args.scheme,
+        rotations=args.rotations,
+        select=args.select,
+        group_size=args.group_size,
+        column=args.column,
+        samples=args.samples,
+        max_length=args.max_length,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    if args.quantize:
+        quantize(model, args.scheme, group_size=args.group_size)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    if args.report:
+        found.save(args.report)
+    print(found)
+    print(f"{args.output}: {'quantized to ' + args.scheme if args.quantize else 'a dense checkpoint'}")
+    return 0

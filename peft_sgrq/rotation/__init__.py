@@ -1,0 +1,1 @@
+"""Rotated models, models quantized at few bits, and bits by layer; all by compressed-tensors."""

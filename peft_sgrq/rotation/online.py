@@ -1,0 +1,187 @@
+"""R3 and R4: rotations of activations at run time, by compressed-tensors' hooks, chosen layer by layer.
+
+R3 rotates queries and keys of each head behind the position embeddings, R4 the input of the layer that ends an MLP,
+whose weight is rotated back. Both are needed where activations or the KV cache have 4 bits. transformers 5.23 loads
+what R4 did to the weights and drops the rotations themselves, with no more than a warning about tensors it does not
+know. So a model with online rotations says in its config what they are (`online_rotations`), the matrices are saved
+with it, and [`load_rotated`] puts both together.
+`test_transformers_still_drops_online_rotations` fails once that is not needed any more.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_sgrq.base.workarounds.dropped_rotations import FIELD, has_online_rotations
+from peft_sgrq.files.folder import CheckpointFolder
+from peft_sgrq.files.sources import find_folder
+from peft_sgrq.rotation.architecture import BlockRoles
+from peft_sgrq.rotation.fusing import Applied, has_hadamard, rotation_factory
+
+_LARGEST = 4096  # of a full rotation; larger ones are block-diagonal
+_ONLINE = ("input", "q_attn", "k_cache")
+
+
+def down_block(size: int) -> int | None:
+    """The size of the blocks of R4 for an input of a size: all of it if there is such a rotation; `None` for none."""
+    if size <= _LARGEST and has_hadamard(size):
+        return size
+    block = size & -size  # the largest power of two that divides it
+    return min(block, 1024) if block >= 16 else None
+
+
+def query_places(blocks: Iterable[BlockRoles]) -> list[Applied]:
+    """Where R3 goes."""
+    names = [block.attention for block in blocks if block.attention is not None]
+    return [(names, "q_attn", False), (names, "k_cache", False)]
+
+
+def rotate_queries(model: Any, blocks: Iterable[BlockRoles], seed: int) -> None:
+    """R3 in some blocks: queries and keys of each head, at run time."""
+    blocks = list(blocks)
+    if not blocks:
+        return
+    _hook_attention(model)
+    for head_dim in sorted({block.head_dim for block in blocks if block.head_dim is not None}):
+        chosen = [block for block in blocks if block.head_dim == head_dim]
+        _attach(model, "R3", query_seed(seed), query_places(chosen), head_dim)
+
+
+def rotate_down(model: Any, blocks: Iterable[BlockRoles], seed: int) -> None:
+    """R4 in some blocks: the weight of the layer that ends the MLP now, its input at run time."""
+    by_block: dict[int, list[str]] = {}
+    for block in blocks:
+        if block.down is not None:
+            size = down_block(model.get_submodule(block.down).in_features)
+            if size is not None:
+                by_block.setdefault(size, []).append(block.down)
+    for size, names in by_block.items():
+        rotation_factory("R4", down_seed(seed), [(names, "weight_input", True)], size).apply_to_model(
+            model, use_tqdm=False
+        )
+        _attach(model, "R4" if len(by_block) == 1 else f"R4x{size}", down_seed(seed), [(names, "input", False)], size)
+
+
+def query_seed(seed: int) -> int:
+    """The seed of R3."""
+    return seed + 2
+
+
+def down_seed(seed: int) -> int:
+    """The seed of R4."""
+    return seed + 3
+
+
+def _attach(model: Any, name: str, seed: int, places: list[Applied], head_dim: int) -> None:
+    factory = rotation_factory(name, seed, places, head_dim)
+    if next(model.parameters()).dtype == torch.float64:
+        factory.scheme.precision = torch.float64
+    factory.apply_to_model(model, use_tqdm=False)
+    _declare(model, {**_declared(model), name: factory.scheme.model_dump(mode="json")})
+
+
+def _declared(model: Any) -> dict[str, Any]:
+    return dict(getattr(model.config, FIELD, None) or {})
+
+
+def _declare(model: Any, groups: dict[str, Any]) -> None:
+    from compressed_tensors.transform import TransformConfig, apply_transform_config
+
+    setattr(model.config, FIELD, groups)
+    apply_transform_config(model, TransformConfig(config_groups={}))  # declares which matrices are one tensor
+    model.transform_config = TransformConfig.model_validate({"config_groups": groups})
+
+
+def _hook_attention(model: Any) -> None:
+    """Hooks all attention modules: compressed-tensors switches the model over, also where nothing is to be rotated."""
+    from compressed_tensors.modeling import initialize_hooked_attention
+    from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
+
+    for module in model.modules():
+        if is_cached_attention_module(module):
+            initialize_hooked_attention(model, module)
+
+
+@contextmanager
+def hooked_attention(model: Any) -> Iterator[None]:
+    """While this is open hooks can be put onto queries and keys; afterwards attention is as it was."""
+    spaces = ("_modules", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+    kept = [(module.__dict__[name], dict(module.__dict__[name])) for module in model.modules() for name in spaces]
+    implementation = model.config._attn_implementation
+    try:
+        _hook_attention(model)
+        yield
+    finally:
+        for space, before in kept:
+            space.clear()
+            space.update(before)
+        if model.config._attn_implementation != implementation:
+            model.set_attn_implementation(implementation)
+
+
+def load_rotated(path: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """Loads a causal language model with the online rotations it was saved with.
+
+    A checkpoint without any is loaded as transformers loads it.
+
+    Args:
+        path (`str` or path): A folder that a model with online rotations was saved to.
+        **kwargs: What `AutoModelForCausalLM.from_pretrained` takes.
+
+    Returns:
+        `PreTrainedModel`: The model; it computes what was saved.
+
+    Raises:
+        ValueError: If the rotations, or their matrices, are not those of the model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    groups: Mapping[str, Any] = getattr(model.config, FIELD, None) or {}
+    if not groups or has_online_rotations(model):
+        return model
+    from peft_sgrq.rotation.scheme import require_compressed_tensors
+
+    require_compressed_tensors()
+    from compressed_tensors.transform import TransformFactory, TransformScheme
+
+    schemes = {name: TransformScheme.model_validate(group) for name, group in groups.items()}
+    modules = dict(model.named_modules())
+    for name, scheme in schemes.items():
+        unknown = [target for args in scheme.apply for target in args.targets if target not in modules]
+        if unknown or not all(args.location in _ONLINE for args in scheme.apply):
+            raise ValueError(
+                f"{os.fspath(path)}: the rotation {name} is of {unknown[:1] or 'weights'}, expected layers of the "
+                "model and online places; save the model anew."
+            )
+    if any(args.location in _ONLINE[1:] for scheme in schemes.values() for args in scheme.apply):
+        _hook_attention(model)
+    for name, scheme in schemes.items():
+        TransformFactory.from_scheme(scheme, name=name).apply_to_model(model, use_tqdm=False)
+    _declare(model, dict(groups))
+    with CheckpointFolder(find_folder(path, "model", kwargs.get("revision"))) as folder:
+        _read_matrices(model, folder)
+    return model
+
+
+@torch.no_grad()
+def _read_matrices(model: nn.Module, folder: CheckpointFolder) -> None:
+    """Fills the matrices of online rotations, several of which are one tensor, from a checkpoint."""
+    wanted: dict[int, tuple[nn.Parameter, list[str]]] = {}
+    for name, module in model.named_modules():
+        if type(module).__name__ == "HadamardTransform":
+            weight: Any = module.weight
+            wanted.setdefault(id(weight), (weight, []))[1].append(f"{name}.weight")
+    for parameter, names in wanted.values():
+        found = next((name for name in names if name in folder), None)
+        if found is None:
+            raise ValueError(
+                f"The checkpoint has no tensor {names[0]}, expected the matrix of a rotation; save the model anew."
+            )
+        parameter.copy_(folder.tensor(found))

@@ -1,0 +1,167 @@
+"""`quantize`: a dense model as a compressed-tensors checkpoint, rounded to nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from peft_sgrq.formats.registry import is_quantized
+from peft_sgrq.layer.base_layers import refuse_adapters
+from peft_sgrq.rotation.rounding import weight_scales
+from peft_sgrq.rotation.scheme import FULL, Scheme, parse_scheme, require_compressed_tensors
+
+if TYPE_CHECKING:
+    from peft_sgrq.rotation.bit_plan import BitPlan
+
+
+def quantize(
+    model: nn.Module,
+    scheme: str | BitPlan = "W4A16",
+    *,
+    group_size: int = 64,
+    symmetric: bool = True,
+    ignore: Sequence[str] = (),
+) -> nn.Module:
+    """Quantizes a dense model in place to integers of few bits, as compressed-tensors stores them.
+
+    Weights are rounded to nearest, each scale clipped where the squared error of its group is least, and packed.
+    Activations and the KV cache are rounded when the model runs, by scales of their own: one a token for the inputs of
+    linear layers, one a token and head for keys and values. The output head and embeddings stay. The result is
+    trained, merged and saved as any model of that format: `save_pretrained` writes a checkpoint that plain
+    transformers loads. Better codes than the nearest come from AutoRound or GPTQModel.
+
+    With rounded activations a model's outputs depend on the shapes of its inputs, as sums in another order round to
+    other codes: a step of decoding differs from the same position in a longer input. That is so in the base, too.
+
+    Args:
+        model (`nn.Module`): A dense model, in the dtype its scales are to have. It may have been rotated.
+        scheme (`str` or `BitPlan`): Bits of weights, activations and cache: "W4A16", "W4A8KV8", "W4A4KV8", "W4A4KV4"
+            or other widths from 2 to 8; or what [`allocate_bits`] found, for weights alone.
+        group_size (`int`): Columns of a weight that share a scale. A layer whose columns are no multiple of it gets
+            one scale a row. A plan has its own.
+        symmetric (`bool`): Codes of activations and cache around zero. With `False` they get zero points, which costs
+            less error at 4 bits, and which vLLM does not run. Those of weights always are around zero.
+        ignore (`Sequence[str]`): Names of linear layers to leave as they are.
+
+    Returns:
+        `nn.Module`: The same model.
+
+    Raises:
+        ValueError: If the model is quantized, has adapters or experts, a layer that is named is not there, or the
+            size of its heads cannot be found. The model is as it was then.
+        TypeError: If an argument has the wrong type.
+        ImportError: If compressed-tensors is missing.
+
+    Example:
+        ```py
+        >>> peft_sgrq.quantize(model, "W4A8KV8").save_pretrained("w4a8kv8")
+        ```
+    """
+    require_compressed_tensors()
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import apply_quantization_config
+
+    bits, widths = _widths(scheme, group_size, symmetric)
+    layers = quantizable_layers(model, ignore)
+    if widths is None:
+        widths = dict.fromkeys(layers, bits.weights)
+    elif set(widths) != set(layers):
+        wrong = sorted(set(widths) ^ set(layers))[0]
+        raise ValueError(
+            f"The plan and the model differ in {wrong}, expected the same linear layers; allocate bits on this model."
+        )
+    by_row = {name for name, layer in layers.items() if bits.by_row(layer.in_features)}
+    others = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in layers]
+    config = bits.config(widths, by_row, others, _head_dim(model) if bits.cache < FULL else None)
+    rounded = {
+        name: weight_scales(layer.weight.detach(), bits.weight_args(widths[name], name in by_row))
+        for name, layer in layers.items()
+    }
+    apply_quantization_config(model, config, show_progress=False)
+    for name, layer in layers.items():
+        scales, zeros = rounded.pop(name)
+        layer.weight_scale.data.copy_(scales)  # type: ignore[operator]
+        if hasattr(layer, "weight_zero_point"):
+            layer.weight_zero_point.data.copy_(zeros)  # type: ignore[operator]
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    _declare(model, compressor.quantization_config)
+    return model.requires_grad_(False)
+
+
+def quantizable_layers(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, nn.Linear]:
+    """The linear layers that are to be quantized, by name: all but the output head and those ignored.
+
+    Raises:
+        ValueError: If there is none, the model is quantized, or has an adapter or experts.
+    """
+    refuse_adapters(model, "quantize")
+    found = next((name for name, module in model.named_modules() if is_quantized(module)), None)
+    if found is not None or getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"The model is quantized already ({found or 'its config says so'}), expected a dense one; load the "
+            "original."
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "The model has weights on the meta device, expected all in memory; load it without offloading."
+        )
+    experts = next((name for name, parameter in model.named_parameters() if _is_experts(model, name, parameter)), None)
+    if experts is not None:
+        raise ValueError(
+            f"{experts} holds the weights of several experts, expected linear layers; quantize the model with another "
+            "tool."
+        )
+    getter: Any = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter is not None else None
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    unknown = sorted(set(ignore) - set(linears))
+    if unknown:
+        raise ValueError(
+            f"`ignore` has {unknown[0]!r}, expected names of linear layers such as {next(iter(linears))!r}."
+        )
+    layers = {name: module for name, module in linears.items() if module is not head and name not in ignore}
+    if not layers:
+        raise ValueError(
+            "The model has no linear layers to quantize, expected some; another tool may know its layers."
+        )
+    return layers
+
+
+def _is_experts(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return parameter.dim() == 3 and "Conv" not in type(owner).__name__
+
+
+def _widths(scheme: Any, group_size: int, symmetric: bool) -> tuple[Scheme, Mapping[str, int] | None]:
+    if hasattr(scheme, "layers") and hasattr(scheme, "quantization_config"):  # a plan, which says all
+        return Scheme(max(scheme.layers.values()), group_size=scheme.group_size), scheme.layers
+    return parse_scheme(scheme, group_size, symmetric), None
+
+
+def _head_dim(model: Any) -> int:
+    from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
+
+    sizes = {getattr(module, "head_dim", None) for module in model.modules() if is_cached_attention_module(module)}
+    if len(sizes) != 1 or not isinstance(size := next(iter(sizes)), int):
+        raise ValueError(
+            f"The attention modules have heads of the sizes {sorted(map(str, sizes))}, expected one for all; choose a "
+            "scheme without KV."
+        )
+    return size
+
+
+def _declare(model: Any, config: Any) -> None:
+    """Has the model say what it is, as one that transformers loaded: it is saved with its quantization config."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+    from transformers.utils.quantization_config import CompressedTensorsConfig
+
+    fields = config.model_dump(mode="json", exclude={"quant_method"})
+    quantizer = AutoHfQuantizer.from_config(CompressedTensorsConfig(**fields), pre_quantized=True)
+    if getattr(model, "config", None) is not None:
+        model.config.quantization_config = quantizer.quantization_config
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = quantizer.quantization_config.quant_method

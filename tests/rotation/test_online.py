@@ -1,0 +1,69 @@
+"""Rotations at run time: through files by our loader, and dropped by transformers' own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+from support.bases import logits
+from support.rotated_models import random_model
+from transformers import AutoModelForCausalLM
+
+from peft_sgrq import SGRQConfig, load_rotated, rotate
+
+pytest.importorskip("compressed_tensors")
+pytestmark = pytest.mark.filterwarnings("ignore:The model has online rotations")
+
+
+@pytest.mark.parametrize("rotations", [("R3",), ("R4",), ("R1", "R2", "R3", "R4")], ids="+".join)
+def test_the_loader_gives_the_model_that_was_saved(rotations, tmp_path, ids):
+    model = random_model("llama with biases")
+    rotate(model, rotations=rotations)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_rotated(tmp_path).eval(), ids % 256), logits(model, ids % 256))
+
+
+def test_rotations_in_some_layers_alone_are_saved_and_loaded(tmp_path, ids):
+    model = random_model("llama, tied", num_hidden_layers=4)
+    found = rotate(model, [ids % 256], rotations=("R1", "R3", "R4"))
+    chosen = [len(found.chosen.get(name, [])) for name in ("R3", "R4")]
+    assert any(0 < count < 4 for count in chosen), "all or none: the test shows nothing"
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_rotated(tmp_path).eval(), ids % 256), logits(model, ids % 256))
+
+
+def test_checkpoints_without_online_rotations_load_as_ever(llama_dir, ids):
+    plain = AutoModelForCausalLM.from_pretrained(llama_dir)
+    assert torch.equal(logits(load_rotated(llama_dir), ids), logits(plain, ids))
+
+
+def test_a_checkpoint_that_lost_its_matrices_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = random_model("mistral")
+    rotate(model, rotations=["R4"])
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "R4" not in name}
+    assert len(kept) < len(tensors)
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the matrix of a rotation"):
+        load_rotated(tmp_path)
+
+
+def test_transformers_still_drops_online_rotations(tmp_path, ids):
+    model = random_model("llama, tied")
+    rotate(model, rotations=["R4"])
+    model.save_pretrained(tmp_path)
+    dropped = logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), ids % 256)
+    expected = logits(model, ids % 256)
+    assert (dropped - expected).abs().max() > 0.1 * expected.abs().max()
+
+
+def test_an_adapter_on_a_model_that_lost_its_rotations_is_refused(tmp_path):
+    model = random_model("llama, tied")
+    rotate(model, rotations=["R4"])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="load_rotated"):
+        get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path), SGRQConfig())
+    get_peft_model(load_rotated(tmp_path), SGRQConfig())
