@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results_file import ResultsFile
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_sgrq
-from benchmarks.results_file import ResultsFile
 
 ROTATIONS = {"none": (), "R1": ("R1",), "R1+R2": ("R1", "R2"), "all": ("R1", "R2", "R3", "R4"), "adaptive": ()}
 SCHEMES = ("W4A16", "W4A8KV8", "W4A4KV8", "W4A4KV4")

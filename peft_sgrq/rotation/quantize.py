@@ -160,6 +160,7 @@ def _declare(model: Any, config: Any) -> None:
 
     fields = config.model_dump(mode="json", exclude={"quant_method"})
     quantizer = AutoHfQuantizer.from_config(CompressedTensorsConfig(**fields), pre_quantized=True)
+    quantizer.validate_environment()  # sets what its `is_trainable` asks
     if getattr(model, "config", None) is not None:
         model.config.quantization_config = quantizer.quantization_config
     model.hf_quantizer = quantizer
