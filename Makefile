@@ -38,7 +38,7 @@ engines: $(VENV)/deepspeed
 test: $(VENV)/installed
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# All but what takes long: whole models through files and trainers, compilers, other processes. Under two minutes.
+# All but what takes long: whole models through files and trainers, compilers, other processes.
 test-fast: $(VENV)/installed
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
