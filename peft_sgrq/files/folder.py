@@ -164,9 +164,10 @@ class CheckpointFolder:
             total += self._write_shard(name, out / name, changes)
         if self.index is not None:
             index = dict(self.index)
-            index["weight_map"] = {
-                tensor: shard for tensor, shard in self.where.items() if changes.get(tensor, True)
-            } | {tensor: shard for shard in self.shards for tensor in self._added(shard, changes)}
+            named = [*self.index.get("weight_map", {}), *self.where]  # the order of the index, which differs by writer
+            index["weight_map"] = {tensor: self.where[tensor] for tensor in named if changes.get(tensor, True)} | {
+                tensor: shard for shard in self.shards for tensor in self._added(shard, changes)
+            }
             metadata = dict(self.index.get("metadata") or {})
             if "total_size" in metadata:
                 metadata["total_size"] += self._growth(changes)
