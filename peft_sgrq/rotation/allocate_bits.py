@@ -16,10 +16,10 @@ from peft_sgrq.choices import size_in_bytes
 from peft_sgrq.passes.data import load_batches
 from peft_sgrq.passes.running import longest
 from peft_sgrq.passes.untouched import untouched
-from peft_sgrq.rotation.architecture import recorded_calls, same_tensor
 from peft_sgrq.rotation.bit_plan import BitPlan, stored_bits
 from peft_sgrq.rotation.bit_values import Pairs, Rounding, by_fisher, by_measured_loss, by_output, mean_loss
 from peft_sgrq.rotation.quantize import quantizable_layers
+from peft_sgrq.rotation.recorded_calls import recorded_calls, same_tensor
 from peft_sgrq.rotation.scheme import WIDTHS, Scheme, parse_scheme, require_compressed_tensors
 from peft_sgrq.selection.layerwise.allocate_ratios import split_blocks
 from peft_sgrq.selection.layerwise.gains import halves

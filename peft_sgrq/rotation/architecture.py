@@ -9,9 +9,6 @@ Anything else is refused, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -22,70 +19,10 @@ from peft_sgrq.formats.registry import is_quantized
 from peft_sgrq.layer.base_layers import refuse_adapters
 from peft_sgrq.passes.chain import find_stack
 from peft_sgrq.passes.untouched import untouched
+from peft_sgrq.rotation.recorded_calls import Call, recorded_calls, same_tensor
+from peft_sgrq.rotation.roles import BlockRoles, NormRoles, Roles
 
 _TOKENS = 8  # sequences of one token each
-
-
-@dataclass(frozen=True)
-class NormRoles:
-    """A norm of the residual stream.
-
-    Attributes:
-        name (`str`): The module.
-        offset (`int`): 0 if it multiplies by its weight, 1 if by one plus that (Gemma).
-        readers (`tuple[str, ...]`): The linear layers that take what it returns.
-    """
-
-    name: str
-    offset: int
-    readers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class BlockRoles:
-    """A transformer block.
-
-    Attributes:
-        name (`str`): The module.
-        norms (`tuple[NormRoles, ...]`): Those of the residual stream.
-        writers (`tuple[str, ...]`): The linear layers whose outputs are added to the stream.
-        attention (`str` or `None`): The attention module.
-        head_dim (`int` or `None`): Its.
-        value, output (`str` or `None`): The linear layers around what attention mixes, where R2 goes; `None` if the
-            value is no layer of its own.
-        down (`str` or `None`): The linear layer that ends the MLP, where R4 goes.
-    """
-
-    name: str
-    norms: tuple[NormRoles, ...]
-    writers: tuple[str, ...]
-    attention: str | None
-    head_dim: int | None
-    value: str | None
-    output: str | None
-    down: str | None
-
-
-@dataclass(frozen=True)
-class Roles:
-    """What the modules of a model are to its residual stream of `hidden` numbers."""
-
-    hidden: int
-    embedding: str
-    head: str
-    final_norm: NormRoles
-    blocks: tuple[BlockRoles, ...]
-
-    @property
-    def norms(self) -> list[NormRoles]:
-        """All norms of the stream."""
-        return [*(norm for block in self.blocks for norm in block.norms), self.final_norm]
-
-
-@dataclass
-class _Call:
-    x: torch.Tensor
-    y: torch.Tensor
 
 
 def find_roles(model: nn.Module) -> Roles:
@@ -173,28 +110,7 @@ def _refuse_parts(model: nn.Module, stack: str, embedding: str, head: str) -> No
             )
 
 
-@contextmanager
-def recorded_calls(model: nn.Module, wanted: Callable[[str, nn.Module], bool]) -> Iterator[dict[str, list[_Call]]]:
-    """While this is open, inputs and outputs of modules are kept, by name; those called several times have several."""
-    calls: dict[str, list[_Call]] = {}
-
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            x = args[0] if args else kwargs.get("hidden_states", kwargs.get("input"))
-            y = output[0] if isinstance(output, (tuple, list)) else output
-            if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
-                calls.setdefault(name, []).append(_Call(x, y))
-
-        return hook
-
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if wanted(name, module):
-                stack.callback(module.register_forward_hook(keep(name), with_kwargs=True).remove)
-        yield calls
-
-
-def _trace(model: nn.Module, blocks: nn.ModuleList, hidden: int) -> dict[str, _Call]:
+def _trace(model: nn.Module, blocks: nn.ModuleList, hidden: int) -> dict[str, Call]:
     of_stack = set(blocks)
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     ids = torch.randint(0, vocabulary, (_TOKENS, 1), generator=torch.Generator().manual_seed(0))
@@ -214,16 +130,7 @@ def _trace(model: nn.Module, blocks: nn.ModuleList, hidden: int) -> dict[str, _C
     return {name: found[0] for name, found in calls.items()}
 
 
-def same_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors are views of the same numbers, all of them."""
-    return (
-        one.numel() == other.numel()
-        and one.data_ptr() == other.data_ptr()
-        and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-    )
-
-
-def _find_norms(model: nn.Module, calls: dict[str, _Call], hidden: int) -> list[NormRoles]:
+def _find_norms(model: nn.Module, calls: dict[str, Call], hidden: int) -> list[NormRoles]:
     """The norms that linear layers read, of the size of the stream."""
     modules = dict(model.named_modules())
     found = []
@@ -267,7 +174,7 @@ def _misfit(target: torch.Tensor, parts: list[torch.Tensor], level: torch.Tensor
     return factors.tolist(), bool(rest <= 1e-3 * goal.norm().cpu() + rounding)
 
 
-def _check_stream(calls: dict[str, _Call], embedding: str, final: str, blocks: list[str]) -> None:
+def _check_stream(calls: dict[str, Call], embedding: str, final: str, blocks: list[str]) -> None:
     first, last = calls[blocks[0]], calls[blocks[-1]]
     start = calls[embedding].y
     if start.shape != first.x.shape or not _misfit(first.x, [start], first.x)[1]:
@@ -283,7 +190,7 @@ def _check_stream(calls: dict[str, _Call], embedding: str, final: str, blocks: l
         )
 
 
-def _block(model: nn.Module, name: str, norms: list[NormRoles], calls: dict[str, _Call]) -> BlockRoles:
+def _block(model: nn.Module, name: str, norms: list[NormRoles], calls: dict[str, Call]) -> BlockRoles:
     block = model.get_submodule(name)
     own = {
         f"{name}.{part}": calls[f"{name}.{part}"]
@@ -335,7 +242,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _around_attention(
-    outputs: list[str], readers: set[str], calls: dict[str, _Call], head_dim: int | None
+    outputs: list[str], readers: set[str], calls: dict[str, Call], head_dim: int | None
 ) -> tuple[str | None, str | None]:
     """The layer that makes values and the one that takes what attention made of them, head by head."""
     if len(outputs) != 1 or not isinstance(head_dim, int):

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from peft_sgrq.passes.data import Batch
 from peft_sgrq.passes.running import runner
 from peft_sgrq.passes.untouched import untouched
-from peft_sgrq.rotation.architecture import BlockRoles
 from peft_sgrq.rotation.fusing import has_hadamard, rotation_factory, value_seed
 from peft_sgrq.rotation.online import down_block, down_seed, hooked_attention, query_seed
+from peft_sgrq.rotation.roles import BlockRoles
 from peft_sgrq.rotation.rounding import quantized_activation, quantized_weight
 from peft_sgrq.rotation.scheme import Scheme
 

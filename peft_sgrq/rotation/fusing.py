@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_sgrq.rotation.architecture import BlockRoles, NormRoles, Roles
+from peft_sgrq.rotation.roles import BlockRoles, NormRoles, Roles
 
 Applied = tuple[Sequence[str], str, bool]  # names of modules, location, whether inverse
 

@@ -21,8 +21,8 @@ from torch import nn
 from peft_sgrq.base.workarounds.dropped_rotations import FIELD, has_online_rotations
 from peft_sgrq.files.folder import CheckpointFolder
 from peft_sgrq.files.sources import find_folder
-from peft_sgrq.rotation.architecture import BlockRoles
 from peft_sgrq.rotation.fusing import Applied, has_hadamard, rotation_factory
+from peft_sgrq.rotation.roles import BlockRoles
 
 _LARGEST = 4096  # of a full rotation; larger ones are block-diagonal
 _ONLINE = ("input", "q_attn", "k_cache")

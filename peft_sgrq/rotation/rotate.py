@@ -13,10 +13,12 @@ from peft_sgrq.base.workarounds.dropped_rotations import has_online_rotations
 from peft_sgrq.passes.data import Batch, load_batches
 from peft_sgrq.passes.running import longest, runner
 from peft_sgrq.passes.untouched import untouched
-from peft_sgrq.rotation.architecture import BlockRoles, Roles, find_roles, recorded_calls
+from peft_sgrq.rotation.architecture import find_roles
 from peft_sgrq.rotation.errors import RotationError, measure_errors, possible
 from peft_sgrq.rotation.fusing import fuse_norms, has_hadamard, rotate_stream, rotate_values, untie
 from peft_sgrq.rotation.online import rotate_down, rotate_queries
+from peft_sgrq.rotation.recorded_calls import recorded_calls
+from peft_sgrq.rotation.roles import BlockRoles, Roles
 from peft_sgrq.rotation.rotations import Rotations
 from peft_sgrq.rotation.scheme import Scheme, parse_scheme, require_compressed_tensors
 from peft_sgrq.rotation.snapshot import restored_on_failure
