@@ -31,6 +31,7 @@ if __name__ == "__main__":
 
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
+from huggingface_hub import create_repo, upload_folder
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_quantization_config
@@ -216,13 +217,10 @@ def main() -> None:
     trainer.save_model(training.output_dir)
     trainer.accelerator.wait_for_everyone()  # until the adapter is written
     alone = trainer.accelerator.num_processes == 1
-    if training.push_to_hub:
-        if alone:
-            name = training.hub_model_id or Path(training.output_dir).name
-            trainer.model.push_to_hub(name, private=training.hub_private_repo)
-            tokenizer.push_to_hub(name)
-        else:
-            trainer.push_to_hub()  # by the first process, of what it has saved
+    if training.push_to_hub and trainer.accelerator.is_main_process:
+        push(training)
+        if sgrq.group_size is not None:
+            print(f"sft.py: the adapter belongs to the split base in {files}; upload that, too", flush=True)
 
     if sgrq.merge and trainer.accelerator.is_main_process:
         out = Path(training.output_dir, "merged")
@@ -235,6 +233,16 @@ def main() -> None:
             print(f"sft.py: merging in memory: {error}", flush=True)
             merge(trainer, None, out, None, base.model_name_or_path, loading)
         print(f"sft.py: the merged model is in {out}", flush=True)
+
+
+def push(training: SFTConfig) -> None:
+    """Uploads the adapter, its card and the tokenizer: not by the trainer, whose card would take the place of ours."""
+    name, token = training.hub_model_id or Path(training.output_dir).name, training.hub_token
+    repository = create_repo(name, token=token, private=training.hub_private_repo, exist_ok=True)
+    folders_and_pickles = ["*/*", "*.bin"]
+    upload_folder(
+        repo_id=repository.repo_id, folder_path=training.output_dir, ignore_patterns=folders_and_pickles, token=token
+    )
 
 
 def merge(

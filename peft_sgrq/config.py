@@ -122,6 +122,8 @@ class SGRQConfig(PeftConfig):
         self.renamed_layers: dict[str, str] = {}
         # The masks of all groups, by layer, where a selection that is not in the file means these; not a field.
         self.full_masks: dict[str, str] = {}
+        # What a Trainer trains the adapter with, for its model card: row -> text; not a field.
+        self.trained_with: dict[str, str] = {}
         self._check_version()
         self._check_targets()
         self._check_numbers()

@@ -32,6 +32,7 @@ from peft_sgrq.adapter.targets import (
     warn_of_dense_base,
     warn_of_fused_experts,
 )
+from peft_sgrq.adapter.training_record import note_training
 from peft_sgrq.adapter.weighted_sum import check_sum, config_of_sum
 from peft_sgrq.base.engines import check_engine, check_whole
 from peft_sgrq.base.loading import describe_class
@@ -154,6 +155,7 @@ class SGRQModel(BaseTuner):
         if not peft_config.inference_mode:
             warn_of_dense_base(model)
             let_trainers_train(model)
+            note_training()
             if peft_config.check_learning_rate:
                 watch_learning_rate()
 

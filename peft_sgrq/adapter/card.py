@@ -40,7 +40,7 @@ of the adapter, bit for bit.
 | tuned layers | {layers}: {kinds} |
 | trained parameters | {parameters:,} ({adapter_dtype}) |
 | size of the adapter | {size} |
-
+{training}
 ## Load
 
 ```python
@@ -126,6 +126,7 @@ def _section(weights: str, config: SGRQConfig) -> str:
         parameters=_count_parameters(weights),
         adapter_dtype=config.adapter_dtype,
         size=f"{os.path.getsize(weights) / 1e6:.2f} MB",
+        training="".join(f"| {name} | {text} |\n" for name, text in config.trained_with.items()),
         loading=loading_code(config).block(),
         merging="\n".join(_merging(quantization)),
         saving=_SAVING.format(saved_by) if (saved_by := (quantization or {}).get("saved_by")) else "",

@@ -7,10 +7,15 @@ import re
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, load_dataset
+from datasets.arrow_writer import ArrowWriter
 from huggingface_hub import ModelCard
-from support.bases import DENSE, NF4_NESTED, adapted
+from peft import get_peft_model
+from support.bases import DENSE, NF4_NESTED, TRAINING, adapted
+from transformers import Trainer, TrainingArguments
 
 from peft_sgrq import SGRQConfig
+from peft_sgrq.adapter.training_record import _data
 
 
 @pytest.fixture
@@ -92,3 +97,39 @@ def test_card_of_a_dense_base_names_no_quantization(llama_dir: Path, tmp_path: P
     text = (tmp_path / "README.md").read_text()
     assert "BitsAndBytesConfig(" not in text
     assert "| quantization of the base | none (dense) |" in text
+
+
+def test_the_card_says_what_a_trainer_trained_with(llama_dir: Path, tmp_path: Path):
+    model = get_peft_model(NF4_NESTED.load(llama_dir), SGRQConfig(task_type="CAUSAL_LM"))
+    rows = [{"input_ids": list(range(3, 20)), "labels": list(range(3, 20))}] * 6
+    settings = {**TRAINING, "learning_rate": 3e-2, "max_steps": 3, "per_device_train_batch_size": 2, "seed": 7}
+    settings |= {"lr_scheduler_type": "cosine", "gradient_accumulation_steps": 2}
+    settings |= {"save_strategy": "steps", "save_steps": 2}
+    trainer = Trainer(model, TrainingArguments(tmp_path, **settings), train_dataset=Dataset.from_list(rows))
+    trainer.train()
+    trainer.save_model()
+    text = (tmp_path / "README.md").read_text()
+    assert "| data | 6 rows |\n| steps | 3 |\n| batch size | 4 (2 x 2 accumulated x 1 processes) |" in text
+    assert "| learning rate | 0.03, cosine, warm-up 0 |" in text
+    assert "| seed | 7 |" in text and "weight decay 0 |" in text
+    assert "| steps | 2 |" in (tmp_path / "checkpoint-2" / "README.md").read_text()
+    assert "trained_with" not in (tmp_path / "adapter_config.json").read_text()
+
+
+def test_without_a_trainer_the_card_says_nothing_of_training(saved: Path):
+    text = (saved / "README.md").read_text()
+    assert "learning rate" not in text and "| steps |" not in text
+
+
+def test_a_dataset_of_the_hub_is_named_and_a_file_is_not(tmp_path: Path):
+    (tmp_path / "secret.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    local = load_dataset(
+        "json", data_files=str(tmp_path / "secret.jsonl"), split="train", cache_dir=tmp_path / "cache"
+    )
+    assert _data(local) == "2 rows"
+    place = tmp_path / "cache" / "trl-lib___capybara" / "default" / "part.arrow"
+    place.parent.mkdir(parents=True)
+    with ArrowWriter(path=str(place)) as writer:
+        writer.write_table(local.data.table)
+        writer.finalize()
+    assert _data(Dataset.from_file(str(place))) == "`trl-lib/capybara`, 2 rows"
