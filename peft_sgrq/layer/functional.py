@@ -147,47 +147,7 @@ def _unit_gradient(
     return sums[0] if len(sums) == 1 else torch.cat(sums)
 
 
-class _GroupScaledLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        delta: torch.Tensor,
-        units: torch.Tensor | None,
-        scaled_weight: ScaledWeight,
-        saved_input: SavedInput,
-        zero_points: torch.Tensor | None,
-    ) -> torch.Tensor:
-        changed = effective_scales(scaled_weight, delta, units, zero_points=zero_points)
-        y = scaled_weight.linear(x, scaled_weight.prepare(changed))  # (..., N)
-        trained = ctx.needs_input_grad[1] and bool(delta.numel())
-        saved = saved_input.save(x, units, scaled_weight, y.dtype) if trained else None
-        ctx.save_for_backward(saved, delta, units, zero_points)
-        ctx.scaled_weight = scaled_weight
-        ctx.x_shape = x.shape
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved, delta, groups, zero_points = ctx.saved_tensors
-        scaled_weight: ScaledWeight = ctx.scaled_weight
-        scales = scaled_weight.scales()  # (R, G)
-        dy = grads[0].reshape(-1, grads[0].shape[-1])  # (T, N)
-        dx = ddelta = None
-        if ctx.needs_input_grad[0]:
-            changed = effective_scales(scaled_weight, delta, groups, scales, zero_points)
-            dx = _input_gradient(dy, changed, scaled_weight).reshape(ctx.x_shape)
-        if ctx.needs_input_grad[1] and delta.numel():
-            columns = scaled_weight.select_columns(saved, None) if groups is None else saved  # (T, n * g)
-            sums = scaled_weight.reduce_rows(_unit_gradient(dy, columns, groups, scaled_weight))  # (R, n)
-            ddelta = sums * _select(scales, groups, 1)
-        elif ctx.needs_input_grad[1]:  # nothing is selected
-            ddelta = torch.zeros_like(delta)
-        return dx, ddelta, None, None, None, None
-
-
-class _RowScaledLinear(torch.autograd.Function):
+class _ScaledLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -201,11 +161,15 @@ class _RowScaledLinear(torch.autograd.Function):
         own = x.clone() if scaled_weight.writes_to_input else x
         changed = effective_scales(scaled_weight, delta, units, zero_points=zero_points)
         y = scaled_weight.linear(own, scaled_weight.prepare(changed))  # (..., N)
+        in_rows = scaled_weight.unit is SelectableUnit.ROW
         # A bias much larger than the product would leave few digits of y - b, and so would a moved zero point.
-        ctx.product_known = scaled_weight.bias is None and zero_points is None
+        ctx.product_known = in_rows and scaled_weight.bias is None and zero_points is None
         saved = None
-        if ctx.needs_input_grad[1]:
-            saved = _select(y.reshape(-1, y.shape[-1]), units, 1) if ctx.product_known else x  # (T, n) or (..., K)
+        if ctx.needs_input_grad[1] and delta.numel():
+            if ctx.product_known:
+                saved = _select(y.reshape(-1, y.shape[-1]), units, 1)  # (T, n)
+            else:
+                saved = x if in_rows else saved_input.save(x, units, scaled_weight, y.dtype)
         ctx.save_for_backward(saved, delta, units, zero_points)
         ctx.scaled_weight = scaled_weight
         ctx.x_shape = x.shape
@@ -214,25 +178,29 @@ class _RowScaledLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved, delta, groups, zero_points = ctx.saved_tensors
+        saved, delta, units, zero_points = ctx.saved_tensors
         scaled_weight: ScaledWeight = ctx.scaled_weight
         scales = scaled_weight.scales()  # (R, G)
         dy = grads[0].reshape(-1, grads[0].shape[-1])  # (T, N)
         dx = ddelta = None
         if ctx.needs_input_grad[0]:
-            changed = effective_scales(scaled_weight, delta, groups, scales, zero_points)
+            changed = effective_scales(scaled_weight, delta, units, scales, zero_points)
             dx = _input_gradient(dy, changed, scaled_weight).reshape(ctx.x_shape)
-        if ctx.needs_input_grad[1]:
-            dy_rows = _select(dy, groups, 1)  # (T, n)
-            if ctx.product_known:
-                total = (dy_rows.float() * saved.float()).sum(0).unsqueeze(1)  # (n, 1)
-                effective = _select(effective_scales(scaled_weight, delta, groups, scales), groups, 0)  # (n, 1)
-                # Where the scale in effect is zero the output does not tell the product any more.
-                ddelta = torch.where(effective == 0, 0.0, total * (_select(scales, groups, 0) / effective))
-            else:
-                x = scaled_weight.computed_input(saved).reshape(-1, saved.shape[-1]).to(dy.dtype)  # (T, K)
-                ddelta = _unit_gradient(dy_rows, x, groups, scaled_weight)
-                ddelta = ddelta * _select(scales, groups, 0)
+        if ctx.needs_input_grad[1] and not delta.numel():
+            ddelta = torch.zeros_like(delta)
+        elif ctx.needs_input_grad[1] and ctx.product_known:
+            total = (_select(dy, units, 1).float() * saved.float()).sum(0).unsqueeze(1)  # (n, 1)
+            effective = _select(effective_scales(scaled_weight, delta, units, scales), units, 0)  # (n, 1)
+            # Where the scale in effect is zero the output does not tell the product any more.
+            ddelta = torch.where(effective == 0, 0.0, total * (_select(scales, units, 0) / effective))
+        elif ctx.needs_input_grad[1]:
+            if scaled_weight.unit is SelectableUnit.ROW:
+                dy = _select(dy, units, 1)  # (T, n)
+                saved = scaled_weight.computed_input(saved).reshape(-1, saved.shape[-1]).to(dy.dtype)  # (T, K)
+            elif units is None:
+                saved = scaled_weight.select_columns(saved, None)  # (T, G * g)
+            sums = scaled_weight.reduce_rows(_unit_gradient(dy, saved, units, scaled_weight))
+            ddelta = sums * _select(scales, units, scaled_weight.unit.dim)
         return dx, ddelta, None, None, None, None
 
 
@@ -256,15 +224,15 @@ class _ZeroPointGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        pooled, delta, zero_points, groups = ctx.saved_tensors
+        pooled, delta, zero_points, units = ctx.saved_tensors
         scaled_weight: ScaledWeight = ctx.scaled_weight
         dy = grads[0].reshape(-1, grads[0].shape[-1])  # (T, N)
         sums = scaled_weight.reduce_rows((dy.t() @ pooled.to(dy.dtype)).float())  # (R, G)
         scales = scaled_weight.scales()
         ddelta = None
         if ctx.needs_input_grad[2] and delta.numel():
-            ddelta = _select(scales * (ZERO_POINT_UNIT * zero_points) * sums, groups, scaled_weight.unit.dim)
-        dzero = ZERO_POINT_UNIT * _changed_scales(scaled_weight, delta, groups, scales) * sums
+            ddelta = _select(scales * (ZERO_POINT_UNIT * zero_points) * sums, units, scaled_weight.unit.dim)
+        dzero = ZERO_POINT_UNIT * _changed_scales(scaled_weight, delta, units, scales) * sums
         return grads[0], None, ddelta, dzero, None, None
 
 
@@ -291,7 +259,6 @@ def scaled_linear(
     Returns:
         `torch.Tensor`: `[..., out_features]`, the bias included.
     """
-    function = _RowScaledLinear if scaled_weight.unit is SelectableUnit.ROW else _GroupScaledLinear
     fixed = None if zero_points is None else zero_points.detach()
-    y = function.apply(x, delta, units, scaled_weight, saved_input or SavedInput(), fixed)
+    y = _ScaledLinear.apply(x, delta, units, scaled_weight, saved_input or SavedInput(), fixed)
     return y if zero_points is None else _ZeroPointGradient.apply(y, x, delta, zero_points, units, scaled_weight)
