@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ class ScaledWeight(ScaleMatrix):
 
     Attributes:
         module (`nn.Module`): The wrapped layer.
+        layer_class (`tuple[str, str]`): Where the class of its layers is and its name, if it has but one.
         quantized (`bool`): Whether the format is one of quantized weights.
         in_parts (`bool`): Whether rows of the codes and columns of the weight can be made without making all of them.
         smallest_served (`int`): The smallest group size that a server takes.
@@ -32,6 +34,7 @@ class ScaledWeight(ScaleMatrix):
         splittable (`bool`): Whether `split` can give the layer smaller groups.
     """
 
+    layer_class: ClassVar[tuple[str, str]]
     quantized: ClassVar[bool] = True
     in_parts: ClassVar[bool] = False
     saved_by: str | None = None
@@ -46,15 +49,17 @@ class ScaledWeight(ScaleMatrix):
         """The scaled weight of a layer that `matches`; `group_size` is that of layers which have none of their own."""
         return cls(module)
 
-    @staticmethod
-    @abstractmethod
-    def matches(module: nn.Module) -> bool:
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
         """Whether a module is a layer of this format. Imports nothing: a library not imported has no layers."""
+        home, name = cls.layer_class
+        return home in sys.modules and isinstance(module, getattr(sys.modules[home], name))
 
-    @staticmethod
-    @abstractmethod
-    def known_class(module: nn.Module) -> type[nn.Module]:
+    @classmethod
+    def known_class(cls, module: nn.Module) -> type[nn.Module]:
         """The class whose forward pass `linear` stands for, of a module that matches."""
+        home, name = cls.layer_class
+        return getattr(sys.modules[home], name)
 
     def select_columns(self, x: torch.Tensor, units: torch.Tensor | None) -> torch.Tensor:
         """Columns of the selected groups, `[..., K]` -> `[T, n * group_size]`; a partial group is padded by zeros."""

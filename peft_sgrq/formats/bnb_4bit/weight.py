@@ -7,7 +7,6 @@ rows, so `in_features` has to be a multiple of the block size.
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,6 +31,7 @@ class _Stored(NamedTuple):
 class Bnb4bitWeight(ScaledWeight):
     """`bitsandbytes.nn.Linear4bit`. Scales are float32; nested ones stay so until a merge un-nests them exactly."""
 
+    layer_class = ("bitsandbytes.nn", "Linear4bit")
     in_parts = True
     splittable = True
 
@@ -57,16 +57,6 @@ class Bnb4bitWeight(ScaledWeight):
                 "block size that divides in_features"
             )
         self.name = f"bnb-{state.quant_type}-{self.group_size}"
-
-    @staticmethod
-    def matches(module: nn.Module) -> bool:
-        # Without bitsandbytes imported no module can be one of its layers.
-        bnb = sys.modules.get("bitsandbytes.nn")
-        return bnb is not None and isinstance(module, bnb.Linear4bit)
-
-    @staticmethod
-    def known_class(module: nn.Module) -> type[nn.Module]:
-        return sys.modules["bitsandbytes.nn"].Linear4bit
 
     @property
     def _state(self) -> Any:

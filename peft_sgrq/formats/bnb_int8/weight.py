@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ _CODE_RANGE = 1.0 / 127.0  # W = CB * SCB / 127
 class BnbInt8Weight(ScaledWeight):
     """`bitsandbytes.nn.Linear8bitLt`. Rows are selected; outlier decomposition works as in the base."""
 
+    layer_class = ("bitsandbytes.nn", "Linear8bitLt")
     in_parts = True
     unit = SelectableUnit.ROW
 
@@ -37,15 +37,6 @@ class BnbInt8Weight(ScaledWeight):
                 "its weight is not quantized yet, expected int8 codes; move the model to its device first, "
                 "bitsandbytes quantizes on the way"
             )
-
-    @staticmethod
-    def matches(module: nn.Module) -> bool:
-        bnb = sys.modules.get("bitsandbytes.nn")
-        return bnb is not None and isinstance(module, bnb.Linear8bitLt)
-
-    @staticmethod
-    def known_class(module: nn.Module) -> type[nn.Module]:
-        return sys.modules["bitsandbytes.nn"].Linear8bitLt
 
     @property
     def _owner(self) -> Any:

@@ -91,16 +91,16 @@ class CompressedTensorsWeight(ParameterScales):
         block = weights.block_structure
         self._set_geometry(geometry(shape, self._codes, self._stored, [tuple(block)] if block else ()))
 
-    @staticmethod
-    def matches(module: nn.Module) -> bool:
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
         return (
             "compressed_tensors" in sys.modules
             and isinstance(module, nn.Linear)
             and getattr(getattr(module, "quantization_scheme", None), "weights", None) is not None
         )
 
-    @staticmethod
-    def known_class(module: nn.Module) -> type[nn.Module]:
+    @classmethod
+    def known_class(cls, module: nn.Module) -> type[nn.Module]:
         return nn.Linear
 
     @property

@@ -40,8 +40,8 @@ class DenseWeight(ScaledWeight):
     def of(cls, module: nn.Module, group_size: int) -> DenseWeight:
         return cls(module, group_size)
 
-    @staticmethod
-    def matches(module: nn.Module) -> bool:
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
         weight = getattr(module, "weight", None)
         if not isinstance(module, (nn.Linear, Conv1D)) or not isinstance(weight, torch.Tensor):
             return False
@@ -50,8 +50,8 @@ class DenseWeight(ScaledWeight):
         # Tensor subclasses behind a plain nn.Linear (torchao's, DTensor) are formats of their own.
         return type(weight.data) is torch.Tensor and weight.dtype in _FLOAT_DTYPES
 
-    @staticmethod
-    def known_class(module: nn.Module) -> type[nn.Module]:
+    @classmethod
+    def known_class(cls, module: nn.Module) -> type[nn.Module]:
         return Conv1D if isinstance(module, Conv1D) else nn.Linear
 
     @classmethod

@@ -110,8 +110,8 @@ class Fp8BlocksWeight(ParameterScales):
         block: Any = module.block_size
         self._set_geometry(geometry(self._codes, self._stored, block))
 
-    @staticmethod
-    def matches(module: nn.Module) -> bool:
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
         if isinstance(module, Fp8BlockLinear):
             return True
         fp8 = sys.modules.get("transformers.integrations.finegrained_fp8")
@@ -119,8 +119,8 @@ class Fp8BlocksWeight(ParameterScales):
         weight: Any = module.weight if fp8 is not None and type(module) is fp8.FP8Linear else None
         return weight is not None and weight.element_size() == 1
 
-    @staticmethod
-    def known_class(module: nn.Module) -> type[nn.Module]:
+    @classmethod
+    def known_class(cls, module: nn.Module) -> type[nn.Module]:
         return Fp8BlockLinear if isinstance(module, Fp8BlockLinear) else type(module)  # matched by its very class
 
     @property

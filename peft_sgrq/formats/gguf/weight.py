@@ -32,12 +32,12 @@ class GGUFWeight(ScaledWeight):
         self.movable_zero_points = held.movable_zero_points
         self.name = format_name(held.kind, held.group_size)
 
-    @staticmethod
-    def matches(module: nn.Module) -> bool:
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
         return isinstance(module, GGUFLinear)
 
-    @staticmethod
-    def known_class(module: nn.Module) -> type[nn.Module]:
+    @classmethod
+    def known_class(cls, module: nn.Module) -> type[nn.Module]:
         return GGUFLinear
 
     @property

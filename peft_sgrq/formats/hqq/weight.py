@@ -8,7 +8,6 @@ has a scale matrix of shape `[out_features / group_size, in_features]`: columns 
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +23,7 @@ from peft_sgrq.formats.selectable_unit import SelectableUnit
 class HQQWeight(ScaledWeight):
     """`hqq.core.quantize.HQQLinear`. Scales are stored in the compute dtype and rounded to it in the forward pass."""
 
+    layer_class = ("hqq.core.quantize", "HQQLinear")
     movable_zero_points = True
     saved_by = "`AutoHQQHFModel.save_quantized(model, directory)`"
 
@@ -58,15 +58,6 @@ class HQQWeight(ScaledWeight):
             self.unit = SelectableUnit.ROW
         self.splittable = self._axis == 1
         self.name = f"hqq-{meta['nbits']}bit-axis{self._axis}-{size}"
-
-    @staticmethod
-    def matches(module: nn.Module) -> bool:
-        hqq = sys.modules.get("hqq.core.quantize")
-        return hqq is not None and isinstance(module, hqq.HQQLinear)
-
-    @staticmethod
-    def known_class(module: nn.Module) -> type[nn.Module]:
-        return sys.modules["hqq.core.quantize"].HQQLinear
 
     @property
     def _meta(self) -> Any:

@@ -43,16 +43,16 @@ class AutoRoundWeight(GPTQLayout):
                 "AutoRound's kernel does not compute either; leave it out with `exclude_modules`"
             )
 
-    @staticmethod
-    def matches(module: nn.Module) -> bool:
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
         return type(module).__module__.startswith(_PACKAGES) and hasattr(module, "qweight")
 
-    @staticmethod
-    def is_trainable(module: nn.Module) -> bool:
+    @classmethod
+    def is_trainable(cls, module: nn.Module) -> bool:
         return type(module).__module__ in _KERNELS
 
-    @staticmethod
-    def known_class(module: nn.Module) -> type[nn.Module]:
+    @classmethod
+    def known_class(cls, module: nn.Module) -> type[nn.Module]:
         return sys.modules[type(module).__module__].QuantLinear
 
     @property

@@ -9,43 +9,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
-from peft_sgrq.formats.int32_packed.gptqmodel_layer import check_kernel, class_named, is_gptqmodel_layer
+from peft_sgrq.formats.int32_packed.gptqmodel_layer import GPTQModelLayer
 from peft_sgrq.formats.int32_packed.packing import unpack
-from peft_sgrq.formats.int32_packed.weight import Int32PackedWeight
 
-_KERNEL = "AwqTorchLinear"
 _INTERLEAVED = (0, 4, 1, 5, 2, 6, 3, 7)  # where in its word each of eight 4-bit codes is
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class AWQWeight(Int32PackedWeight):
+class AWQWeight(GPTQModelLayer):
     """`gptqmodel`'s `AwqTorchLinear`: scales are cast to the dtype of the input before the weight is made."""
 
     family = "awq"
-
-    def __init__(self, module: nn.Module) -> None:
-        layer: Any = module
-        check_kernel(
-            module,
-            _KERNEL,
-            'quantization_config=AwqConfig(bits=..., backend="torch_awq"), AutoRoundConfig(backend="torch"), or '
-            "GPTQModel.load(..., backend=BACKEND.AWQ_TORCH)",
-        )
-        super().__init__(module, layer.in_features, layer.out_features, layer.bits, layer.group_size)
-
-    @staticmethod
-    def matches(module: nn.Module) -> bool:
-        return is_gptqmodel_layer(module, "awq")
-
-    @staticmethod
-    def is_trainable(module: nn.Module) -> bool:
-        return type(module).__name__ == _KERNEL
-
-    @staticmethod
-    def known_class(module: nn.Module) -> type[nn.Module]:
-        return class_named(_KERNEL, module)
+    kernel = "AwqTorchLinear"
+    loading = (
+        'quantization_config=AwqConfig(bits=..., backend="torch_awq"), AutoRoundConfig(backend="torch"), or '
+        "GPTQModel.load(..., backend=BACKEND.AWQ_TORCH)"
+    )
 
     def _unpack(self, packed: torch.Tensor) -> torch.Tensor:
         order = _INTERLEAVED if self.bits == 4 else None

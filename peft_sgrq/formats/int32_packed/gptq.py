@@ -13,11 +13,9 @@ import torch
 from torch import nn
 
 from peft_sgrq.formats.int32_packed.bound_copies import release_copy
-from peft_sgrq.formats.int32_packed.gptqmodel_layer import check_kernel, class_named, is_gptqmodel_layer
+from peft_sgrq.formats.int32_packed.gptqmodel_layer import GPTQModelLayer
 from peft_sgrq.formats.int32_packed.packing import WORD, unpack, unpack_rows
 from peft_sgrq.formats.int32_packed.weight import Int32PackedWeight
-
-_KERNEL = "TorchLinear"
 
 
 class GPTQLayout(Int32PackedWeight):
@@ -46,19 +44,18 @@ class GPTQLayout(Int32PackedWeight):
         return unpack(self.module.qzeros, self.bits, 1)[:, : self.out_features]  # type: ignore[arg-type]
 
 
-class GPTQWeight(GPTQLayout):
+class GPTQWeight(GPTQModelLayer, GPTQLayout):
     """`gptqmodel`'s `TorchLinear`, its one GPTQ kernel that can be trained through and sees other scales at once."""
 
     family = "gptq"
+    kernel = "TorchLinear"
+    loading = (
+        'quantization_config=GPTQConfig(bits=..., backend="torch"), or GPTQModel.load(..., backend=BACKEND.GPTQ_TORCH)'
+    )
 
     def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
         layer: Any = module
-        check_kernel(
-            module,
-            _KERNEL,
-            'quantization_config=GPTQConfig(bits=..., backend="torch"), or GPTQModel.load(..., '
-            "backend=BACKEND.GPTQ_TORCH)",
-        )
         if layer.planar or layer.pack_dtype != torch.int32:
             raise ValueError(
                 f"its {layer.bits}-bit codes are packed as bit planes or in {layer.pack_dtype}, expected 2, 3, 4 or 8 "
@@ -69,20 +66,7 @@ class GPTQWeight(GPTQLayout):
                 "it carries a rotation of GPTQModel's own, expected a plain GPTQ layer; leave it out with "
                 "`exclude_modules`"
             )
-        super().__init__(module, layer.in_features, layer.out_features, layer.bits, layer.group_size)
         _ = self.columns  # an index that cannot be used is found now
-
-    @staticmethod
-    def matches(module: nn.Module) -> bool:
-        return is_gptqmodel_layer(module, "gptq")
-
-    @staticmethod
-    def is_trainable(module: nn.Module) -> bool:
-        return type(module).__name__ == _KERNEL
-
-    @staticmethod
-    def known_class(module: nn.Module) -> type[nn.Module]:
-        return class_named(_KERNEL, module)
 
     @property
     def _index(self) -> torch.Tensor | None:

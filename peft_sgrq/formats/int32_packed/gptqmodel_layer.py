@@ -3,47 +3,53 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
+
+from peft_sgrq.formats.int32_packed.weight import Int32PackedWeight
 
 _MODULE = "gptqmodel.nn_modules.qlinear"
 
 
-def is_gptqmodel_layer(module: nn.Module, method: str) -> bool:
-    """Whether a module is a linear layer of GPTQModel for a method, on any of its kernels."""
-    layers: Any = sys.modules.get(_MODULE)  # without it imported no module can be one of its layers
-    if layers is None or not isinstance(module, layers.BaseQuantLinear):
-        return False
-    return method in {str(getattr(name, "value", name)) for name in type(module).SUPPORTS_METHODS} and (
-        type(module).__name__ != "TorchQuantEmbeddings"
-    )
+class GPTQModelLayer(Int32PackedWeight):
+    """A linear layer of GPTQModel, on the one kernel of its method that can be trained through.
 
-
-def class_named(name: str, module: nn.Module) -> type[nn.Module]:
-    """The class of that name in GPTQModel which a layer is an instance of."""
-    return next(cls for cls in type(module).__mro__ if cls.__name__ == name and cls.__module__.startswith(_MODULE))
-
-
-def check_kernel(module: nn.Module, kernel: str, loading: str) -> None:
-    """Refuses a layer on another kernel than the one that can be trained through, or with an adapter of GPTQModel's.
-
-    Args:
-        module (`nn.Module`): A linear layer of GPTQModel.
-        kernel (`str`): The name of the class that can be trained through.
-        loading (`str`): The arguments that load it, for the message.
-
-    Raises:
-        ValueError: If the layer is refused; a clause about it.
+    Attributes:
+        family (`str`): The method, as GPTQModel names it.
+        kernel (`str`): The class of that kernel.
+        loading (`str`): The arguments that load it, for messages.
     """
-    layer: Any = module
-    found = type(module).__name__
-    if found != kernel:
-        raise ValueError(
-            f"it runs on the kernel {found}, which loses the gradient of the input or changes the layer's tensors; "
-            f"load the model with the kernel that can be trained through: {loading}"
-        )
-    if layer.adapter is not None:
-        raise ValueError(
-            "it carries an adapter of GPTQModel's own, expected a plain layer; leave it out with `exclude_modules`"
-        )
+
+    kernel: ClassVar[str]
+    loading: ClassVar[str]
+
+    def __init__(self, module: nn.Module) -> None:
+        layer: Any = module
+        if not self.is_trainable(module):
+            raise ValueError(
+                f"it runs on the kernel {type(module).__name__}, which loses the gradient of the input or changes the "
+                f"layer's tensors; load the model with the kernel that can be trained through: {self.loading}"
+            )
+        if layer.adapter is not None:
+            raise ValueError(
+                "it carries an adapter of GPTQModel's own, expected a plain layer; leave it out with `exclude_modules`"
+            )
+        super().__init__(module, layer.in_features, layer.out_features, layer.bits, layer.group_size)
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        layers: Any = sys.modules.get(_MODULE)  # without it imported no module can be one of its layers
+        if layers is None or not isinstance(module, layers.BaseQuantLinear):
+            return False
+        methods = {str(getattr(name, "value", name)) for name in type(module).SUPPORTS_METHODS}
+        return cls.family in methods and type(module).__name__ != "TorchQuantEmbeddings"
+
+    @classmethod
+    def is_trainable(cls, module: nn.Module) -> bool:
+        return type(module).__name__ == cls.kernel
+
+    @classmethod
+    def known_class(cls, module: nn.Module) -> type[nn.Module]:
+        named = (known for known in type(module).__mro__ if known.__name__ == cls.kernel)
+        return next(known for known in named if known.__module__.startswith(_MODULE))

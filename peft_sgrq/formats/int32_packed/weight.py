@@ -42,9 +42,9 @@ class Int32PackedWeight(ScaledWeight):
                 f"group size {self.group_size}; leave it out with `exclude_modules`"
             )
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def is_trainable(module: nn.Module) -> bool:
+    def is_trainable(cls, module: nn.Module) -> bool:
         """Whether a layer of this format runs on the kernel that scales can be trained through."""
 
     @property

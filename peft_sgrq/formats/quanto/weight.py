@@ -6,7 +6,6 @@ the scale, so that `W'` is the weight times `1 + delta` (see `rescaled_offset`).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +24,7 @@ _PACKED = "TinyGemmWeightQBitsTensor"  # bfloat16, groups of 128: `(q - 8) * sca
 class QuantoWeight(ScaledWeight):
     """`optimum.quanto.nn.QLinear` with weights alone quantized."""
 
+    layer_class = ("optimum.quanto.nn", "QLinear")
     saved_by = "`save_file(model.state_dict(), file)` beside `optimum.quanto.quantization_map(model)`"
 
     def __init__(self, module: nn.Module) -> None:
@@ -54,15 +54,6 @@ class QuantoWeight(ScaledWeight):
         self.movable_zero_points = self._scales_and_offsets()[1] is not None
         block = "row" if self.unit is SelectableUnit.ROW else str(self.group_size)
         self.name = f"quanto-{weight.qtype.name}-{block}"
-
-    @staticmethod
-    def matches(module: nn.Module) -> bool:
-        quanto = sys.modules.get("optimum.quanto.nn")
-        return quanto is not None and isinstance(module, quanto.QLinear)
-
-    @staticmethod
-    def known_class(module: nn.Module) -> type[nn.Module]:
-        return sys.modules["optimum.quanto.nn"].QLinear
 
     @property
     def _weight(self) -> Any:

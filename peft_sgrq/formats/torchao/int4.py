@@ -43,8 +43,8 @@ class TorchaoInt4Weight(TorchaoWeight):
         self.group_size = int(weight.block_size[-1])
         self.name = f"torchao-int4-{self.group_size}"
 
-    @staticmethod
-    def matches(module: nn.Module) -> bool:
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
         return weight_type(module) in ("Int4OpaqueTensor", "Int4TilePackedTo4dTensor")
 
     def quantization(self) -> dict[str, Any] | None:
@@ -96,8 +96,8 @@ class TorchaoInt4PlainWeight(TorchaoInt4Weight):
                 "quantize with Int4WeightOnlyConfig"
             )
 
-    @staticmethod
-    def matches(module: nn.Module) -> bool:
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
         return weight_type(module) == "Int4Tensor"
 
     @property

@@ -29,8 +29,8 @@ class TorchaoNVFP4Weight(TorchaoWeight):
         self.group_size = int(self.weight.block_size)
         self.name = f"torchao-nvfp4-{self.group_size}"
 
-    @staticmethod
-    def matches(module: nn.Module) -> bool:
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
         return weight_type(module) == "NVFP4Tensor"
 
     @property

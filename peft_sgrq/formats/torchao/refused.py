@@ -32,6 +32,6 @@ class TorchaoRefusedWeight(TorchaoWeight):
             + ", or leave the layer out with `exclude_modules`"
         )
 
-    @staticmethod
-    def matches(module: nn.Module) -> bool:
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
         return weight_type(module) is not None

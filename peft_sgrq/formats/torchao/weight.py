@@ -47,8 +47,8 @@ class TorchaoWeight(ScaledWeight):
             )
         self.out_features, self.in_features = weight.shape
 
-    @staticmethod
-    def known_class(module: nn.Module) -> type[nn.Module]:
+    @classmethod
+    def known_class(cls, module: nn.Module) -> type[nn.Module]:
         return nn.Linear
 
     @property
@@ -118,8 +118,8 @@ class TorchaoPlainWeight(TorchaoWeight):
             geometry(type(weight).__name__, dtype, weight.shape, weight.block_size, self._activations is not None)
         )
 
-    @staticmethod
-    def matches(module: nn.Module) -> bool:
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
         return weight_type(module) in PLAIN
 
     @property
