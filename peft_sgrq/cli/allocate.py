@@ -9,8 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 
-from peft_sgrq.cli.calibrate import add_data_arguments, check_sources, load_data
-from peft_sgrq.cli.rotate import add_dense_model_arguments, load_dense
+from peft_sgrq.cli.inputs import (
+    add_data_arguments,
+    add_dense_model_arguments,
+    check_sources,
+    data_options,
+    load_data,
+    load_dense,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,12 +55,8 @@ def run(args: argparse.Namespace) -> int:
         criterion=args.criterion,
         pairs=args.pairs,
         fuse=not args.no_fuse,
-        column=args.column,
-        samples=args.samples,
-        max_length=args.max_length,
-        batch_size=args.batch_size,
-        seed=args.seed,
         progress=not args.quiet,
+        **data_options(args),
     )
     if checkpoint is not None:
         quantize(model, plan)

@@ -12,7 +12,14 @@ import sys
 from typing import TYPE_CHECKING
 
 from peft_sgrq.cli.argument_types import ratio
-from peft_sgrq.cli.calibrate import add_data_arguments, add_model_arguments, check_sources, load_data, load_model
+from peft_sgrq.cli.inputs import (
+    add_data_arguments,
+    add_model_arguments,
+    check_sources,
+    data_options,
+    load_data,
+    load_model,
+)
 
 if TYPE_CHECKING:
     from peft_sgrq.recovery.recover import Recovery
@@ -89,12 +96,8 @@ def _recover(args: argparse.Namespace, progress_file: str) -> Recovery:
         load_data(args, tokenizer),
         config,
         tokenizer,
-        column=args.column,
-        samples=args.samples,
-        max_length=args.max_length,
-        batch_size=args.batch_size,
-        seed=args.seed,
         progress_file=progress_file,
         progress=not args.quiet,
+        **data_options(args),
         **{name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None},
     )

@@ -7,9 +7,15 @@ to nearest at the bits of `--scheme` and saves that.
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from peft_sgrq.cli.calibrate import add_data_arguments, check_sources, load_data
+from peft_sgrq.cli.inputs import (
+    add_data_arguments,
+    add_dense_model_arguments,
+    check_sources,
+    data_options,
+    load_data,
+    load_dense,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,23 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", metavar="FILE", help="write what was chosen and the errors as JSON")
     add_data_arguments(parser)
     parser.set_defaults(samples=16)
-
-
-def add_dense_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those that `load_dense` takes."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="a dense causal language model: a directory or a name on the Hub"
-    )
-    parser.add_argument("--dtype", default="auto", help="default: that of the checkpoint")
-
-
-def load_dense(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The model in eval mode, on the GPU if there is one, and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), AutoTokenizer.from_pretrained(args.model)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,11 +53,7 @@ def run(args: argparse.Namespace) -> int:
         rotations=args.rotations,
         select=args.select,
         group_size=args.group_size,
-        column=args.column,
-        samples=args.samples,
-        max_length=args.max_length,
-        batch_size=args.batch_size,
-        seed=args.seed,
+        **data_options(args),
     )
     if args.quantize:
         quantize(model, args.scheme, group_size=args.group_size)
