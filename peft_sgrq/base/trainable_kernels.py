@@ -16,14 +16,10 @@ from typing import Any
 
 from torch import nn
 
-from peft_sgrq.formats.int32_packed.autoround import AutoRoundWeight
-from peft_sgrq.formats.int32_packed.awq import AWQWeight
-from peft_sgrq.formats.int32_packed.gptq import GPTQWeight
 from peft_sgrq.formats.loading import kernel_arguments, quantization_code
+from peft_sgrq.formats.registry import runs_on_trainable_kernel
 
 logger = logging.getLogger(__name__)
-
-_FORMATS = (GPTQWeight, AWQWeight, AutoRoundWeight)
 
 
 def kernel_config(quantization: Mapping[str, Any]) -> Any:
@@ -54,13 +50,9 @@ def use_trainable_kernels(model: nn.Module) -> None:
         quantizer: Any = getattr(loaded, "hf_quantizer", None)
         if not getattr(quantizer, "pre_quantized", False):
             continue
-        names = [name for name, module in loaded.named_modules() if _is_on_another(module)]
+        names = [name for name, module in loaded.named_modules() if not runs_on_trainable_kernel(module)]
         if names:
             _load_again(loaded, quantizer, names)
-
-
-def _is_on_another(module: nn.Module) -> bool:
-    return any(cls.matches(module) and not cls.is_trainable(module) for cls in _FORMATS)
 
 
 def _load_again(model: Any, quantizer: Any, names: list[str]) -> None:
@@ -87,7 +79,7 @@ def _load_again(model: Any, quantizer: Any, names: list[str]) -> None:
     found = dict(fresh.named_modules())
     for name in names:
         layer = found.get(name)
-        if layer is None or _is_on_another(layer):
+        if layer is None or not runs_on_trainable_kernel(layer):
             return
         layer.train(model.get_submodule(name).training)
     for name in names:

@@ -18,8 +18,8 @@ from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.formats.stored_weight import StoredWeight
 
 # Folder -> the libraries one of which makes its layers. The first format that knows a layer is taken. A folder's
-# `WEIGHTS` are its formats in memory, its `STORED` those in checkpoints, and `QUANTIZING_CODE` says how its library
-# quantizes a loaded model.
+# `WEIGHTS` are its formats in memory, its `STORED` those in checkpoints. Where its library quantizes models that are
+# loaded, it bears the name of that method, and `QUANTIZING_CODE` makes the code that does it.
 FORMATS: dict[str, tuple[str, ...]] = {
     "bnb_4bit": ("bitsandbytes",),
     "bnb_int8": ("bitsandbytes",),
@@ -66,6 +66,12 @@ def is_supported(module: nn.Module) -> bool:
     return found is not None and (found.quantized or found.obstacle(module) is None)
 
 
+def runs_on_trainable_kernel(module: nn.Module) -> bool:
+    """Whether scales can be trained through the kernel a module computes with; of no format, it has no other."""
+    found = _class_of(module)
+    return found is None or found.is_trainable(module)
+
+
 def resolve_weight(module: nn.Module, group_size: int) -> ScaledWeight:
     """The scaled weight of a layer.
 
@@ -108,5 +114,4 @@ def find_layer(folder: CheckpointFolder, prefix: str, config: SGRQConfig) -> Sto
 
 def quantizing_code(method: str) -> Callable[[Mapping[str, Any]], Code | None] | None:
     """What makes the code that quantizes a loaded model by a method; `None` if transformers does it while loading."""
-    known = (getattr(_format(folder), "QUANTIZING_CODE", {}) for folder in FORMATS)
-    return next((codes[method] for codes in known if method in codes), None)
+    return getattr(_format(method), "QUANTIZING_CODE", None) if method in FORMATS else None

@@ -61,6 +61,11 @@ class ScaledWeight(ScaleMatrix):
         home, name = cls.layer_class
         return getattr(sys.modules[home], name)
 
+    @classmethod
+    def is_trainable(cls, module: nn.Module) -> bool:
+        """Whether a layer of this format runs on a kernel that scales can be trained through."""
+        return True
+
     def select_columns(self, x: torch.Tensor, units: torch.Tensor | None) -> torch.Tensor:
         """Columns of the selected groups, `[..., K]` -> `[T, n * group_size]`; a partial group is padded by zeros."""
         x = x.reshape(-1, x.shape[-1])  # (T, K)

@@ -4,4 +4,4 @@ from peft_sgrq.formats.hqq.weight import HQQWeight, quantizing_code
 
 WEIGHTS = (HQQWeight,)
 STORED = ()
-QUANTIZING_CODE = {"hqq": quantizing_code}
+QUANTIZING_CODE = quantizing_code

@@ -42,11 +42,6 @@ class Int32PackedWeight(ScaledWeight):
                 f"group size {self.group_size}; leave it out with `exclude_modules`"
             )
 
-    @classmethod
-    @abstractmethod
-    def is_trainable(cls, module: nn.Module) -> bool:
-        """Whether a layer of this format runs on the kernel that scales can be trained through."""
-
     @property
     def _stored(self) -> torch.Tensor:
         return self.module.scales  # type: ignore[return-value]

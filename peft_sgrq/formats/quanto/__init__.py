@@ -4,4 +4,4 @@ from peft_sgrq.formats.quanto.weight import QuantoWeight, quantizing_code
 
 WEIGHTS = (QuantoWeight,)
 STORED = ()
-QUANTIZING_CODE = {"quanto": quantizing_code}
+QUANTIZING_CODE = quantizing_code

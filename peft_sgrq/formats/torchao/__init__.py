@@ -14,4 +14,4 @@ WEIGHTS = (
     TorchaoRefusedWeight,  # any other torchao tensor
 )
 STORED = (StoredTorchao,)
-QUANTIZING_CODE = {"torchao": quantizing_code}
+QUANTIZING_CODE = quantizing_code
