@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
@@ -22,25 +22,22 @@ from peft_sgrq.adapter.starting_point import StartingPoint
 from peft_sgrq.adapter.state import adapter_tensors, further_names, take_over
 from peft_sgrq.adapter.targets import (
     TASK_HEADS,
-    check_gradient_paths,
-    check_group_sizes,
-    check_layers_apart,
     check_modules_to_save,
-    check_zero_points,
+    check_targets,
     find_targets,
     supported_layers,
     warn_of_dense_base,
     warn_of_fused_experts,
 )
 from peft_sgrq.adapter.training_record import note_training
-from peft_sgrq.adapter.weighted_sum import check_sum, config_of_sum
+from peft_sgrq.adapter.weighted_sum import check_sum, config_of_sum, union_of_selections
 from peft_sgrq.base.engines import check_engine, check_whole
 from peft_sgrq.base.loading import describe_class
 from peft_sgrq.base.prepare import prepare_base, writing_scales
 from peft_sgrq.base.trainable_kernels import use_trainable_kernels
 from peft_sgrq.base.workarounds.compiled_modules import compiled_in_place
 from peft_sgrq.base.workarounds.loading_attributes import forget_loading_attributes
-from peft_sgrq.base.workarounds.tied_merges import separate_rows, separate_untied, ties
+from peft_sgrq.base.workarounds.tied_merges import merging_ties, separate_rows
 from peft_sgrq.base.workarounds.token_rows import check_token_rows
 from peft_sgrq.base.workarounds.trainer_refusal import let_trainers_train
 from peft_sgrq.choices import without_wrapper_names
@@ -48,10 +45,10 @@ from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.bnb_4bit.nesting import nested_layers
 from peft_sgrq.formats.compressed_tensors.weight import keep_compressed
 from peft_sgrq.formats.scaled_weight import ScaledWeight
-from peft_sgrq.layer.base_layers import base_layer_of, places_of_shared, scaled_weight_of
+from peft_sgrq.layer.base_layers import base_layer_of, original_scales, places_of_shared, scaled_weight_of
 from peft_sgrq.layer.first_gradients import FirstGradients
 from peft_sgrq.layer.linear import SGRQLinear
-from peft_sgrq.layer.masks import decode_mask, encode_mask
+from peft_sgrq.layer.masks import decode_mask
 from peft_sgrq.layer.mixed_batch import adapter_names_for, check_adapter_names
 from peft_sgrq.selection.by_weights import select_without_data
 from peft_sgrq.selection.completion import complete_config
@@ -141,14 +138,11 @@ class SGRQModel(BaseTuner):
         check_token_rows(model, peft_config, scaled_weights)
         if peft_config.auto_mapping is None:
             peft_config.auto_mapping = describe_class(model)
-        check_layers_apart(model, scaled_weights)
-        check_group_sizes(model, scaled_weights)
-        check_gradient_paths(model, scaled_weights, peft_config)
-        check_zero_points(scaled_weights, peft_config)
+        check_targets(model, scaled_weights, peft_config)
         if self._starting_point is not None:
             self._starting_point.configure(peft_config, scaled_weights)
         prepare_base(model)
-        with _original_scales(model):  # whatever is merged into the base
+        with original_scales(model):  # whatever is merged into the base
             complete_config(peft_config, model, scaled_weights)
         keep_compressed(model)
         forget_loading_attributes(model)
@@ -214,25 +208,18 @@ class SGRQModel(BaseTuner):
             check_whole(self.model)
         if merge and safe_merge:
             self._check_finite(adapter_names)
-        with _original_scales(self.model):
+        with original_scales(self.model):
             nested = nested_layers(self.model)
-        groups, tied = (
-            ties(self.model),
-            bool(getattr(getattr(self.model, "config", None), "tie_word_embeddings", False)),
-        )
-        if merge:
-            separate_rows(self.model)
         saved_by = {layer.scaled_weight.saved_by for layer in self._layers()} - {None}
-        with writing_scales(self.model, "Merging", nested):
+        ties = merging_ties(self.model) if merge else nullcontext()
+        with ties, writing_scales(self.model, "Merging", nested):
             model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
                 merge=merge, progressbar=progressbar, adapter_names=adapter_names
             )
-        for shared, places in places_of_shared(model).items():
-            if isinstance(shared, SGRQLinear):
-                for module, name in places:
-                    setattr(module, name, shared.get_base_layer())
-        if merge:
-            separate_untied(model, groups.values(), tied)
+            for shared, places in places_of_shared(model).items():
+                if isinstance(shared, SGRQLinear):
+                    for module, name in places:
+                        setattr(module, name, shared.get_base_layer())
         for how in saved_by if merge else ():
             logger.warning("`save_pretrained` cannot save this merged model so that it loads again; use %s.", how)
         return model
@@ -259,7 +246,7 @@ class SGRQModel(BaseTuner):
             ValueError: If an adapter does not exist, the new name does already, or the lengths differ.
         """
         check_sum(self.peft_config, adapters, weights, adapter_name)
-        selection = self._union_of_selections(adapters)
+        selection = union_of_selections(self.model, adapters)
         config = config_of_sum(self.peft_config[adapters[0]], selection)
         config.zero_points = any(self.peft_config[adapter].zero_points for adapter in adapters)
         self.peft_config[adapter_name] = config
@@ -271,15 +258,6 @@ class SGRQModel(BaseTuner):
         for layer in self._layers():
             if adapter_name in layer.sgrq_delta:
                 layer.add_weighted(adapters, weights, adapter_name)
-
-    def _union_of_selections(self, adapters: list[str]) -> dict[str, str]:
-        selection: dict[str, str] = {}
-        for name, layer in self.model.named_modules():
-            if isinstance(layer, SGRQLinear):
-                units = [layer.delta(adapter).units for adapter in adapters if adapter in layer.sgrq_delta]
-                if units:
-                    selection[name] = encode_mask(torch.cat(units).unique(), layer.scaled_weight.selectable)
-        return selection
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -324,13 +302,3 @@ class SGRQModel(BaseTuner):
         tensors = rename_tensors(plain, config.renamed_layers)
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
         return take_over(model, config, renamed, f".{cls.prefix}delta.{adapter_name}")
-
-
-@contextmanager
-def _original_scales(model: nn.Module) -> Iterator[None]:
-    """While this is open all layers of the model have the scales they have without any adapter merged."""
-    with ExitStack() as stack:
-        for module in list(model.modules()):
-            if isinstance(module, SGRQLinear):
-                stack.enter_context(module.original_scales())
-        yield

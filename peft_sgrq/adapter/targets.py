@@ -13,7 +13,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.peft_types import TaskType
 from torch import nn
 
-from peft_sgrq.adapter.gradient_paths import check_gradient_paths as check_paths
+from peft_sgrq.adapter.gradient_paths import check_gradient_paths
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.dense.weight import DenseWeight
 from peft_sgrq.formats.registry import is_quantized, is_supported
@@ -49,7 +49,20 @@ def find_targets(
     }
 
 
-def check_layers_apart(model: nn.Module, scaled_weights: Mapping[str, ScaledWeight]) -> None:
+def check_targets(model: nn.Module, scaled_weights: Mapping[str, ScaledWeight], config: SGRQConfig) -> None:
+    """Refuses layers whose scales cannot be changed for this adapter alone, or whose training would go wrong.
+
+    Raises:
+        ValueError: If one is such; the sentence names it.
+    """
+    _check_layers_apart(model, scaled_weights)
+    _check_group_sizes(model, scaled_weights)
+    if not config.inference_mode:
+        check_gradient_paths(dict(named_base_layers(model)), scaled_weights, config.group_size)
+    _check_zero_points(scaled_weights, config)
+
+
+def _check_layers_apart(model: nn.Module, scaled_weights: Mapping[str, ScaledWeight]) -> None:
     """Refuses targets whose weight something besides their own forward pass computes with.
 
     Raises:
@@ -81,7 +94,7 @@ def check_layers_apart(model: nn.Module, scaled_weights: Mapping[str, ScaledWeig
             )
 
 
-def check_group_sizes(model: nn.Module, scaled_weights: Mapping[str, ScaledWeight]) -> None:
+def _check_group_sizes(model: nn.Module, scaled_weights: Mapping[str, ScaledWeight]) -> None:
     """Refuses a group size other than that of the adapters a layer has already: adapters add scale by scale."""
     for name, module in model.named_modules():
         if isinstance(module, SGRQLinear) and name in scaled_weights:
@@ -93,7 +106,7 @@ def check_group_sizes(model: nn.Module, scaled_weights: Mapping[str, ScaledWeigh
                 )
 
 
-def check_zero_points(scaled_weights: Mapping[str, ScaledWeight], config: SGRQConfig) -> None:
+def _check_zero_points(scaled_weights: Mapping[str, ScaledWeight], config: SGRQConfig) -> None:
     """Refuses to move zero points where no layer stores them as floats.
 
     Raises:
@@ -111,16 +124,6 @@ def check_zero_points(scaled_weights: Mapping[str, ScaledWeight], config: SGRQCo
         "GGUF's Q4_1, Q5_1, Q4_K or Q5_K, HQQ, quanto's int4 or int2, or torchao's int4; leave `zero_points` out. The "
         "model was not changed."
     )
-
-
-def check_gradient_paths(model: nn.Module, scaled_weights: Mapping[str, ScaledWeight], config: SGRQConfig) -> None:
-    """Refuses to train around layers that lose the gradient of their input: those before them would learn nothing.
-
-    Raises:
-        ValueError: If a layer that quantizes its activations has no adapter; the sentence names it.
-    """
-    if not config.inference_mode:
-        check_paths(dict(named_base_layers(model)), scaled_weights, config.group_size)
 
 
 def supported_layers(model: nn.Module, config: SGRQConfig) -> set[str]:

@@ -6,7 +6,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
+from torch import nn
+
 from peft_sgrq.config import SGRQConfig
+from peft_sgrq.layer.linear import SGRQLinear
+from peft_sgrq.layer.masks import encode_mask
 
 
 def check_sum(configs: Mapping[str, SGRQConfig], adapters: list[str], weights: list[float], adapter_name: str) -> None:
@@ -39,6 +44,17 @@ def check_sum(configs: Mapping[str, SGRQConfig], adapters: list[str], weights: l
                 f"Adapter {name!r} also trains `modules_to_save` or `trainable_token_indices`, expected adapters "
                 "of scales alone: whole weights have no weighted sum here; add up the others."
             )
+
+
+def union_of_selections(model: nn.Module, adapters: list[str]) -> dict[str, str]:
+    """What any of some adapters selects: module name -> bit mask in hexadecimal."""
+    selection: dict[str, str] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, SGRQLinear):
+            units = [layer.delta(adapter).units for adapter in adapters if adapter in layer.sgrq_delta]
+            if units:
+                selection[name] = encode_mask(torch.cat(units).unique(), layer.scaled_weight.selectable)
+    return selection
 
 
 def config_of_sum(first: SGRQConfig, selection: dict[str, str]) -> SGRQConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -37,6 +38,16 @@ def places_of_shared(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, 
 def base_layer_of(module: nn.Module) -> nn.Module:
     """The base layer of a layer adapted by SGRQ; any other module itself."""
     return module.get_base_layer() if isinstance(module, SGRQLinear) else module
+
+
+@contextmanager
+def original_scales(model: nn.Module) -> Iterator[None]:
+    """While this is open all layers of a model have the scales they have without any adapter merged."""
+    with ExitStack() as stack:
+        for module in list(model.modules()):
+            if isinstance(module, SGRQLinear):
+                stack.enter_context(module.original_scales())
+        yield
 
 
 def scaled_weight_of(name: str, layer: nn.Module, group_size: int) -> ScaledWeight:

@@ -12,7 +12,8 @@ this is not needed any more.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
@@ -36,7 +37,16 @@ def separate_rows(model: nn.Module) -> None:
                 module.weight = own
 
 
-def ties(model: nn.Module) -> dict[str, set[str]]:
+@contextmanager
+def merging_ties(model: nn.Module) -> Iterator[None]:
+    """While this is open an adapter is merged; tied weights that differ then get tensors of their own."""
+    groups, tied = _ties(model), bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    separate_rows(model)
+    yield
+    _separate_untied(model, groups.values(), tied)
+
+
+def _ties(model: nn.Module) -> dict[str, set[str]]:
     """The tied weights of a model of transformers: one of them -> all of them."""
     groups: dict[str, set[str]] = {}
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
@@ -44,12 +54,12 @@ def ties(model: nn.Module) -> dict[str, set[str]]:
     return groups
 
 
-def separate_untied(model: nn.Module, groups: Iterable[set[str]], tied_before: bool) -> None:
+def _separate_untied(model: nn.Module, groups: Iterable[set[str]], tied_before: bool) -> None:
     """After merging: has every weight saved that is not what it was tied to any more.
 
     Args:
         model (`nn.Module`): The merged model, without adapters.
-        groups (`Iterable[set[str]]`): What `ties` said before.
+        groups (`Iterable[set[str]]`): What `_ties` said before.
         tied_before (`bool`): What `tie_word_embeddings` in its config said before.
     """
     config: Any = getattr(model, "config", None)
