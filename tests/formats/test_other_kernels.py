@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_sgrq import SGRQConfig, calibrate, split_groups
 from peft_sgrq.base.loading_arguments import loading_arguments
-from peft_sgrq.base.trainable_kernels import _is_on_another
+from peft_sgrq.formats.registry import runs_on_trainable_kernel
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +40,7 @@ def test_every_way_of_loading_gives_the_bits_of_the_kernel_that_was_chosen(
     chosen = get_peft_model(checkpoint.load(base), config).eval()
     torch.manual_seed(1)
     model = get_peft_model(load(checkpoint, base), config).eval()
-    assert not any(_is_on_another(module) for module in model.modules())
+    assert all(runs_on_trainable_kernel(module) for module in model.modules())
     tuned = logits(chosen, ids)
     assert torch.equal(logits(model, ids), tuned)
     model.save_pretrained(tmp_path / "adapter")
@@ -58,7 +58,7 @@ def test_calibrating_and_splitting_take_such_a_model(checkpoint, packed_checkpoi
     data = [{"input_ids": list(range(3, 40))}]
     config = SGRQConfig(ratio=0.5)
     assert calibrate(load(checkpoint, base), config, data).layers
-    assert not any(_is_on_another(module) for module in split_groups(load(checkpoint, base), 32).modules())
+    assert all(runs_on_trainable_kernel(module) for module in split_groups(load(checkpoint, base), 32).modules())
 
 
 @each
@@ -66,7 +66,7 @@ def test_commands_and_scripts_choose_the_kernel_at_once(checkpoint, packed_check
     checkpoint.require()
     base = packed_checkpoints[checkpoint.name]
     model = AutoModelForCausalLM.from_pretrained(base, **loading_arguments(str(base)))
-    assert not any(_is_on_another(module) for module in model.modules())
+    assert all(runs_on_trainable_kernel(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("checkpoint", [found for found in CHECKPOINTS if found.name == "gptq-4bit"], ids=["gptq"])
@@ -78,7 +78,7 @@ def test_a_checkpoint_that_has_gone_is_refused_with_the_argument_that_loads_it(
     shutil.copytree(packed_checkpoints[checkpoint.name], base)
     model = load(checkpoint, base)
     shutil.rmtree(base)
-    if not any(_is_on_another(module) for module in model.modules()):
+    if all(runs_on_trainable_kernel(module) for module in model.modules()):
         pytest.skip("GPTQModel chooses the kernel that can be trained through on this machine")
     with pytest.raises(ValueError, match="GPTQConfig"):
         get_peft_model(model, SGRQConfig(task_type="CAUSAL_LM"))
