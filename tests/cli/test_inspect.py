@@ -90,6 +90,15 @@ def test_the_sizes_of_a_report_are_those_of_the_selections(file):
     assert report.sizes[0]["ratio"] == 0.25 and report.sizes[0]["share"] == 0.25
 
 
+def test_a_budget_nobody_asked_for_is_left_out_where_layers_have_too_few_groups_for_it():
+    small = saliency(columns=64)  # one group a layer: the default budget, 0.4, is less than one of each
+    assert "global" not in [size["ratio"] for size in report_saliency(small).sizes]
+    assert "knee" in [size["ratio"] for size in report_saliency(small).sizes]
+    for asked in ({"ratio": "global"}, {"budget": 0.3}):
+        with pytest.raises(ValueError, match="`budget` allows"):
+            report_saliency(small, **asked)
+
+
 # the share of saliency held
 
 

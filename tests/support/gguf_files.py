@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support import ggml
-from support.bases import byte_tokenizer
+from support.bases import CHAT_TEMPLATE, byte_tokenizer
 
 from peft_sgrq.formats.gguf.blocks import BY_NAME
 
@@ -147,6 +147,7 @@ def write_gguf(
     writer.add_token_list(listed)
     writer.add_token_types([3 if token in ("<s>", "</s>", "<pad>") else 1 for token in listed])
     writer.add_token_merges(["t h", "th e"])
+    writer.add_chat_template(CHAT_TEMPLATE)
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(2)

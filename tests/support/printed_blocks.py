@@ -24,6 +24,9 @@ NOT_RUN = {
     "python": "scripts have tests of their own",
     "make": "installs",
     "vllm": "a server, tests/serving",
+    "lm_eval": "in an environment of its own, tests/serving",
+    "accelerate": "processes of their own, tests/examples/test_sft.py and tests/plugin",
+    "llama-cli": "a program of llama.cpp's",
 }
 TRAINED = {"HuggingFaceTB/SmolLM2-135M-Instruct": "dense", "unsloth/Llama-3.2-1B-Instruct-bnb-4bit": "nf4"}
 CHATS = "trl-lib/Capybara"

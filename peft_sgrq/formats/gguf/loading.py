@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from peft_sgrq.formats.gguf.file import GGUFFile
+from peft_sgrq.formats.gguf.tokenizer import warn_of_tokenizer, without_tokens_beyond
 
 
 def load_gguf(
@@ -85,6 +85,7 @@ def load_gguf(
         **kwargs,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, **hub)
+    without_tokens_beyond(tokenizer, model.get_input_embeddings().weight.shape[0])
     warn_of_tokenizer(file)
     if adapter is not None:
         from peft import PeftModel
@@ -124,16 +125,3 @@ def find_gguf(path: str | os.PathLike[str], gguf_file: str | None = None, revisi
             f"{str(path)!r} is no file or folder here, and {gguf_file!r} could not be had from the Hub ({reason}); "
             "give the path of the file, or download it first with `hf download`."
         ) from error
-
-
-def warn_of_tokenizer(file: GGUFFile) -> None:
-    """Warns if transformers rebuilds another tokenizer than llama.cpp has: an adapter learns on other ids then."""
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
-    kind = file.metadata.get("tokenizer.ggml.pre")
-    if file.metadata.get("tokenizer.ggml.model") == "gpt2" and kind not in (*GGUF_PRE_TOKENIZER_SPLITS, "gpt-2"):
-        warnings.warn(
-            f"transformers does not know how llama.cpp splits text for this vocabulary (tokenizer.ggml.pre is {kind!r}"
-            ") and splits it as GPT-2 does: some texts get other token ids than llama.cpp gives them. Train with the "
-            "tokenizer of the original model, `AutoTokenizer.from_pretrained(ORIGINAL)`."
-        )

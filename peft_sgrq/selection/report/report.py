@@ -111,7 +111,7 @@ def report_saliency(
         for name, layer in saliency.layers.items()
     ]
     facts = {name: getattr(saliency, name) for name in ("criterion", "tokens", "seconds")}
-    sizes = [_size(saliency, other, budget) for other in ratios]
+    sizes = [size for other in ratios if (size := _size(saliency, other, budget)) is not None]
     spent = {"budget": budget} if ratio == "global" else {}
     return Report({"kind": "saliency", **facts, "ratio": ratio, **spent}, layers, sizes)
 
@@ -127,8 +127,13 @@ def _row(name: str, selected: int, scales: int, layer: LayerSaliency | None, hel
     }
 
 
-def _size(saliency: Saliency, ratio: Ratio, budget: Budget) -> dict[str, Any]:
-    counts = saliency.counts(ratio, budget=budget)
+def _size(saliency: Saliency, ratio: Ratio, budget: Budget) -> dict[str, Any] | None:
+    try:
+        counts = saliency.counts(ratio, budget=budget)
+    except ValueError:
+        if budget == DEFAULT_BUDGET:  # nobody asked for it, and a model whose layers have few groups cannot meet it
+            return None
+        raise
     layers = saliency.layers
     scales = sum(layer.scales_per_group * counts[name] for name, layer in layers.items())
     total = sum(layer.scales for layer in layers.values())
