@@ -10,7 +10,7 @@ Budget = float | int | str
 DEFAULT_RATIO = 1.0  # all scales, PEQA: learnt most in every comparison, docs/results.md
 NAMED_RATIOS = ("knee", "global", "layerwise")
 DEFAULT_BUDGET = 0.4  # the share of SGR-Q
-RECOMMENDED_LEARNING_RATE = 2e-2  # of Adam; relative changes want larger steps than LoRA's matrices
+RECOMMENDED_LEARNING_RATE = 6e-3  # of Adam; relative changes want larger steps than LoRA's matrices
 ADAPTER_DTYPES = ("float32", "bfloat16")
 
 WITHOUT_DATA = ("magnitude", "random")

@@ -62,7 +62,7 @@ class SGRQConfig(PeftConfig):
         modules_to_save (`list[str]` or `None`): Further modules to train and save whole.
         trainable_token_indices (`list[int]`, `dict[str, list[int]]` or `None`): Embedding rows to train.
         check_learning_rate (`bool`): Warn once if Adam is to train the adapter at a rate below 1e-3, at which scales
-            hardly move; 2e-2 is the recommended one.
+            hardly move; 6e-3 is the recommended one.
         selection (`dict[str, str]` or `None`): Layer name -> bit mask of its selected groups in hexadecimal, the
             first group the highest bit. [`calibrate`] fills it; missing ones are chosen without data. With `ratio=1.0`
             a layer that is not named has all of them, and masks of all are not written to files.

@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; one by default, times are CPU times")
     parser.add_argument("--shapes", nargs="+", default=["2048x2048", "4096x11008"], help=f"of {list(layers.SHAPES)}")
     parser.add_argument("--tokens", nargs="+", type=int, default=[512])
-    parser.add_argument("--quant", choices=("nf4", "int8"), default="nf4")
+    parser.add_argument("--quant", choices=tuple(layers.QUANTS), default="nf4")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of `layers`, `training`")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--model", default="examples/demo_model")

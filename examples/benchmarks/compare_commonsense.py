@@ -23,6 +23,7 @@ import torch
 from comparison.bases import FORMATS, load_base, targets_of
 from comparison.commonsense import Question, answered, read_task, tasks_of, training_batches
 from comparison.commonsense_table import accuracy_table
+from comparison.evaluation import label_loss
 from comparison.methods import Method, adapt, count_trained, parse_method
 from comparison.selections import choose, criterion_of
 from comparison.store import version_of
@@ -50,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", help="to be asked; by default all with a test file")
     parser.add_argument("--train-tasks", nargs="+", help="to be tuned on; by default all with a train file")
     parser.add_argument("--methods", nargs="+", default=list(_METHODS), help="names as compare_methods.py has them")
-    parser.add_argument("--rate", nargs="*", default=[], help="KIND=RATE; by default sgrq=2e-2 and lora=1e-3")
+    parser.add_argument("--rate", nargs="*", default=[], help="KIND=RATE; by default sgrq=6e-3 and lora=1e-3")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -72,7 +73,7 @@ def main() -> None:
     logging.set_verbosity_error()
     torch.set_grad_enabled(True)
     methods = [parse_method(name) for name in arguments.methods]
-    rates = {"sgrq": 2e-2, "lora": 1e-3} | {kind: float(rate) for kind, rate in (r.split("=") for r in arguments.rate)}
+    rates = {"sgrq": 6e-3, "lora": 1e-3} | {kind: float(rate) for kind, rate in (r.split("=") for r in arguments.rate)}
     arguments.train_tasks = sorted(arguments.train_tasks or tasks_of(arguments.data, "train"))
     if not arguments.train_tasks:
         raise ValueError(f"{str(arguments.data)!r} has no file NAME.train.jsonl, expected one; correct the folder.")
@@ -170,7 +171,7 @@ class Study:
         schedule = get_cosine_schedule_with_warmup(optimizer, arguments.steps // 10, arguments.steps)
         model.train()
         for batch in training_batches(self.train, self._end, arguments.steps, arguments.batch_size, seed):
-            model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).loss.backward()
+            label_loss(model, {name: tensor.to(model.device) for name, tensor in batch.items()}).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()

@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from examples.benchmarks.measure import clock, in_turn, kept_bytes, peak_bytes
-from examples.benchmarks.methods import LORA, LORA_16BIT, adapters, linear_4bit, linear_8bit, one_layer
+from examples.benchmarks.methods import (
+    LORA,
+    LORA_16BIT,
+    adapters,
+    linear_4bit,
+    linear_8bit,
+    linear_hqq,
+    one_layer,
+)
 
 # rows x columns: the two of the targets, then layers of models of 1, 8 and 70 billion parameters
 SHAPES = {
@@ -21,6 +29,12 @@ SHAPES = {
     "8B down": (4096, 14336),
     "70B query": (8192, 8192),
     "70B down": (8192, 28672),
+}
+
+QUANTS: dict[str, Callable[[int, int, torch.device, torch.dtype], nn.Module]] = {
+    "nf4": lambda rows, columns, device, dtype: linear_4bit(rows, columns, device, dtype=dtype),
+    "int8": lambda rows, columns, device, dtype: linear_8bit(rows, columns, device),
+    "hqq": linear_hqq,
 }
 
 
@@ -39,22 +53,17 @@ def measure_layer(
         tokens (`int`): Rows of the input.
         device (`torch.device`): Where.
         repeats (`int`): Steps of each method.
-        quant (`str`): `"nf4"` or `"int8"`.
+        quant (`str`): One of `QUANTS`; where it has zero points, these are trained as well.
         dtype (`torch.dtype`): Of input and arithmetic; in float32 there is no LoRA of 16 bits.
 
     Returns:
         method -> `forward`, `step` (seconds: median, low, high), `kept`, `peak` (bytes), `parameters`.
     """
     rows, columns = shape
-    make = (
-        (lambda: linear_8bit(rows, columns, device))
-        if quant == "int8"
-        else (lambda: linear_4bit(rows, columns, device, dtype=dtype))
-    )
-    models = {"base": one_layer(make())}
+    models = {"base": one_layer(QUANTS[quant](rows, columns, device, dtype))}
     models |= {
-        name: adapt(one_layer(make()))
-        for name, adapt in adapters(["linear"]).items()
+        name: adapt(one_layer(QUANTS[quant](rows, columns, device, dtype)))
+        for name, adapt in adapters(["linear"], zero_points=quant == "hqq").items()
         if dtype == torch.bfloat16 or name != LORA_16BIT
     }
     x = torch.randn(tokens, columns, dtype=dtype, device=device)

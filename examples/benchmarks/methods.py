@@ -14,18 +14,22 @@ from peft_sgrq import SGRQConfig
 
 RATIOS = (0.05, 0.1, 0.4, 1.0)
 LORA, LORA_16BIT = "LoRA r=16", "LoRA r=16, 16 bit"
+ZERO_POINTS, BOTH = "SGRQ, zero points alone", "SGRQ 1, zero points"
 
 
 def sgrq_name(ratio: float) -> str:
     return f"SGRQ {ratio:g}" + (" (PEQA)" if ratio == 1.0 else "")
 
 
-def adapters(targets: list[str] | str | None, ratios: tuple[float, ...] = RATIOS) -> dict[str, Callable[[Any], Any]]:
+def adapters(
+    targets: list[str] | str | None, ratios: tuple[float, ...] = RATIOS, zero_points: bool = False
+) -> dict[str, Callable[[Any], Any]]:
     """Name -> what makes of a quantized base a model to train.
 
     Args:
         targets (`list[str]`, `str` or `None`): PEFT's `target_modules`.
         ratios (`tuple[float, ...]`): Ratios of SGRQ.
+        zero_points (`bool`): Also train zero points, alone and beside all scales.
     """
 
     def lora(model: Any, cast: bool) -> Any:
@@ -37,8 +41,8 @@ def adapters(targets: list[str] | str | None, ratios: tuple[float, ...] = RATIOS
                     parameter.data = parameter.data.to(torch.bfloat16)
         return model
 
-    def sgrq(model: Any, ratio: float) -> Any:
-        return get_peft_model(model, SGRQConfig(ratio=ratio, target_modules=targets))
+    def sgrq(model: Any, ratio: float, zero_points: bool = False) -> Any:
+        return get_peft_model(model, SGRQConfig(ratio=ratio, zero_points=zero_points, target_modules=targets))
 
     made: dict[str, Callable[[Any], Any]] = {
         LORA: lambda model: lora(model, True),
@@ -46,6 +50,9 @@ def adapters(targets: list[str] | str | None, ratios: tuple[float, ...] = RATIOS
     }
     for ratio in ratios:
         made[sgrq_name(ratio)] = lambda model, ratio=ratio: sgrq(model, ratio)
+    if zero_points:
+        made[ZERO_POINTS] = lambda model: sgrq(model, 0.0, True)
+        made[BOTH] = lambda model: sgrq(model, 1.0, True)
     return made
 
 
@@ -93,6 +100,16 @@ def linear_8bit(rows: int, columns: int, device: torch.device) -> bnb.nn.Linear8
     layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes)
     layer.weight.SCB = torch.rand(rows, device=device, generator=generator) * 0.05 + 0.01
     return layer
+
+
+def linear_hqq(rows: int, columns: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """A layer of random weights quantized by HQQ at 4 bits in groups of 64: it stores zero points as floats."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
+
+    HQQLinear.set_backend(HQQBackend.PYTORCH)
+    dense = nn.Linear(columns, rows, bias=False, device=device, dtype=dtype)
+    settings = BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
+    return HQQLinear(dense, settings, compute_dtype=dtype, device=str(device))
 
 
 def one_layer(layer: nn.Module) -> nn.Sequential:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.benchmarks.layers import ratios
-from examples.benchmarks.methods import LORA, LORA_16BIT, sgrq_name
+from examples.benchmarks.methods import BOTH, LORA, LORA_16BIT, ZERO_POINTS, sgrq_name
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -114,7 +114,7 @@ MARK = "<!-- tables: made by `python -m examples.benchmarks tables` -->\n"
 def head_table(known: Mapping[str, Any]) -> str:
     """The first thing to know: time of a training step over the bare base's, by layer or model and by CPU.
 
-    Of layers in nf4 and of whole steps. LoRA is the one of 16 bits where the arithmetic has 16 bits, as TRL makes it.
+    Of layers in 4 bits and of whole steps; LoRA is of 16 bits, as TRL makes it, where the arithmetic has 16 bits.
     """
     rows = []
     for measured in known.values():
@@ -124,17 +124,19 @@ def head_table(known: Mapping[str, Any]) -> str:
             entries = [{"shape": f"{results['model']}, SFTTrainer", "tokens": None, **results}]
         for entry in entries:
             found = entry["result"]
-            if entry.get("quant", "nf4") != "nf4":
+            quant = entry.get("quant", "nf4")
+            if quant == "int8":
                 continue
-            lora = found.get(LORA_16BIT, found[LORA])["step"]["median"]
-            base = found["base"]["step"]["median"]
-            steps = [found[sgrq_name(ratio)]["step"]["median"] for ratio in (1.0, 0.4)]
+            times = {name: values["step"]["median"] for name, values in found.items()}
+            lora = times.get(LORA_16BIT, times[LORA])
+            steps = [times.get(name) for name in (sgrq_name(1.0), sgrq_name(0.4), ZERO_POINTS, BOTH)]
             what = entry["shape"] + (f", {entry['tokens']} tokens" if entry["tokens"] else "")
-            cells = [what, _arithmetic(measured["machine"], entry.get("dtype", "bfloat16"))]
-            over = [f"{step / base:.2f}" for step in (lora, *steps)]
-            rows.append([*cells, *over, *(f"{step / lora:.2f}" for step in steps)])
-    compared = ("LoRA r=16", "SGRQ 1.0", "SGRQ 0.4")
-    heads = [f"{name} / base" for name in compared] + [f"{name} / LoRA" for name in compared[1:]]
+            cells = [f"{what}, {quant}", _arithmetic(measured["machine"], entry.get("dtype", "bfloat16"))]
+            for other, compared in ((times["base"], [lora, *steps]), (lora, steps)):
+                cells += ["" if step is None else f"{step / other:.2f}" for step in compared]
+            rows.append(cells)
+    names = ("SGRQ 1.0", "SGRQ 0.4", "zero points", "SGRQ 1.0 and zero points")
+    heads = [f"{name} / base" for name in ("LoRA r=16", *names)] + [f"{name} / LoRA" for name in names]
     return table(["step of", "arithmetic", *heads], rows)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from comparison.bench import Bench
 from comparison.data import inputs_of, read_chats
-from comparison.evaluation import mean_loss
+from comparison.evaluation import label_loss, mean_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -55,6 +55,18 @@ def test_the_loss_of_chats_is_the_mean_over_tokens_of_answers_whatever_they_are_
             losses += [-float(logits[t - 1, labels[t]]) for t in places]
     assert mean_loss(model, rows, batch_size=3) == pytest.approx(mean(losses), abs=1e-4)
     assert inputs_of(rows)["input_ids"].shape[1] == int(rows[:, 2].sum(1).max()) < rows.shape[2]
+
+
+def test_the_loss_at_labels_and_its_gradient_are_the_models_own(llama_dir, chats):
+    model = AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.float32)
+    inputs = inputs_of(read_chats(AutoTokenizer.from_pretrained(llama_dir), chats, 200, 3))
+    found = []
+    for loss in (model(**inputs).loss, label_loss(model, inputs)):
+        model.zero_grad()
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*found, strict=True))
+    assert not model.get_output_embeddings()._forward_pre_hooks
 
 
 def test_rates_are_those_named_and_a_training_is_merged_twice(llama_dir, chats, tmp_path, monkeypatch):

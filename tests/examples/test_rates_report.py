@@ -25,7 +25,7 @@ def settings() -> list[dict[str, Any]]:
     }  # fmt: skip
     runs = [
         run("lora-2", 0.1, 0, 2.0, 2.9), run("lora-2", 0.01, 0, 2.5, None), run("peqa", 0.1, 1, 2.0, 2.0),
-        run("peqa", 0.1, 0, 2.4, 2.4),
+        run("peqa", 0.1, 0, 2.4, 2.4), run("peqa", 1.0, 0, 4.0, 4.0),
     ]  # fmt: skip
     untrained = {"test": 3.0, "other": 5.0}
     return [
@@ -38,10 +38,11 @@ def settings() -> list[dict[str, Any]]:
 
 def test_each_rate_has_its_row_and_what_the_merge_left(settings):
     rows = rates_table(settings).splitlines()[2:]
-    assert len(rows) == 2 + 3
+    assert len(rows) == 2 + 4
     assert rows[2] == "| nf4 | lora-2 | 0.01 | 0 | 1,000 | 2.500 |  |  | 4.500 |  |"
     assert rows[3] == "| nf4 | lora-2 | 0.1 | 0 | 1,000 | 2.000 | 2.900 | 10 % | 4.000 | 4.900 |"
     assert rows[4].startswith("| nf4 | peqa | 0.1 | 0, 1 | 1,000 | 2.200 ± 0.283 | 2.200 ± 0.283 | 100 % | 4.200")
+    assert rows[5] == "| nf4 | peqa | 1 | 0 | 1,000 | 4.000 | 4.000 |  | 6.000 | 6.000 |"  # diverged
 
 
 def test_a_page_gets_the_table_between_its_marks(settings, tmp_path, monkeypatch):

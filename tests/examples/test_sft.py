@@ -20,7 +20,7 @@ from peft_sgrq.base.workarounds.bnb_cpu_packing import disable_cpu_packing
 
 def test_defaults_are_those_of_scales(tmp_path):
     plain = sft.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=False)
-    assert (plain.learning_rate, plain.lr_scheduler_type, plain.get_warmup_steps(50)) == (2e-2, "cosine", 5)
+    assert (plain.learning_rate, plain.lr_scheduler_type, plain.get_warmup_steps(50)) == (6e-3, "cosine", 5)
     assert (
         sft.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=False, learning_rate=1e-3).learning_rate
         == 1e-3

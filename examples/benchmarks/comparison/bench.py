@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from comparison.bases import load_base, targets_of
 from comparison.data import inputs_of, read_chats, read_questions, read_windows
-from comparison.evaluation import accuracy, mean_loss
+from comparison.evaluation import accuracy, label_loss, mean_loss
 from comparison.merging import merge, merge_into_original
 from comparison.methods import Method, Unavailable, adapt, count_trained
 from comparison.selections import choose, criterion_of
@@ -189,7 +189,7 @@ class Bench:
         model.train()
         for _ in range(arguments.steps):
             batch = self.train[torch.randint(len(self.train), (arguments.batch_size,), generator=generator)]
-            model(**inputs_of(batch.to(model.device))).loss.backward()
+            label_loss(model, inputs_of(batch.to(model.device))).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()

@@ -51,4 +51,5 @@ def _kept(runs: list[dict[str, Any]], untrained: float) -> str:
     pairs = [(run["tuned"]["test"], run["merged"]["test"]) for run in runs if run["merged"] is not None]
     if not pairs or any(None in pair for pair in pairs):
         return ""
-    return f"{100 * mean(untrained - merged for _, merged in pairs) / mean(untrained - t for t, _ in pairs):.0f} %"
+    gained, left = (mean(untrained - pair[i] for pair in pairs) for i in (0, 1))
+    return f"{100 * left / gained:.0f} %" if gained > 0 else ""  # of nothing there is no part
