@@ -36,11 +36,11 @@ $(VENV)/deepspeed: $(VENV)/installed
 engines: $(VENV)/deepspeed
 
 test: $(VENV)/installed
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # All but what takes long: whole models through files and trainers, compilers, other processes.
 test-fast: $(VENV)/installed
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 # vLLM and lm-eval pin packages of ours, and get environments of their own. vLLM's CPU build breaks beside torchvision.
 $(VENV)-vllm/installed:

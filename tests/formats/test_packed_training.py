@@ -9,8 +9,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from support.bases import TRAINING, logits, save_small_llama
-from support.packed_checkpoints import CHECKPOINTS, Checkpoint, make
+from support.bases import TRAINING, logits
+from support.packed_checkpoints import CHECKPOINTS, Checkpoint
 from support.quantized_checkpoints import same_bytes, tensors_of
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -24,13 +24,6 @@ AUTOROUND, AUTOROUND_AWQ = BY_NAME["autoround-4bit"], BY_NAME["autoround-4bit-as
 TRAINABLE = [BY_NAME["gptq-4bit"], BY_NAME["awq-4bit"]]  # transformers calls them so
 SHARDED = [BY_NAME["gptq-4bit"], BY_NAME["awq-4bit"], AUTOROUND]
 named = {"ids": lambda checkpoint: checkpoint.name}
-
-
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory) -> dict[str, Path]:
-    base = save_small_llama(tmp_path_factory.mktemp("small"))
-    wanted = list({checkpoint.name: checkpoint for checkpoint in (AUTOROUND, AUTOROUND_AWQ, *SHARDED)}.values())
-    return make(wanted, base, tmp_path_factory.mktemp("checkpoints"))
 
 
 def examples(ids: torch.Tensor) -> Dataset:
@@ -53,15 +46,15 @@ def check_trained(trainer: Any, before: torch.Tensor, ids: torch.Tensor, scratch
 
 
 @pytest.mark.parametrize("checkpoint", [AUTOROUND, AUTOROUND_AWQ], **named)
-def test_transformers_still_calls_autoround_untrainable(checkpoint, directories):
+def test_transformers_still_calls_autoround_untrainable(checkpoint, packed_checkpoints):
     checkpoint.require()
-    assert not checkpoint.load(directories[checkpoint.name]).hf_quantizer.is_trainable
+    assert not checkpoint.load(packed_checkpoints[checkpoint.name]).hf_quantizer.is_trainable
 
 
 @pytest.mark.parametrize("checkpoint", [AUTOROUND, AUTOROUND_AWQ], **named)
-def test_a_trainer_trains_an_adapter_on_autoround(checkpoint, directories, ids, tmp_path):
+def test_a_trainer_trains_an_adapter_on_autoround(checkpoint, packed_checkpoints, ids, tmp_path):
     checkpoint.require()
-    directory = directories[checkpoint.name]
+    directory = packed_checkpoints[checkpoint.name]
     model = with_adapter(checkpoint, directory)
     before = logits(model.eval(), ids)
     trainer = Trainer(model, TrainingArguments(tmp_path, max_steps=3, **TRAINING), train_dataset=examples(ids))
@@ -70,9 +63,9 @@ def test_a_trainer_trains_an_adapter_on_autoround(checkpoint, directories, ids, 
 
 
 @pytest.mark.parametrize("checkpoint", [AUTOROUND, AUTOROUND_AWQ], **named)
-def test_sfttrainer_makes_the_adapter_on_autoround(checkpoint, directories, ids, tmp_path):
+def test_sfttrainer_makes_the_adapter_on_autoround(checkpoint, packed_checkpoints, ids, tmp_path):
     checkpoint.require()
-    directory = directories[checkpoint.name]
+    directory = packed_checkpoints[checkpoint.name]
     model = checkpoint.load(directory)
     before = logits(model, ids)
     # Not the model that has run: GPTQModel rounds AWQ's scales when it does (see base/workarounds/awq_scale_dtype.py).
@@ -84,9 +77,9 @@ def test_sfttrainer_makes_the_adapter_on_autoround(checkpoint, directories, ids,
 
 
 @pytest.mark.parametrize("checkpoint", TRAINABLE, **named)
-def test_sfttrainer_trains_an_adapter_on_gptq_and_awq_as_it_is(checkpoint, directories, ids, tmp_path):
+def test_sfttrainer_trains_an_adapter_on_gptq_and_awq_as_it_is(checkpoint, packed_checkpoints, ids, tmp_path):
     checkpoint.require()
-    directory = directories[checkpoint.name]
+    directory = packed_checkpoints[checkpoint.name]
     before = logits(checkpoint.load(directory), ids)
     trainer = _sft_trainer(checkpoint.load(directory), directory, tmp_path)
     trainer.train()
@@ -108,11 +101,11 @@ def _sft_trainer(model: Any, directory: Path, scratch: Path) -> SFTTrainer:
 
 
 @pytest.mark.parametrize("checkpoint", SHARDED, **named)
-def test_a_checkpoint_of_several_files_is_merged_file_by_file(checkpoint, directories, ids, tmp_path):
+def test_a_checkpoint_of_several_files_is_merged_file_by_file(checkpoint, packed_checkpoints, ids, tmp_path):
     checkpoint.require()
     # A real one in shards: what transformers saves of a base that an adapter was taken off again.
     base = tmp_path / "base"
-    plain = with_adapter(checkpoint, directories[checkpoint.name]).unload()
+    plain = with_adapter(checkpoint, packed_checkpoints[checkpoint.name]).unload()
     plain.save_pretrained(base, max_shard_size="100KB")
     shards = sorted(path.name for path in base.glob("*.safetensors"))
     assert len(shards) > 2 and (base / "model.safetensors.index.json").is_file()

@@ -20,6 +20,7 @@ from support.engines import (
 )
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (`make engines`)")
+pytestmark = pytest.mark.slow
 
 CASES = {
     "zero2 nf4, stopped and resumed": Case("zero2", "nf4", arguments={**ADAMW, **NON_REENTRANT}, resume_at=2),

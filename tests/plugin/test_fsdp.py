@@ -26,6 +26,7 @@ from torch import nn
 
 from peft_sgrq import SGRQConfig
 
+pytestmark = pytest.mark.slow
 PACKED = "float32"  # of the dtype the model computes in, so that FSDP shards the packed weights
 SHARDS = {"state_dict_type": "SHARDED_STATE_DICT"}
 ACTIVATIONS = {"activation_checkpointing": True}

@@ -162,6 +162,7 @@ def make(checkpoints: list[Checkpoint], base: Path, scratch: Path) -> dict[str, 
     even = _save_one_block(base, scratch / "even", 512)
     ragged = _save_one_block(base, scratch / "ragged", 480)  # seven groups of 64 and one of 32
     found: dict[str, Path] = {}
+    running = []  # side by side: another process of the tests may be waiting
     for library, code in (("gptqmodel", _GPTQMODEL), ("auto_round", _AUTOROUND)):
         wanted = [checkpoint for checkpoint in checkpoints if checkpoint.library == library]
         if not wanted or find_spec(library) is None:
@@ -175,12 +176,9 @@ def make(checkpoints: list[Checkpoint], base: Path, scratch: Path) -> dict[str, 
                 plan.append((str(made[key]), str(ragged if checkpoint.ragged else even), checkpoint.options))
             found[checkpoint.name] = made[key]
         (scratch / f"{library}.json").write_text(json.dumps(plan))
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(scratch / f"{library}.json")],
-            cwd=scratch,
-            capture_output=True,
-            text=True,
-            timeout=900,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        with open(scratch / f"{library}.log", "w") as log:
+            command = [sys.executable, "-c", code, str(scratch / f"{library}.json")]
+            running.append((subprocess.Popen(command, cwd=scratch, stdout=log, stderr=log), Path(log.name)))
+    for process, said in running:
+        assert process.wait(900) == 0, said.read_text()[-3000:]
     return found
