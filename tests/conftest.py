@@ -63,6 +63,13 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def eager():
+    """Runs what libraries compile (GPTQModel its dequantization) as it is written: a compilation takes seconds."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-block Llama in float32, all in_features multiples of 64, with a tokenizer."""

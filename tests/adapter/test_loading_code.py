@@ -163,6 +163,7 @@ _ALIKE = [f for f in FORMATS if "hqq" in f.name or "intx" in f.name]
 _DIFFERENT = [f for f in FORMATS if f not in _ALIKE or f.name in ("hqq-4bit-axis1", "torchao-intx4")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", _DIFFERENT, ids=lambda format: format.name)
 def test_what_is_printed_for_formats_of_other_libraries_runs(format, llama_dir: Path, tmp_path: Path, ids):
     format.require()

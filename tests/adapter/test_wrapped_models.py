@@ -45,6 +45,7 @@ def nothing_compiled():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [_whole, _blocks], ids=["whole", "blocks"])
 def test_an_adapter_of_a_compiled_model_fits_the_plain_one(compiled, llama_dir, tmp_path, ids):
     compiler = Compiler()

@@ -36,6 +36,7 @@ def test_a_cpu_with_bfloat16_computes_in_it(monkeypatch):
     assert precision.describe_dtype(torch.float32) == "float32"  # chosen by somebody
 
 
+@pytest.mark.slow
 def test_what_onednn_may_use_decides():
     code = "import torch; from peft_sgrq.base.precision import fast_dtype; print(fast_dtype('cpu'))"
     run = subprocess.run(

@@ -66,6 +66,7 @@ def test_ctrl_c_ends_every_command_with_a_line(command, place, monkeypatch, caps
     assert capsys.readouterr().err == "peft-sgrq: interrupted\n"
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_libraries_are_imported_prints_no_traceback():
     running = process("inspect", "nothing")
     time.sleep(2)  # of the ten or so that PEFT and transformers take
@@ -95,6 +96,7 @@ def test_a_closed_pipe_ends_every_command_without_a_word(command, size, monkeypa
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_head_gets_its_lines_and_nothing_is_said(tmp_path: Path):
     example().save(tmp_path / "s.safetensors")
     for arguments in (["--help"], ["inspect", str(tmp_path / "s.safetensors"), "--json"]):
@@ -115,6 +117,7 @@ def test_help_is_at_once():
     assert time.process_time() - started < 5
 
 
+@pytest.mark.slow
 def test_what_is_written_to_the_standard_output_is_not_mixed_with_what_is_said(tmp_path: Path):
     example().save(tmp_path / "s.safetensors")
     code = (

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 # Runs every script up to its `main`, each with the path that `python SCRIPT` or `python -m MODULE` gives it.
 IMPORT_ALL = """
@@ -21,6 +23,7 @@ for script, first in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_every_script_finds_what_it_imports():
     scripts = [path for path in sorted(ROOT.glob("examples/**/*.py")) if "__main__" in path.read_text()]
     paths = [

@@ -25,6 +25,11 @@ each = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(autouse=True)
+def uncompiled(eager) -> None:
+    """Kernels are compiled in test_packed_models.py."""
+
+
 def load(checkpoint: Any, directory: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=checkpoint.dtype).eval()
 

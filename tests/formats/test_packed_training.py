@@ -26,6 +26,11 @@ SHARDED = [BY_NAME["gptq-4bit"], BY_NAME["awq-4bit"], AUTOROUND]
 named = {"ids": lambda checkpoint: checkpoint.name}
 
 
+@pytest.fixture(autouse=True)
+def uncompiled(eager) -> None:
+    """Kernels are compiled in test_packed_models.py."""
+
+
 def examples(ids: torch.Tensor) -> Dataset:
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
 

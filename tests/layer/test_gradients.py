@@ -45,14 +45,7 @@ def check_gradients(model: Any, *shape: int, tolerance: float = TOLERANCE) -> No
         assert relative_error(gradient, ddelta) < tolerance
 
 
-@pytest.fixture
-def eager():
-    """bitsandbytes dequantizes blocks of 2048 and more by torch.compile on CPUs with AVX512; that takes 10 s."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-@pytest.mark.usefixtures("eager")
+@pytest.mark.usefixtures("eager")  # bitsandbytes compiles blocks of 2048 and more on CPUs with AVX512, for 10 s
 @pytest.mark.parametrize(  # every block size of both codes and of both kinds of scales, and the other two pairs
     ("quant_type", "nested", "block"),
     [

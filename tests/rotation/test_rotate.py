@@ -164,6 +164,7 @@ def test_the_choice_depends_on_neither_the_order_of_the_data_nor_on_chance(ids):
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.slow
 def test_a_rotated_checkpoint_loads_where_only_transformers_is(tmp_path, ids):
     model = random_model("qwen2, tied")
     found = rotate(model, [ids % 256])
