@@ -51,23 +51,23 @@ def check_ratio_pattern(pattern: object) -> None:
             )
 
 
-def check_budget(budget: object, name: str = "budget") -> None:
+def check_budget(budget: object) -> None:
     """Refuses what is no budget as [`budget_in_scales`] takes it."""
     expected = (
         'expected a share of all scales in (0, 1] such as 0.4, a number of scales as an int, or a size such as "20MB"'
     )
     if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
-        raise TypeError(f"`{name}` is {budget!r}, {expected}.")
+        raise TypeError(f"`budget` is {budget!r}, {expected}.")
     valid = budget >= 1 if isinstance(budget, int) else True
     if isinstance(budget, float):
         valid = math.isfinite(budget) and 0 < budget <= 1
     if isinstance(budget, str):
         try:
-            size_in_bytes(budget, name)
+            size_in_bytes(budget, "budget")
         except ValueError:
             valid = False
     if not valid:
-        raise ValueError(f"`{name}` is {budget!r}, {expected}.")
+        raise ValueError(f"`budget` is {budget!r}, {expected}.")
 
 
 def size_in_bytes(size: int | str, name: str) -> int:

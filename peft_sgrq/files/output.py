@@ -81,12 +81,11 @@ def check_output(path: str | os.PathLike[str], what: str = "The output") -> None
         ) from error
 
 
-def check_output_folder(path: str | os.PathLike[str], what: str = "The output") -> str:
+def check_output_folder(path: str | os.PathLike[str]) -> str:
     """Refuses a path where no new folder can be made; nothing is left behind.
 
     Args:
         path (`str` or path): The folder to be made. It may be there if it is empty.
-        what (`str`): What it is, to begin the sentence with.
 
     Returns:
         `str`: The folder, links followed.
@@ -97,7 +96,7 @@ def check_output_folder(path: str | os.PathLike[str], what: str = "The output") 
     target = os.path.realpath(path)
     if os.path.lexists(target) and not (os.path.isdir(target) and not os.listdir(target)):
         raise ValueError(
-            f"{what} {os.fspath(path)!r} exists already, expected a new folder; delete it, or name another one."
+            f"The output {os.fspath(path)!r} exists already, expected a new folder; delete it, or name another one."
         )
     try:
         made = _make_folders(target)
@@ -108,8 +107,8 @@ def check_output_folder(path: str | os.PathLike[str], what: str = "The output") 
             _remove_folders(made)
     except OSError as error:
         raise ValueError(
-            f"{what} {os.fspath(path)!r} cannot be written ({error.strerror or error}), expected a folder that can be "
-            "made; name another."
+            f"The output {os.fspath(path)!r} cannot be written ({error.strerror or error}), expected a folder that "
+            "can be made; name another."
         ) from error
     return target
 

@@ -1,3 +1,1 @@
 """Recovery: scales set so that the quantized model computes again what the model did before it was quantized."""
-
-from __future__ import annotations
