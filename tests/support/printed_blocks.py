@@ -31,6 +31,7 @@ NOT_RUN = {
 TRAINED = {"HuggingFaceTB/SmolLM2-135M-Instruct": "dense", "unsloth/Llama-3.2-1B-Instruct-bnb-4bit": "nf4"}
 CHATS = "trl-lib/Capybara"
 PREFERENCES = "trl-lib/ultrafeedback_binarized"
+PROMPTS = "trl-lib/DeepMath-103K"
 
 
 class Block(NamedTuple):
@@ -66,6 +67,7 @@ def make_hub(folder: Path) -> None:
     ))  # fmt: skip
     _write(folder / CHATS, [{"messages": [user, good]}] * 8)
     _write(folder / PREFERENCES, [{"chosen": [user, good], "rejected": [user, bad]}] * 8)
+    _write(folder / PROMPTS, [{"prompt": [user]}] * 8)
 
 
 def _write(folder: Path, rows: list[dict[str, Any]]) -> None:
