@@ -16,7 +16,7 @@ import torch
 # What takes long in importing bitsandbytes and PEFT is PyTorch's compiler; that is imported before all forks.
 # With "warm", transformers is imported before the fork too: it imports neither bitsandbytes nor PEFT.
 _SERVER = """
-import json, os, sys, tempfile, traceback
+import gc, json, os, sys, tempfile, traceback
 import torch._inductor.compile_fx, accelerate
 pieces = json.load(sys.stdin)
 results = {}
@@ -24,6 +24,7 @@ for warm in (False, True):
     if warm:
         import transformers.modeling_utils, transformers.pipelines
     assert not {"peft", "bitsandbytes", "peft_sgrq", "trl"} & set(sys.modules)
+    gc.freeze()  # what is imported stays: no collection in a fork need look through it
     for name, piece in pieces.items():
         if piece["warm"] != warm:
             continue
@@ -62,10 +63,11 @@ def run_fresh(pieces: dict[str, dict]) -> dict[str, str]:
 
 # An interpreter that has all packages but peft_sgrq; transformers is imported before all forks, which takes longest.
 _ELSEWHERE = """
-import importlib.util, json, os, sys, tempfile, traceback
+import gc, importlib.util, json, os, sys, tempfile, traceback
 import torch, transformers.modeling_utils
 assert importlib.util.find_spec("peft_sgrq") is None
 os.dup2(2, 1)
+gc.freeze()
 for line in sys.stdin:
     piece = json.loads(line)
     with tempfile.TemporaryFile("w+") as report:
