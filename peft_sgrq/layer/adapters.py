@@ -26,15 +26,7 @@ def _quantize_again() -> None:
 
 
 class AdaptedLayer(nn.Module, BaseTunerLayer):
-    """A base layer with the deltas of its adapters; how it computes with them is `SGRQLinear`'s.
-
-    Args:
-        base_layer (`nn.Module`): The layer, of a format `resolve_weight` knows.
-        adapter_name (`str`): Name of the first adapter.
-        config (`SGRQConfig`): Its configuration.
-        units (`torch.Tensor`): The units it selects, groups of columns or rows, int64 `[n]`, ascending.
-        scaled_weight (`ScaledWeight` or `None`): The base layer as codes and scales, if it is known already.
-    """
+    """A base layer with the deltas of its adapters; how it computes, and what it is made of, says `SGRQLinear`."""
 
     adapter_layer_names = ("sgrq_delta", "sgrq_zero_points")
     other_param_names = ()
@@ -103,23 +95,13 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         scaled_weight = self.scaled_weight
         shape = scaled_weight.delta_shape(len(units))
         dtype = getattr(torch, config.adapter_dtype)
-        self.sgrq_delta[adapter_name] = Delta(
-            shape,
-            units,
-            scaled_weight.selectable,
-            dtype,
-            zero=config.init_weights is not False,
-            device=scaled_weight.device,
-        )
+        count, device = scaled_weight.selectable, scaled_weight.device
+        zero = config.init_weights is not False
+        self.sgrq_delta[adapter_name] = Delta(shape, units, count, dtype, zero, device)
         if config.zero_points and scaled_weight.movable_zero_points:
-            everything = torch.arange(scaled_weight.selectable)
+            everything = torch.arange(count)
             self.sgrq_zero_points[adapter_name] = Delta(
-                scaled_weight.scales_shape,
-                everything,
-                scaled_weight.selectable,
-                dtype,
-                zero=config.init_weights is not False,
-                device=scaled_weight.device,
+                scaled_weight.scales_shape, everything, count, dtype, zero, device
             )
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 

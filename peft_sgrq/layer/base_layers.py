@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from peft_sgrq.formats.registry import resolve_weight
+from peft_sgrq.formats.registry import is_quantized, resolve_weight
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.linear import SGRQLinear
 
@@ -71,4 +71,19 @@ def refuse_adapters(model: nn.Module, what: str) -> None:
         raise ValueError(
             f"The model has an adapter, expected the base model alone; {what} before `get_peft_model`, or take the "
             "adapter off with `model.unload()`."
+        )
+
+
+def refuse_unless_dense(model: nn.Module, what: str) -> None:
+    """Raises a ValueError unless a model is dense, without adapters, and all in memory; `what` is asked for."""
+    refuse_adapters(model, what)
+    found = next((name for name, module in model.named_modules() if is_quantized(module)), None)
+    if found is not None or getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"The model is quantized already ({found or 'its config says so'}), expected a dense one; {what} the "
+            "original."
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "The model has weights on the meta device, expected all in memory; load it without offloading."
         )

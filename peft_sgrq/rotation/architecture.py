@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_sgrq.formats.registry import is_quantized
-from peft_sgrq.layer.base_layers import refuse_adapters
+from peft_sgrq.layer.base_layers import refuse_unless_dense
 from peft_sgrq.passes.chain import find_stack
 from peft_sgrq.passes.untouched import untouched
 from peft_sgrq.rotation.recorded_calls import Call, recorded_calls, same_tensor
@@ -34,8 +33,7 @@ def find_roles(model: nn.Module) -> Roles:
     Raises:
         ValueError: If a part of the model is none that a rotation of the stream can go through; the sentence names it.
     """
-    refuse_adapters(model, "rotate")
-    _refuse_quantized(model)
+    refuse_unless_dense(model, "rotate")
     embedding, head = (_embeddings(model, which) for which in ("input", "output"))
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     stack = find_stack(model, linears)
@@ -60,19 +58,6 @@ def find_roles(model: nn.Module) -> Roles:
             )
     blocks = tuple(_block(model, name, norms, calls) for name in names)
     return Roles(hidden, embedding, head, final, blocks)
-
-
-def _refuse_quantized(model: nn.Module) -> None:
-    found = next((name for name, module in model.named_modules() if is_quantized(module)), None)
-    if found is not None or getattr(model, "is_quantized", False):
-        raise ValueError(
-            f"The model is quantized ({found or 'its config says so'}), expected a dense one; rotate before "
-            "quantization."
-        )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(
-            "The model has weights on the meta device, expected all in memory; load it without offloading."
-        )
 
 
 def _embeddings(model: nn.Module, which: str) -> str:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from peft_sgrq.formats.registry import is_quantized
-from peft_sgrq.layer.base_layers import refuse_adapters
+from peft_sgrq.layer.base_layers import refuse_unless_dense
 from peft_sgrq.rotation.rounding import weight_scales
 from peft_sgrq.rotation.scheme import FULL, Scheme, parse_scheme, require_compressed_tensors
 
@@ -97,17 +96,7 @@ def quantizable_layers(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str
     Raises:
         ValueError: If there is none, the model is quantized, or has an adapter or experts.
     """
-    refuse_adapters(model, "quantize")
-    found = next((name for name, module in model.named_modules() if is_quantized(module)), None)
-    if found is not None or getattr(model, "is_quantized", False):
-        raise ValueError(
-            f"The model is quantized already ({found or 'its config says so'}), expected a dense one; load the "
-            "original."
-        )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(
-            "The model has weights on the meta device, expected all in memory; load it without offloading."
-        )
+    refuse_unless_dense(model, "quantize")
     experts = next((name for name, parameter in model.named_parameters() if _is_experts(model, name, parameter)), None)
     if experts is not None:
         raise ValueError(
