@@ -20,6 +20,7 @@ from peft_sgrq.base.prepare import prepare_base
 from peft_sgrq.base.trainable_kernels import use_trainable_kernels
 from peft_sgrq.choices import CUSTOM, DEFAULT_CRITERION, WITHOUT_DATA, check_criterion, size_in_bytes
 from peft_sgrq.config import SGRQConfig
+from peft_sgrq.formats.compressed_tensors.weight import keep_compressed
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.base_layers import refuse_adapters
 from peft_sgrq.passes.chain import find_stack
@@ -126,6 +127,7 @@ def calibrate(
     _check_ratio_early(config, saliency)
     batches: list[Batch] = []
     with untouched(model), tqdm(desc="Calibrating", disable=not progress or process_index() > 0) as bar:
+        keep_compressed(model)  # its hook would decompress all layers at the first forward pass
         if name not in WITHOUT_DATA or data is not None:
             batches = load_batches(data, tokenizer, column, samples, longest(model, max_length), batch_size, seed)
         saliency.tokens = sum(gather(sum(int(batch.counted.sum()) for batch in batches)))
