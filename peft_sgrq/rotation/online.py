@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -99,13 +100,34 @@ def _declare(model: Any, groups: dict[str, Any]) -> None:
 
 
 def _hook_attention(model: Any) -> None:
-    """Hooks all attention modules: compressed-tensors switches the model over, also where nothing is to be rotated."""
-    from compressed_tensors.modeling import initialize_hooked_attention
+    """Hooks all attention modules: compressed-tensors switches the model over, also where nothing is to be rotated.
+
+    Queries are not rounded: hooked attention would round them by the arguments of the cache, which are for keys and
+    values.
+    """
+    from compressed_tensors.modeling import IMPL_ATTR, initialize_hooked_attention
     from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
 
     for module in model.modules():
         if is_cached_attention_module(module):
             initialize_hooked_attention(model, module)
+            attention = getattr(module, IMPL_ATTR)
+            attention.forward = MethodType(_attend, attention)
+
+
+def _attend(
+    self: Any,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """What hooked attention computes behind its hooks, without rounding; the names are those that hooks bind."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS[self._original_impl](module, query, key, value, *args, **kwargs)
 
 
 @contextmanager

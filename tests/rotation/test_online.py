@@ -9,7 +9,7 @@ from support.bases import logits
 from support.rotated_models import random_model
 from transformers import AutoModelForCausalLM
 
-from peft_sgrq import SGRQConfig, load_rotated, rotate
+from peft_sgrq import SGRQConfig, load_rotated, quantize, rotate
 
 pytest.importorskip("compressed_tensors")
 pytestmark = pytest.mark.filterwarnings("ignore:The model has online rotations")
@@ -30,6 +30,31 @@ def test_rotations_in_some_layers_alone_are_saved_and_loaded(tmp_path, ids):
     assert any(0 < count < 4 for count in chosen), "all or none: the test shows nothing"
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(load_rotated(tmp_path).eval(), ids % 256), logits(model, ids % 256))
+
+
+def test_keys_are_rounded_where_they_are_rotated_and_queries_are_not(tmp_path, monkeypatch, ids):
+    from compressed_tensors.modeling.attention import QuantizedAttentionImpl
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model = random_model("llama with biases")
+    rotate(model, rotations=["R3"])
+    quantize(model, "W4A16KV4").save_pretrained(tmp_path)
+    plain = ALL_ATTENTION_FUNCTIONS[QuantizedAttentionImpl._original_impl]
+    levels = []
+
+    def record(module, query, key, value, *args, **kwargs):
+        levels.append([max(len(head.unique()) for head in x.flatten(0, -2)) for x in (query, key, value)])
+        return plain(module, query, key, value, *args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register("recorded", record)
+    monkeypatch.setattr(QuantizedAttentionImpl, "_original_impl", "recorded")
+    for one in (model, load_rotated(tmp_path).eval()):
+        levels.clear()
+        monkeypatch.setattr(QuantizedAttentionImpl, "_original_impl", "recorded")
+        logits(one, ids % 256)
+        assert len(levels) == 2
+        for query, key, value in levels:
+            assert query == 16 and key < 16 and value < 16  # of 16 numbers of a head
 
 
 def test_checkpoints_without_online_rotations_load_as_ever(llama_dir, ids):
