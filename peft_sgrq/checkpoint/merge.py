@@ -13,8 +13,8 @@ from typing import NamedTuple
 from peft_sgrq.checkpoint.gguf import find_gguf_base, plan_gguf_merge, write_gguf_merge
 from peft_sgrq.checkpoint.plan import MergePlan, plan_merge
 from peft_sgrq.files.folder import INDEX, write_json
-from peft_sgrq.files.output import check_output, check_output_folder
-from peft_sgrq.files.sources import find_folder, name_of_base, other_files
+from peft_sgrq.files.output import check_merged_folder
+from peft_sgrq.files.sources import find_adapter, find_folder, name_of_base, other_files
 
 logger = logging.getLogger(__name__)
 
@@ -75,15 +75,15 @@ def merge_checkpoint(
         ```
     """
     out = Path(out)
-    checked = None if out.suffix == ".gguf" else _checked(out, overwrite)  # before anything is read
-    adapter_folder = find_folder(adapter, "adapter")
+    checked = None if out.suffix == ".gguf" else check_merged_folder(out, overwrite)  # before anything is read
+    adapter_folder = find_adapter(adapter)
     gguf_base = find_gguf_base(base, adapter_folder, revision)
     if gguf_base is not None:
         gguf_plan = plan_gguf_merge(gguf_base, adapter_folder, check=check_base)
         return MergeReport(out, len(gguf_plan.weights), write_gguf_merge(gguf_plan, out, overwrite, name), [])
     if name is not None:
         raise ValueError(f"`name` is {name!r} and the base no GGUF file, expected one; leave it out.")
-    target = checked or _checked(out, overwrite)
+    target = checked or check_merged_folder(out, overwrite)
     if base is None:
         base, named_revision = name_of_base(adapter_folder)
         revision = revision or named_revision
@@ -94,20 +94,6 @@ def merge_checkpoint(
     plan = plan_merge(base_folder, adapter_folder, check=check_base)
     with plan.base:
         return _write(plan, target)._replace(out=out)
-
-
-def _checked(out: Path, overwrite: bool) -> Path:
-    """Where the folder is to be, links followed; nothing but a folder is ever replaced."""
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} exists already, expected a folder to be made; choose another, or pass `overwrite`.")
-    target = Path(os.path.realpath(out))
-    if os.path.lexists(target):
-        if not target.is_dir():
-            raise ValueError(f"{out} is no folder, expected one to be replaced, or none; choose another.")
-    else:
-        check_output_folder(target)
-    check_output(target.parent / "probe")  # the merged folder is renamed there
-    return target
 
 
 def _write(plan: MergePlan, out: Path) -> MergeReport:

@@ -12,7 +12,7 @@ from peft_sgrq.checkpoint.gguf import compare_gguf, find_gguf_base, plan_gguf_me
 from peft_sgrq.checkpoint.plan import MergePlan, plan_merge
 from peft_sgrq.checkpoint.tensor_comparison import TensorComparison
 from peft_sgrq.files.folder import INDEX, CheckpointFolder
-from peft_sgrq.files.sources import find_folder, name_of_base, other_files
+from peft_sgrq.files.sources import find_adapter, find_folder, name_of_base, other_files
 
 # Fields of a config that follow from the shapes of tensors.
 _SIZES = ("vocab_size", "vocab_size_per_layer_input", "num_labels", "id2label", "label2id")
@@ -66,7 +66,7 @@ def verify_checkpoint(
     Raises:
         ValueError: If there is nothing to compare: a folder is missing or broken, or the adapter is of another base.
     """
-    adapter_folder = find_folder(adapter, "adapter")
+    adapter_folder = find_adapter(adapter)
     gguf_base = find_gguf_base(base, adapter_folder, revision)
     if gguf_base is not None:
         gguf_plan = plan_gguf_merge(gguf_base, adapter_folder, check=check_base)

@@ -1,7 +1,8 @@
 """The command `peft-sgrq`: one module a subcommand, listed in `COMMANDS`.
 
-A subcommand's module has a docstring whose first line is its help, `add_arguments(parser)`, and `run(args)`. It
-imports torch and the like inside `run`, so that `--help` answers at once.
+A subcommand's module has a docstring whose first line is its help, `add_arguments(parser)`, `check(args)`, which
+refuses what is not there and what cannot be written, and `run(args)`. It imports torch and the like inside `run`, so
+that `--help` and mistakes are answered at once.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         text = (module.__doc__ or "").strip().splitlines()[0]
         command = commands.add_parser(name, help=text, description=text)
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(check=module.check, run=module.run)
     return parser
 
 
@@ -66,6 +67,7 @@ def _run(argv: Sequence[str] | None) -> int:
         if args.run is None:
             parser.print_help()
             return 0
+        args.check(args)
         _quiet_libraries()
         import_module("peft_sgrq.plugin.registration").register()
         return args.run(args)

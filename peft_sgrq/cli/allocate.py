@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 
 from peft_sgrq.cli.inputs import (
     add_data_arguments,
@@ -17,6 +18,7 @@ from peft_sgrq.cli.inputs import (
     load_data,
     load_dense,
 )
+from peft_sgrq.files.output import check_output, check_output_folder, written
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,13 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(samples=64)
 
 
-def run(args: argparse.Namespace) -> int:
-    from peft_sgrq.files.output import check_output, check_output_folder
-
+def check(args: argparse.Namespace) -> None:
     check_output(args.output)
-    checkpoint = check_output_folder(args.checkpoint) if args.checkpoint else None
+    if args.checkpoint:
+        check_output_folder(args.checkpoint)
     check_sources(args, model=args.model)
-    from peft_sgrq.files.output import written
+
+
+def run(args: argparse.Namespace) -> int:
     from peft_sgrq.rotation.allocate_bits import allocate_bits
     from peft_sgrq.rotation.quantize import quantize
 
@@ -58,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
         progress=not args.quiet,
         **data_options(args),
     )
-    if checkpoint is not None:
+    if args.checkpoint:
+        checkpoint = os.path.realpath(args.checkpoint)
         quantize(model, plan)
         model.save_pretrained(checkpoint)
         tokenizer.save_pretrained(checkpoint)

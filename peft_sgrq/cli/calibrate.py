@@ -19,6 +19,7 @@ from peft_sgrq.cli.inputs import (
     load_data,
     load_model,
 )
+from peft_sgrq.files.output import check_output, is_standard_output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,11 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-limit", metavar="SIZE", help='of Hessians in models that are no chain, e.g. "4GB"')
 
 
-def run(args: argparse.Namespace) -> int:
-    from peft_sgrq.files.output import check_output, is_standard_output
-
+def check(args: argparse.Namespace) -> None:
     check_output(args.output)
     check_sources(args, model=args.model, original=args.original)
+
+
+def run(args: argparse.Namespace) -> int:
     from peft_sgrq.config import SGRQConfig
     from peft_sgrq.selection.calibrate import calibrate
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import Any
 
+from peft_sgrq.files.hub import check_source
+from peft_sgrq.files.sources import check_adapter_folder
+
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_TEXTS = (".txt", ".md", "")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,15 +55,28 @@ def data_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("column", "samples", "max_length", "batch_size", "seed")}
 
 
+def check_adapter(args: argparse.Namespace) -> None:
+    """Refuses an adapter and a base that are neither here nor on the Hub."""
+    check_source(args.adapter, "adapter")
+    if os.path.isdir(args.adapter):
+        check_adapter_folder(args.adapter)
+    if args.base is not None:
+        check_source(args.base, "base model", args.revision)
+
+
 def check_sources(args: argparse.Namespace, **models: str | None) -> None:
     """Refuses names of models and of data that are neither here nor on the Hub, before anything is loaded."""
-    from peft_sgrq.files.hub import check_source
-
     for what, name in models.items():
         if name is not None:
             check_source(name, what)
     if args.data is not None:
         check_source(args.data, "data", kind="dataset")
+        ending = os.path.splitext(args.data)[1]
+        if os.path.isfile(args.data) and ending not in (*_FORMATS, *_TEXTS):
+            raise ValueError(
+                f"{args.data} ends in {ending!r}, expected a text file (.txt, .md) or one of {', '.join(_FORMATS)}; "
+                "convert it, or give the name of a dataset."
+            )
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -121,10 +139,5 @@ def load_data(args: argparse.Namespace, tokenizer: Any) -> Any:
         return load_dataset(args.data, split=args.split)
     if path.suffix in _FORMATS:
         return load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
-    if path.suffix not in (".txt", ".md", ""):
-        raise ValueError(
-            f"{path} ends in {path.suffix!r}, expected a text file (.txt, .md) or one of {', '.join(_FORMATS)}; "
-            "convert it, or give the name of a dataset."
-        )
     ids = tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
     return [{"input_ids": ids[start : start + args.max_length]} for start in range(0, len(ids), args.max_length)]

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from peft_sgrq.choices import DEFAULT_BUDGET
 from peft_sgrq.cli.argument_types import budget, ratio
+from peft_sgrq.files.hub import check_source
+from peft_sgrq.files.output import is_standard_output
+from peft_sgrq.files.sources import check_adapter_folder
 
 if TYPE_CHECKING:
     from peft_sgrq.formats.gguf.report import FileReport
@@ -37,13 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE.png", help="draw it (needs the extra `plot`)")
 
 
-def run(args: argparse.Namespace) -> int:
-    import os
-
-    from peft_sgrq.files.hub import check_source
-    from peft_sgrq.files.output import is_standard_output
-
+def check(args: argparse.Namespace) -> None:
     check_source(args.path, "adapter or saliency file")
+    if os.path.isdir(args.path):
+        check_adapter_folder(args.path)
+
+
+def run(args: argparse.Namespace) -> int:
     if args.path.endswith(".gguf"):
         from peft_sgrq.formats.gguf.report import report_file
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from peft_sgrq.cli.inputs import check_adapter
+from peft_sgrq.files.output import check_merged_folder
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id of the adapter")
@@ -15,6 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--name", help="of a .gguf file: the general.name to write into its header (default: as it is)"
     )
     parser.add_argument("--no-check", action="store_true", help="merge even if the base is not the adapter's")
+
+
+def check(args: argparse.Namespace) -> None:
+    check_adapter(args)
+    if not args.out.endswith(".gguf"):
+        check_merged_folder(args.out, args.overwrite)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from peft_sgrq.cli.inputs import (
     load_data,
     load_model,
 )
+from peft_sgrq.files.output import check_output_folder
 
 if TYPE_CHECKING:
     from peft_sgrq.recovery.recover import Recovery
@@ -54,11 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--progress-file", metavar="FILE", help="to go on from when interrupted (default: beside -o)")
 
 
-def run(args: argparse.Namespace) -> int:
-    from peft_sgrq.files.output import check_output_folder
-
-    output = check_output_folder(args.output)
+def check(args: argparse.Namespace) -> None:
+    check_output_folder(args.output)
     check_sources(args, model=args.model, reference=args.reference)
+
+
+def run(args: argparse.Namespace) -> int:
     from peft_sgrq.recovery.progress import check_progress_file
 
     progress_file = args.progress_file or f"{os.path.normpath(args.output)}.progress"
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         if os.path.exists(progress_file):
             print(f"The finished blocks are in {progress_file}: the same command goes on from it.", file=sys.stderr)
         raise
-    found.model.save_pretrained(output)
+    found.model.save_pretrained(os.path.realpath(args.output))
     if os.path.exists(progress_file):
         os.remove(os.path.realpath(progress_file))
     for block in found.blocks:

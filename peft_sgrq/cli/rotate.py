@@ -7,6 +7,7 @@ to nearest at the bits of `--scheme` and saves that.
 from __future__ import annotations
 
 import argparse
+import os
 
 from peft_sgrq.cli.inputs import (
     add_data_arguments,
@@ -16,6 +17,7 @@ from peft_sgrq.cli.inputs import (
     load_data,
     load_dense,
 )
+from peft_sgrq.files.output import check_output, check_output_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,13 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(samples=16)
 
 
-def run(args: argparse.Namespace) -> int:
-    from peft_sgrq.files.output import check_output, check_output_folder
-
-    output = check_output_folder(args.output)
+def check(args: argparse.Namespace) -> None:
+    check_output_folder(args.output)
     if args.report:
         check_output(args.report)
     check_sources(args, model=args.model)
+
+
+def run(args: argparse.Namespace) -> int:
     from peft_sgrq.rotation.quantize import quantize
     from peft_sgrq.rotation.rotate import rotate
     from peft_sgrq.rotation.scheme import parse_scheme
@@ -57,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.quantize:
         quantize(model, args.scheme, group_size=args.group_size)
+    output = os.path.realpath(args.output)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     if args.report:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 
+from peft_sgrq.cli.inputs import check_adapter
+from peft_sgrq.files.hub import check_source
+
 _SHOWN = 20
 
 
@@ -15,6 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="revision of the base on the Hub")
     parser.add_argument("--no-check", action="store_true", help="compare even if the base is not the adapter's")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def check(args: argparse.Namespace) -> None:
+    check_adapter(args)
+    check_source(args.merged, "merged checkpoint")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -113,6 +113,33 @@ def check_output_folder(path: str | os.PathLike[str]) -> str:
     return target
 
 
+def check_merged_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """Refuses a path where no folder can be made beside its place and renamed; nothing but a folder is ever replaced.
+
+    Args:
+        path (`str` or path): The folder to be made.
+        overwrite (`bool`): Whether one that is there is to be replaced.
+
+    Returns:
+        `Path`: The folder, links followed.
+
+    Raises:
+        ValueError: If it is there and not to be replaced, is no folder, or cannot be made.
+    """
+    if os.path.exists(path) and not overwrite:
+        raise ValueError(
+            f"{path} exists already, expected a folder to be made; choose another, or replace it with "
+            "`overwrite=True` (--overwrite)."
+        )
+    target = Path(os.path.realpath(path))
+    if not os.path.lexists(target):
+        check_output_folder(target)
+    elif not target.is_dir():
+        raise ValueError(f"{path} is no folder, expected one to be replaced, or none; choose another.")
+    check_output(target.parent / "probe")  # the merged folder is renamed there
+    return target
+
+
 def is_standard_output(path: str | os.PathLike[str]) -> bool:
     """Whether a path is what this process prints to, as /dev/stdout is."""
     try:

@@ -45,6 +45,30 @@ def find_folder(name: str | os.PathLike[str], what: str, revision: str | None = 
         ) from error
 
 
+def find_adapter(name: str | os.PathLike[str]) -> Path:
+    """The local folder of an adapter; see [`find_folder`].
+
+    Raises:
+        ValueError: If there is none, or it holds no adapter.
+    """
+    folder = find_folder(name, "adapter")
+    check_adapter_folder(folder)
+    return folder
+
+
+def check_adapter_folder(folder: str | os.PathLike[str]) -> None:
+    """Refuses a folder, which is there, that no adapter was saved to; a base in the adapter's place, for instance.
+
+    Raises:
+        ValueError: If it has no `adapter_config.json`.
+    """
+    if not os.path.isfile(os.path.join(folder, "adapter_config.json")):
+        raise ValueError(
+            f"{folder} holds no adapter, expected adapter_config.json and adapter_model.safetensors; give the folder "
+            "`save_pretrained` wrote them to."
+        )
+
+
 def name_of_base(adapter: Path) -> tuple[str, str | None]:
     """The base an adapter names, and the revision of it.
 

@@ -58,6 +58,7 @@ def test_ctrl_c_ends_every_command_with_a_line(command, place, monkeypatch, caps
 
     where = {"parsing": "build_parser", "importing": "import_module"}
     if place == "running":
+        monkeypatch.setattr(f"peft_sgrq.cli.{command}.check", lambda args: None)
         monkeypatch.setattr(f"peft_sgrq.cli.{command}.run", interrupt)
     else:
         monkeypatch.setattr(cli, where[place], interrupt)
@@ -67,8 +68,9 @@ def test_ctrl_c_ends_every_command_with_a_line(command, place, monkeypatch, caps
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_libraries_are_imported_prints_no_traceback():
-    running = process("inspect", "nothing")
+def test_ctrl_c_while_libraries_are_imported_prints_no_traceback(tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    running = process("inspect", str(tmp_path))
     time.sleep(2)  # of the ten or so that PEFT and transformers take
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=120)
@@ -86,6 +88,7 @@ def test_a_closed_pipe_ends_every_command_without_a_word(command, size, monkeypa
         print("x" * size)
         return 0
 
+    monkeypatch.setattr(f"peft_sgrq.cli.{command}.check", lambda args: None)
     monkeypatch.setattr(f"peft_sgrq.cli.{command}.run", show)
     reading, writing = os.pipe()
     os.close(reading)
@@ -217,10 +220,23 @@ USAGE = [
     (["inspect", "x", "--budget", "none"], 2, "expected a share of all scales"),
     (["calibrate", "m", "d", "-o", "o", "--criterion", "best"], 2, "one of obs, billm, diag, error, fisher, gradient"),
     (["recover", "m", "--reference", "r", "--data", "d", "-o", "o", "--ratio", "2"], 2, "a share of the scales"),
+    # of files; base, an adapter and text.py are there
+    (["merge", "base", "out"], 2, "base holds no adapter, expected adapter_config.json"),
+    (["verify", "base", "base"], 2, "base holds no adapter"),
+    (["inspect", "base"], 2, "base holds no adapter"),
+    (["merge", "adapter", "base"], 2, "base exists already, expected a folder to be made"),
+    (["merge", "adapter", "out", "--base", "./nowhere"], 2, "'./nowhere' is no folder here"),
+    (["calibrate", "base", "text.py", "-o", "out"], 2, "text.py ends in '.py', expected a text file"),
+    (["recover", "base", "--reference", "./nowhere", "--data", "text.py", "-o", "out"], 2, "'./nowhere' is no folder"),
+    (["rotate", "base", "-o", "adapter"], 2, "'adapter' exists already, expected a new folder"),
+    (["allocate", "base", "text.py", "-o", "base"], 2, "'base' is a folder, expected a file"),
 ]
 
 
-def test_help_and_mistakes_in_arguments_are_answered_without_the_libraries():
+def test_help_and_mistakes_are_answered_without_the_libraries(tmp_path: Path):
+    for name in ("base/config.json", "adapter/adapter_config.json", "text.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
     code = (
         "import json, sys; sys.argv[0] = 'peft-sgrq'; from peft_sgrq.cli import main\n"
         "for words in json.loads(sys.argv[1]):\n"
@@ -228,7 +244,7 @@ def test_help_and_mistakes_in_arguments_are_answered_without_the_libraries():
         "print([name for name in ('torch', 'peft', 'accelerate', 'numpy') if name in sys.modules])"
     )
     given = json.dumps([words for words, _, _ in USAGE])
-    run = subprocess.run([sys.executable, "-c", code, given], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", code, given], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert run.stdout.endswith("[]\n")
     told = zip(run.stdout.split("STATUS ")[:-1], run.stderr.split("STATUS ")[:-1], USAGE, strict=True)
     for number, (out, error, (words, status, text)) in enumerate(told):

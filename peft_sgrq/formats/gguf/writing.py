@@ -23,7 +23,8 @@ def check_target(out: Path, file: GGUFFile, overwrite: bool) -> None:
     """
     if out.exists() and (not overwrite or not out.is_file()):
         raise ValueError(
-            f"{out} exists already, expected a file to be made; choose another name, or pass `overwrite`."
+            f"{out} exists already, expected a file to be made; choose another name, or replace it "
+            "with `overwrite=True` (--overwrite)."
         )
     if out.exists() and os.path.samefile(out, file.path):
         raise ValueError(f"{out} is the base, expected another file: the base would be lost.")
