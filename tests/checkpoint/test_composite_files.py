@@ -17,6 +17,8 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 from peft_sgrq import SGRQConfig, merge_checkpoint, verify_checkpoint
 from peft_sgrq.files import architecture
 
+pytestmark = pytest.mark.slow
+
 TEXT_ONLY = r".*(language_model|text_model).*(q|k|v)_proj"  # layers that the vision tower has, too
 
 

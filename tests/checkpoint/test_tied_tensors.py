@@ -16,6 +16,8 @@ from support.small_models import TIED, in_nf4, load, outputs, save, train_random
 
 from peft_sgrq import SGRQConfig, merge_checkpoint, verify_checkpoint
 
+pytestmark = pytest.mark.slow
+
 ROWS = [3, 7]
 TRAINED: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"modules_to_save": ["embed_tokens"]}),

@@ -15,6 +15,8 @@ from comparison.data import inputs_of, read_chats
 from comparison.evaluation import label_loss, mean_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def chats(tmp_path: Path) -> Path:

@@ -14,6 +14,8 @@ from comparison.commonsense import answered, read_task, tasks_of, training_batch
 from comparison.commonsense_table import accuracy_table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytestmark = pytest.mark.slow
+
 
 def write(path: Path, count: int, choices: int = 3) -> None:
     rows = [

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft_sgrq import verify_checkpoint
 from peft_sgrq.base.workarounds.bnb_cpu_packing import disable_cpu_packing
 
+pytestmark = pytest.mark.slow
+
 
 def test_defaults_are_those_of_scales(tmp_path):
     plain = sft.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=False)

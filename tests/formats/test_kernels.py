@@ -48,6 +48,7 @@ def test_the_reduction_kernel_equals_the_reference(gpu, rows, selected, size, dt
     assert relative_error(found, exact(product, codes, size)) < 1e-5
 
 
+@pytest.mark.slow
 @quick
 @given(
     rows=st.integers(1, 70),

@@ -245,6 +245,7 @@ def test_magnitude_selects_the_groups_of_the_largest_weights():
 # torch.compile: fullgraph=True raises at a graph break.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant", ["gptq-4bit", "gptq-3bit", "gptq-ragged-act-order", "awq-4bit", "autoround-zp-4bit"]
 )

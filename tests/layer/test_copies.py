@@ -95,6 +95,7 @@ def test_compiled_training_has_no_graph_breaks_and_the_same_bits(make, dtype):
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 @makers
 def test_compiled_inference_has_no_graph_breaks_and_sees_changed_deltas(make):
     model = adapt(make(16, 256)).eval()

@@ -15,6 +15,8 @@ from peft_sgrq import SGRQConfig
 from peft_sgrq.recovery import block_by_block
 from peft_sgrq.recovery.progress import ProgressFile
 
+pytestmark = pytest.mark.slow
+
 
 class Stopped(Exception):
     """What interrupts."""

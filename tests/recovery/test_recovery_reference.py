@@ -20,6 +20,8 @@ from peft_sgrq.layer.base_layers import scaled_weight_of
 from peft_sgrq.passes.data import load_batches
 from peft_sgrq.passes.reference import Reference
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("options", [{}, {"preservation": 0.3}, {"augmented": False, "distill_steps": 2}], ids=str)
 def test_a_streamed_reference_gives_what_one_in_memory_gives(options, llama_dir: Path):
