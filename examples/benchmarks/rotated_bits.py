@@ -1,134 +1,115 @@
-"""Perplexity of models rounded to few bits: by rotations and schemes, and by plans of bits.
+"""Perplexity of models that are rotated and rounded to few bits, before and after tuning.
 
-    cd examples
-    python -m benchmarks.rotated_bits rotations --model MODEL --test TEXTS --calibration TEXTS --out FILE
-    python -m benchmarks.rotated_bits bits --model MODEL --test TEXTS --calibration TEXTS --out FILE
+python examples/benchmarks/rotated_bits.py --model MODEL --test TEXT --calibration TEXT --out FILE
+    --methods none scales dense straight-through --train TEXT --task TEXT
 
-Texts are .jsonl files with a column `text`. Each run is printed and added to the file when it is done.
+Texts are .jsonl files with a column `text`. `--test` is of the kind that the model was trained on, `--train` and
+`--task` of another. Methods are what is tuned on the latter: nothing, the scales of the quantized model by an SGRQ
+adapter, all weights before they are rotated and quantized, or all weights through the rounding (RoSTE's own).
+What is done is found in the file, so the command can be stopped and repeated.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import time
 import warnings
-from importlib.metadata import version
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import torch
-from results_file import ResultsFile
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from few_bits import Bench, Run, add_arguments, tune
+from peft import get_peft_model
+from straight_through import straight_through
 
-import peft_sgrq
+from peft_sgrq import SGRQConfig, quantize, rotate
+from peft_sgrq.rotation.quantize import quantizable_layers
 
 ROTATIONS = {"none": (), "R1": ("R1",), "R1+R2": ("R1", "R2"), "all": ("R1", "R2", "R3", "R4"), "adaptive": ()}
-SCHEMES = ("W4A16", "W4A8KV8", "W4A4KV8", "W4A4KV4")
-CRITERIA = ("output", "fisher", "measured")
-PACKAGES = ("torch", "transformers", "compressed-tensors", "peft_sgrq")
+METHODS = ("none", "scales", "dense", "straight-through")
+APART = ("schemes", "rotations", "methods", "group_sizes")
 
 
-def windows(tokenizer: Any, path: str, count: int, length: int) -> torch.Tensor:
-    """The first tokens of the texts of a file, each text begun as a text is, int64 `[count, length]`."""
-    from datasets import load_dataset
+class RotatedBench(Bench):
+    """The bench with a task to tune on."""
 
-    ids: list[int] = []
-    for text in load_dataset("json", data_files=path, split="train")["text"]:
-        ids += ([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]) + tokenizer(
-            text, add_special_tokens=False, verbose=False
-        ).input_ids
-        if len(ids) >= count * length:
-            return torch.tensor(ids[: count * length]).view(count, length)
-    raise ValueError(f"{path} has {len(ids)} tokens, expected {count * length}; ask for fewer.")
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        task = {"task": arguments.task} if arguments.task else {}
+        super().__init__(arguments, task, APART)
+        self.data = self.read(arguments.calibration, arguments.rows, 128)
+        self._dense: dict[str, torch.Tensor] = {}
 
+    def batches(self) -> Any:
+        arguments = self.arguments
+        rows = self.read(arguments.train, arguments.steps * arguments.batch, arguments.train_length)
+        return rows.split(arguments.batch)
 
-@torch.no_grad()
-def perplexity(model: Any, ids: torch.Tensor) -> float:
-    """Of the tokens of windows `[count, length]`, each window by itself."""
-    losses = [model(input_ids=row[None], labels=row[None], use_cache=False).loss.item() for row in ids]
-    return math.exp(sum(losses) / len(losses))
+    def tuned_dense(self) -> Any:
+        """The model with all its linear layers tuned in full precision, which happens once."""
+        model = self.load()
+        if not self._dense:
+            model.requires_grad_(False)
+            weights = [layer.weight.requires_grad_(True) for layer in quantizable_layers(model).values()]
+            tune(model, weights, self.batches(), self.arguments.weight_rate)
+            self.file.setting["tuned in full precision"] = self.perplexity(model)
+            self._dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model.load_state_dict(self._dense)
+        return model
 
-
-def load(args: argparse.Namespace) -> Any:
-    return AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
-
-
-def run_rotations(args: argparse.Namespace, file: ResultsFile, test: torch.Tensor, data: torch.Tensor) -> None:
-    done = {(run["rotation"], run["scheme"], run["seed"]) for run in file.setting["runs"]}
-    for seed in args.seeds:
-        for scheme in SCHEMES:
-            for name, rotations in ROTATIONS.items():
-                if (name, scheme, seed) in done or (name == "none" and seed != args.seeds[0]):
-                    continue
-                model = load(args)
-                chosen: dict[str, int] = {}
-                if name == "adaptive":
-                    found = peft_sgrq.rotate(
-                        model, [data], scheme=scheme, rotations=ROTATIONS["all"], group_size=args.group_size, seed=seed
-                    )
-                    chosen = {rotation: len(blocks) for rotation, blocks in found.chosen.items()}
-                elif rotations:
-                    peft_sgrq.rotate(model, rotations=rotations, seed=seed)
-                peft_sgrq.quantize(model, scheme, group_size=args.group_size)
-                found_perplexity = perplexity(model, test)
-                file.add(
-                    {
-                        "rotation": name,
-                        "scheme": scheme,
-                        "seed": seed,
-                        "perplexity": found_perplexity,
-                        "chosen": chosen,
-                    }
-                )
-                print(name, scheme, seed, f"{found_perplexity:.2f}", chosen, flush=True)
-
-
-def run_bits(args: argparse.Namespace, file: ResultsFile, test: torch.Tensor, data: torch.Tensor) -> None:
-    done = {(run["criterion"], run["bits"]) for run in file.setting["runs"]}
-    for width in (2, 3, 4):
-        if ("uniform", width) not in done:
-            model = peft_sgrq.quantize(load(args), f"W{width}A16", group_size=args.group_size)
-            file.add({"criterion": "uniform", "bits": width, "perplexity": perplexity(model, test)})
-    overhead = 8 * getattr(torch, args.dtype).itemsize / args.group_size  # bits of scales, where groups divide columns
-    for bits in args.bits:
-        for criterion in CRITERIA:
-            if (criterion, bits) in done:
-                continue
-            model = load(args)
-            plan = peft_sgrq.allocate_bits(
-                model, [data], bits=bits + overhead, group_size=args.group_size, criterion=criterion, progress=False
+    def run(self, rotation: str, scheme: str, group_size: int, seed: int, method: str) -> Run:
+        """What one cell of the table has in it."""
+        model = self.tuned_dense() if method == "dense" else self.load()
+        chosen: dict[str, int] = {}
+        if rotation == "adaptive":
+            found = rotate(
+                model, [self.data], scheme=scheme, rotations=ROTATIONS["all"], group_size=group_size, seed=seed
             )
-            found = perplexity(peft_sgrq.quantize(model, plan), test)
-            run = {"criterion": criterion, "bits": bits, "with scales": plan.bits, "uniform": plan.uniform}
-            file.add({**run, "perplexity": found, "held out": plan.held_out})
-            print(criterion, bits, f"{found:.2f}", "uniform" if plan.uniform else "", flush=True)
+            chosen = {name: len(blocks) for name, blocks in found.chosen.items()}
+        elif ROTATIONS[rotation]:
+            rotate(model, rotations=ROTATIONS[rotation], seed=seed)
+        start, trained = time.process_time(), 0
+        if method == "straight-through":
+            weights = straight_through(model, scheme, group_size)
+            trained = sum(weight.numel() for weight in weights)
+            tune(model, weights, self.batches(), self.arguments.weight_rate)
+        else:
+            quantize(model, scheme, group_size=group_size)
+        if method == "scales":
+            model = get_peft_model(model, SGRQConfig(task_type="CAUSAL_LM"))
+            deltas = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            trained = sum(delta.numel() for delta in deltas)
+            tune(model, deltas, self.batches(), self.arguments.rate)
+        result: Run = {"perplexity": self.perplexity(model), "cpu_seconds": round(time.process_time() - start, 1)}
+        return {**result, **({"chosen": chosen} if chosen else {}), **({"trained": trained} if trained else {})}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("rotations", "bits"))
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--test", required=True)
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--bits", type=float, nargs="+", default=[2.25, 2.5, 2.75, 3.0], help="of codes alone")
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=256)
-    args = parser.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--schemes", nargs="+", default=["W4A16", "W4A8KV8", "W4A4KV8", "W4A4KV4"])
+    parser.add_argument("--rotations", nargs="+", choices=ROTATIONS, default=list(ROTATIONS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["none"])
+    parser.add_argument("--group-sizes", type=int, nargs="+", default=[64, 16])
+    parser.add_argument("--train", help="text to tune on")
+    parser.add_argument("--task", help="held-out text of that kind")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=4, help="windows in a step")
+    parser.add_argument("--train-length", type=int, default=64, help="tokens in a window")
+    parser.add_argument("--rate", type=float, default=5e-2, help="of scales")
+    parser.add_argument("--weight-rate", type=float, default=1e-3, help="of weights")
+    arguments = parser.parse_args()
     warnings.filterwarnings("ignore", "The model has online rotations")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    test, data = (windows(tokenizer, path, args.windows, args.length) for path in (args.test, args.calibration))
-    names = ("what", "dtype", "group_size", "windows", "length")
-    shared = {name: getattr(args, name) for name in names}
-    shared |= {name: Path(getattr(args, name)).name for name in ("model", "test", "calibration")}
-    file = ResultsFile(args.out, shared, {package: version(package) for package in PACKAGES}, {})
-    dense = perplexity(load(args), test)
-    file.setting["full precision"] = dense
-    print("full precision", f"{dense:.2f}", flush=True)
-    (run_rotations if args.what == "rotations" else run_bits)(args, file, test, data)
+    bench = RotatedBench(arguments)
+    cells = product(arguments.seeds, arguments.methods, arguments.group_sizes, arguments.schemes, arguments.rotations)
+    for seed, method, group_size, scheme, rotation in cells:
+        key = {"rotation": rotation, "scheme": scheme, "group_size": group_size, "seed": seed, "method": method}
+        if bench.has(key) or (rotation == "none" and seed != 0):  # without a rotation the seed means nothing
+            continue
+        if bench.time_is_up():
+            print("The time is up; run the command again to go on.")
+            return
+        bench.add({**key, **bench.run(rotation, scheme, group_size, seed, method)})
+    print("Everything is done.")
 
 
 if __name__ == "__main__":
