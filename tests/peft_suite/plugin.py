@@ -74,6 +74,11 @@ DELIBERATE = (
     ("mixed_adapter_batches.*tiny-0pt", {}, "OPT flattens the batch before fc1: no tuner can tell its rows, nor LoRA"),
     ("generate_half_prec.*nf4.tiny-0pt", {}, "the 4-bit OPT of another dtype than it was saved in fails by itself"),
     ("inject_from_state_dict_low_cpu_mem_usage", {}, "the selection is known from the config, so never on meta"),
+    (
+        "inject_from_state_dict_compiled_model.True",
+        {},
+        "injection compiles the layers in place, so names are those of the model that is not compiled",
+    ),
     ("no_infinite_recursion.PeftMixedModel", {}, "the tuners of PeftMixedModel are a closed list"),
     ("TestDefaultTargetModules", {}, "without target_modules every supported layer is adapted, in any architecture"),
 )
