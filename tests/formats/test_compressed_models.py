@@ -15,6 +15,8 @@ from peft_sgrq import SGRQConfig, restore_codes
 from peft_sgrq.formats.fp8_blocks.weight import Fp8BlockLinear
 from peft_sgrq.formats.registry import resolve_weight
 
+pytestmark = pytest.mark.slow
+
 FLOAT8 = torch.float8_e4m3fn
 W4A16 = next(form for form in FORMATS if form.name.endswith("W4A16"))
 FP8_DYNAMIC = next(form for form in FORMATS if form.name.endswith("FP8_DYNAMIC"))
@@ -123,7 +125,6 @@ def test_the_layers_of_a_gpu_have_the_scales_and_the_digest_of_those_restored_wi
 # training with transformers
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("form", [W4A16, FP8_DYNAMIC, FP8_BLOCKS], ids=lambda form: form.name)
 def test_the_trainer_of_transformers_trains_and_resumes(form, tmp_path, ids):
     from datasets import Dataset

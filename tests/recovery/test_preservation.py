@@ -21,6 +21,8 @@ from peft_sgrq.passes.data import load_batches
 from peft_sgrq.passes.reference import Reference
 from peft_sgrq.recovery.preservation import IMPORTANCES, Pull, preservation_terms
 
+pytestmark = pytest.mark.slow
+
 LAYERS = {
     "nf4": lambda: linear_4bit(24, 128),
     "nested": lambda: linear_4bit(24, 128, nested=True),

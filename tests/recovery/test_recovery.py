@@ -21,6 +21,8 @@ from peft_sgrq.recovery.block_training import squared_error, train_block
 from peft_sgrq.recovery.descent import LEAST_DELTA
 from peft_sgrq.recovery.distillation import Distilling
 
+pytestmark = pytest.mark.slow
+
 
 @torch.no_grad()
 def hidden_states(model: Any, batch: Any) -> tuple[torch.Tensor, ...]:

@@ -21,6 +21,8 @@ from peft_sgrq.rotation.quantize import quantizable_layers
 from peft_sgrq.rotation.scheme import Scheme
 from peft_sgrq.selection.layerwise.probe import split_rows
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("compressed_tensors")
 
 

@@ -15,6 +15,8 @@ from peft_sgrq.selection.layerwise.allocate_ratios import LayerRatios, split_blo
 from peft_sgrq.selection.ratio import count_selected
 from peft_sgrq.selection.saliency import Saliency
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def dense(llama_dir) -> tuple[Any, SGRQConfig]:
@@ -99,7 +101,6 @@ def _run_process(rank: int, directory: str, data: list[Any], method: str, found:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fisher", "measured"])
 def test_two_processes_find_what_one_does_on_all_the_data(method, llama_dir, tmp_path):
     rows = [batch["input_ids"] for batch in text(8)]
