@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -15,6 +15,20 @@ from peft_sgrq.formats.kernels import group_reduce
 from peft_sgrq.formats.own_forward import forward_obstacle
 from peft_sgrq.formats.scale_matrix import ScaleMatrix
 from peft_sgrq.formats.selectable_unit import SelectableUnit
+
+
+class WeightAndCodes(NamedTuple):
+    """Some columns of a weight, of whole groups, from which the codes follow: `C = W' / S' - shift`.
+
+    Attributes:
+        weight (`torch.Tensor`): `W'`, `[N, k]`.
+        inverse (`torch.Tensor`): `1 / S'`, float32 `[N, groups]`; zero where a scale is.
+        shift (`torch.Tensor` or `None`): float32 `[N, m]`, one number for each of the equal parts of a row.
+    """
+
+    weight: torch.Tensor
+    inverse: torch.Tensor
+    shift: torch.Tensor | None
 
 
 class ScaledWeight(ScaleMatrix):
@@ -29,6 +43,7 @@ class ScaledWeight(ScaleMatrix):
         layer_class (`tuple[str, str]`): Where the class of its layers is and its name, if it has but one.
         quantized (`bool`): Whether the format is one of quantized weights.
         in_parts (`bool`): Whether rows of the codes and columns of the weight can be made without making all of them.
+        codes_follow (`bool`): Whether there is `weight_and_codes`, so that a backward pass dequantizes once.
         smallest_served (`int`): The smallest group size that a server takes.
         saved_by (`str` or `None`): What saves a model of this format, where `save_pretrained` does not.
         splittable (`bool`): Whether `split` can give the layer smaller groups.
@@ -37,6 +52,7 @@ class ScaledWeight(ScaleMatrix):
     layer_class: ClassVar[tuple[str, str]]
     quantized: ClassVar[bool] = True
     in_parts: ClassVar[bool] = False
+    codes_follow: ClassVar[bool] = False
     saved_by: str | None = None
     smallest_served: int = 1
     splittable: bool = False
@@ -160,6 +176,16 @@ class ScaledWeight(ScaleMatrix):
         """Some columns of what `dequantize` returns, of whole groups; formats that work in parts decode no others."""
         return self.dequantize(scales, dtype)[:, columns]
 
+    @property
+    def columns_at_once(self) -> int:
+        """How many columns are decoded together: parts of a weight are multiples of it."""
+        return self.unit.columns(self.group_size)
+
+    def weight_and_codes(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice) -> WeightAndCodes:
+        """What `dequantize_columns` returns, and how codes follow from it; only where `codes_follow` says so."""
+        own = scales[:, columns.start // self.group_size : columns.stop // self.group_size]
+        return WeightAndCodes(self.dequantize_columns(scales, dtype, columns), inverse_or_zero(own), None)
+
     def reduce(self, product: torch.Tensor, units: torch.Tensor | None, rows: slice) -> torch.Tensor:
         """Sums `product * C` over the columns of each scale: from a gradient of weights to one of scales.
 
@@ -257,6 +283,11 @@ class ScaledWeight(ScaleMatrix):
     @abstractmethod
     def quantization(self) -> dict[str, Any] | None:
         """How a base of this format is loaded: `quant_method` and other fields of its config; `None` if dense."""
+
+
+def inverse_or_zero(scales: torch.Tensor) -> torch.Tensor:
+    """`1 / S`, and zero where a scale is zero."""
+    return torch.where(scales == 0, 0.0, 1 / scales)
 
 
 def rescaled_offset(

@@ -9,7 +9,8 @@ scales, and `r`, `k` the maps from rows and columns to rows and groups of `S`::
     dL/dx   = dy W'
     dL/ddelta[r, k] = S[r, k] * sum_{o in r, c in k} C[o, c] (dy^T x)[o, c]
 
-The rounding is straight-through: its derivative is taken as one. The sum needs `x` only at the selected columns, so
+The rounding is straight-through: its derivative is taken as one. Where codes follow from the weight that `dL/dx` is
+made with, `C = W' / S'`, a backward pass dequantizes once. The sum needs `x` only at the selected columns, so
 only those are kept for the backward pass, and `x` itself where all are selected (`saved_inputs.py`). Where there is
 one scale per output row, the sum over all columns is the product the forward pass has made already and, without a
 bias, no second product is needed::
@@ -33,8 +34,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from peft_sgrq.formats.scale_matrix import ScaleMatrix
-from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.formats.kernels import group_reduce
+from peft_sgrq.formats.scale_matrix import ScaleMatrix, split_zero_points
+from peft_sgrq.formats.scaled_weight import ScaledWeight, gather_groups
 from peft_sgrq.formats.selectable_unit import SelectableUnit
 from peft_sgrq.layer.saved_inputs import SavedInput
 
@@ -98,15 +100,19 @@ def _ranges(total: int, bytes_each: int, scaled_weight: ScaledWeight) -> list[sl
     return [slice(start, min(start + step, total)) for start in range(0, total, step)]
 
 
+def _column_ranges(dy: torch.Tensor, scaled_weight: ScaledWeight) -> list[slice]:
+    size, total = scaled_weight.columns_at_once, scaled_weight.in_features
+    steps = _ranges(-(-total // size), dy.shape[1] * size * dy.element_size(), scaled_weight)
+    return [slice(step.start * size, min(step.stop * size, total)) for step in steps]
+
+
 def _input_gradient(dy: torch.Tensor, scales: torch.Tensor, scaled_weight: ScaledWeight) -> torch.Tensor:
     """`dy W'` for the scales in effect, `[T, N]` to `[T, K]`, some groups of columns at a time."""
-    size = scaled_weight.unit.columns(scaled_weight.group_size)
-    steps = _ranges(-(-scaled_weight.in_features // size), dy.shape[1] * size * dy.element_size(), scaled_weight)
-    if len(steps) == 1:
+    ranges = _column_ranges(dy, scaled_weight)
+    if len(ranges) == 1:
         return dy @ scaled_weight.dequantize(scales, dy.dtype)
     dx = dy.new_empty(dy.shape[0], scaled_weight.in_features)
-    for step in steps:
-        columns = slice(step.start * size, min(step.stop * size, scaled_weight.in_features))
+    for columns in ranges:
         dx[:, columns] = dy @ scaled_weight.dequantize_columns(scales, dy.dtype, columns)
     return dx
 
@@ -147,6 +153,47 @@ def _unit_gradient(
     return sums[0] if len(sums) == 1 else torch.cat(sums)
 
 
+def _dequantizes_once(
+    dy: torch.Tensor, changed: torch.Tensor, scales: torch.Tensor, scaled_weight: ScaledWeight
+) -> bool:
+    """Whether `_both_gradients` gives both gradients as exactly as each is had alone."""
+    if not scaled_weight.codes_follow or dy.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    effective, _ = split_zero_points(changed)
+    # Half precision has no room for small weights. A scale that became zero has left nothing of its codes.
+    return dy.dtype != torch.float16 and not bool(((effective == 0) & (scales != 0)).any())
+
+
+def _both_gradients(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    units: torch.Tensor | None,
+    changed: torch.Tensor,
+    scaled_weight: ScaledWeight,
+    dx: torch.Tensor | None,
+) -> torch.Tensor:
+    """What `_unit_gradient` returns, and in `dx` what `_input_gradient` does, by one dequantization for both."""
+    size = scaled_weight.group_size
+    sums = []
+    for columns in _column_ranges(dy, scaled_weight):
+        weight, inverse, shift = scaled_weight.weight_and_codes(changed, dy.dtype, columns)
+        if dx is not None:
+            torch.mm(dy, weight, out=dx[:, columns])
+        count, chosen, own = inverse.shape[1], None, columns
+        if units is not None:
+            ends = torch.tensor([columns.start, columns.stop]) // size
+            first, last = torch.searchsorted(units, ends).tolist()
+            own, chosen = slice(first * size, last * size), units[first:last] - ends[0]
+        product = dy.t() @ x[:, own]  # (N, n * g)
+        summed = group_reduce(product, gather_groups(weight, chosen, count, size), size) * _select(inverse, chosen, 1)
+        if shift is not None:
+            shift = _select(shift.view(len(shift), count, -1), chosen, 1)  # (N, n, m)
+            pooled = product.view(*shift.shape, size // shift.shape[2]).sum(-1, dtype=torch.float32)
+            summed = summed - (pooled * shift).sum(-1)
+        sums.append(summed)
+    return torch.cat(sums, 1)
+
+
 class _ScaledLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -182,15 +229,20 @@ class _ScaledLinear(torch.autograd.Function):
         scaled_weight: ScaledWeight = ctx.scaled_weight
         scales = scaled_weight.scales()  # (R, G)
         dy = grads[0].reshape(-1, grads[0].shape[-1])  # (T, N)
-        dx = ddelta = None
-        if ctx.needs_input_grad[0]:
-            changed = effective_scales(scaled_weight, delta, units, scales, zero_points)
-            dx = _input_gradient(dy, changed, scaled_weight).reshape(ctx.x_shape)
+        dx = ddelta = sums = None
+        in_groups = saved is not None and scaled_weight.unit is SelectableUnit.GROUP
+        changed = effective_scales(scaled_weight, delta, units, scales, zero_points)
+        if in_groups and _dequantizes_once(dy, changed, scales, scaled_weight):
+            # The sums are made this way if `dx` is not wanted, too: that must not change their bits.
+            dx = dy.new_empty(dy.shape[0], scaled_weight.in_features) if ctx.needs_input_grad[0] else None
+            sums = _both_gradients(dy, saved, units, changed, scaled_weight, dx)
+        elif ctx.needs_input_grad[0]:
+            dx = _input_gradient(dy, changed, scaled_weight)
         if ctx.needs_input_grad[1] and not delta.numel():
             ddelta = torch.zeros_like(delta)
         elif ctx.needs_input_grad[1] and ctx.product_known:
             total = (_select(dy, units, 1).float() * saved.float()).sum(0).unsqueeze(1)  # (n, 1)
-            effective = _select(effective_scales(scaled_weight, delta, units, scales), units, 0)  # (n, 1)
+            effective = _select(changed, units, 0)  # (n, 1)
             # Where the scale in effect is zero the output does not tell the product any more.
             ddelta = torch.where(effective == 0, 0.0, total * (_select(scales, units, 0) / effective))
         elif ctx.needs_input_grad[1]:
@@ -199,9 +251,10 @@ class _ScaledLinear(torch.autograd.Function):
                 saved = scaled_weight.computed_input(saved).reshape(-1, saved.shape[-1]).to(dy.dtype)  # (T, K)
             elif units is None:
                 saved = scaled_weight.select_columns(saved, None)  # (T, G * g)
-            sums = scaled_weight.reduce_rows(_unit_gradient(dy, saved, units, scaled_weight))
-            ddelta = sums * _select(scales, units, scaled_weight.unit.dim)
-        return dx, ddelta, None, None, None, None
+            if sums is None:
+                sums = _unit_gradient(dy, saved, units, scaled_weight)
+            ddelta = scaled_weight.reduce_rows(sums) * _select(scales, units, scaled_weight.unit.dim)
+        return None if dx is None else dx.reshape(ctx.x_shape), ddelta, None, None, None, None
 
 
 class _ZeroPointGradient(torch.autograd.Function):

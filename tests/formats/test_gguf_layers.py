@@ -80,6 +80,24 @@ def test_gradients_equal_float64_references(kind, ratio, monkeypatch):
     assert relative_error(delta.weight.grad, sums.index_select(1, delta.units)) < 2e-5
 
 
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q4_K"])
+@pytest.mark.parametrize("needs_dx", [True, False])
+def test_gradients_are_right_where_a_changed_scale_is_zero(name, needs_dx):
+    # The codes do not follow from such a weight.
+    layer = packed_layer(BY_NAME[name])
+    base = weight_of(layer).double()
+    model = adapted(layer, ratio=1.0).train()
+    sgrq, delta = the_layer(model), delta_of(model)
+    with torch.no_grad():
+        delta[3, 2] = -1
+        delta[5] = -1
+    assert (sgrq.effective_scales(("default",))[5] == 0).all()
+    x, dy = torch.randn(7, COLUMNS, requires_grad=needs_dx), torch.randn(7, ROWS)
+    model(x).backward(dy)
+    sums = (base * (dy.double().T @ x.detach().double())).view(*delta.shape, -1).sum(-1)
+    assert relative_error(delta.grad, sums) < 2e-5 and relative_error(delta.grad[5], sums[5]) < 2e-5
+
+
 @ALL_TYPES
 def test_unselected_scales_and_all_codes_stay_in_a_merge(kind):
     model = adapted(packed_layer(kind))

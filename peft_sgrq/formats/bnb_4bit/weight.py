@@ -33,6 +33,7 @@ class Bnb4bitWeight(ScaledWeight):
 
     layer_class = ("bitsandbytes.nn", "Linear4bit")
     in_parts = True
+    codes_follow = True
     splittable = True
 
     def __init__(self, module: nn.Module) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from peft_sgrq.formats.gguf.blocks import BlockType, read_half, scale_codes, write_half
 from peft_sgrq.formats.scale_matrix import split_zero_points
-from peft_sgrq.formats.scaled_weight import rescaled_offset
+from peft_sgrq.formats.scaled_weight import inverse_or_zero, rescaled_offset
 
 _LARGEST = torch.finfo(torch.float16).max
 
@@ -103,6 +103,24 @@ class BlockScales:
         if offsets is not None:
             offsets = torch.where(scales == 0, 0.0, offsets / scales)
         return self.factors(torch.ones_like(scales), offsets)
+
+    def to_codes(self, scales: torch.Tensor, factors: Factors) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """How the unit-scale values `C` follow from a weight: `W' = S' q + M'` and `C = q + M / S`.
+
+        Args:
+            scales (`torch.Tensor`): The scales, as `effective_scales` returns them.
+            factors (`Factors`): What `changed_factors` made of these.
+
+        Returns:
+            `1 / S'` (zero where a scale is), float32 `[N, groups]`, and by how much `W' / S'` is more than `C`, by
+            sub-block: `M' / S' - M / S`, float32 `[N, sub-blocks]`; `None` in types without offsets.
+        """
+        inverse = inverse_or_zero(split_zero_points(scales)[0])
+        unit = self.unit_factors().offsets
+        if factors.offsets is None or unit is None:
+            return inverse, None
+        shift = factors.offsets * inverse.reshape(self.blocks.shape[0], -1) - unit  # (blocks, s)
+        return inverse, shift.view(self.rows, -1)
 
     def weight(self, factors: Factors, dtype: torch.dtype) -> torch.Tensor:
         """The matrix for some factors, `[N, K]`."""

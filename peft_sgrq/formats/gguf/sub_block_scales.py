@@ -124,28 +124,33 @@ def _nearest(
     Returns:
         The half floats, float32 `[blocks, 1]`, and the integers, float32 `[blocks, s]`.
     """
+    position = wanted.abs().argmax(1, keepdim=True)
+    largest = wanted.gather(1, position).t()  # (1, blocks)
+    level = integers.gather(1, position).t()  # the integer the largest has
+    # Sub-blocks first from here on: what there is once a super-block meets long rows then, which is fast.
+    wanted, base, integers = wanted.t().contiguous(), base.t(), integers.t().contiguous()  # (s, blocks), (1, blocks)
     before = base * integers
     stays = (wanted == before) & (before != 0)
-    position = wanted.abs().argmax(1, keepdim=True)
-    largest = wanted.gather(1, position)  # (blocks, 1)
-    level = integers.gather(1, position)  # the integer the largest has
     end = torch.where((level < 0) & (lowest < 0), float(lowest), float(highest))
     best, best_integers, least = base, integers, torch.full_like(base, torch.inf)
     for number, divisor in enumerate((None, level, end)):
         scale = base if divisor is None else round_half(torch.where(divisor == 0, 0.0, largest / divisor))
-        found = torch.where(scale == 0, integers, (wanted / scale).round().clamp(lowest, highest))
+        found = torch.where(scale == 0, integers, (wanted / scale).round_().clamp_(lowest, highest))
         made = scale * found
-        missed = ((made - wanted).abs() / largest.abs()).nan_to_num(0.0)  # of the largest, lest squares underflow
+        moved = (stays & (made != wanted)).any(0, keepdim=True)
+        # The error in parts of the largest, lest squares underflow.
+        missed = made.sub_(wanted).abs_().div_(largest.abs()).nan_to_num_(0.0)
         error = torch.zeros_like(base)
-        for column in missed.square().unbind(1):  # one after the other: the sum has the same bits everywhere
-            error = error + column.unsqueeze(1)
-        error = torch.where((stays & (made != wanted)).any(1, keepdim=True), torch.inf, error)
+        for row in missed.square_():  # one after the other: the sum has the same bits everywhere
+            error = error + row
+        error = torch.where(moved, torch.inf, error)
         better = (error < least) if number else torch.ones_like(error, dtype=torch.bool)
         best = torch.where(better, scale, best)
         best_integers = torch.where(better, found, best_integers)
         least = torch.where(better, error, least)
     # What is NaN or infinite stays so, for checks to find it.
-    return best, torch.where(torch.isfinite(wanted), best_integers, wanted)
+    found = torch.where(torch.isfinite(wanted), best_integers, wanted)
+    return best.squeeze(0).unsqueeze(1), found.t().contiguous()
 
 
 def _exactly(made: torch.Tensor, base: torch.Tensor, lowest: int, highest: int) -> tuple[torch.Tensor, torch.Tensor]:

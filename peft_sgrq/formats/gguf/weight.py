@@ -14,13 +14,14 @@ from peft_sgrq.formats.gguf.blocks import BlockType
 from peft_sgrq.formats.gguf.layers import GGUFLinear
 from peft_sgrq.formats.gguf.product import product
 from peft_sgrq.formats.gguf.sub_block_scales import scales_of
-from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.formats.scaled_weight import ScaledWeight, WeightAndCodes
 
 
 class GGUFWeight(ScaledWeight):
     """`GGUFLinear`: a scale for each block of 32 columns, each sub-block of a K-quant, or each block of 256."""
 
     in_parts: ClassVar[bool] = True
+    codes_follow: ClassVar[bool] = True
     saved_by = "`peft_sgrq.save_gguf(model, file)`"
     module: GGUFLinear
 
@@ -50,6 +51,10 @@ class GGUFWeight(ScaledWeight):
         size = module.kind.nbytes
         packed = module.packed.detach()[rows, blocks.start * size : blocks.stop * size]
         return scales_of(module.kind, packed, module.sub_blocks)
+
+    @property
+    def columns_at_once(self) -> int:
+        return self.module.kind.size
 
     @property
     def device(self) -> torch.device:
@@ -97,13 +102,22 @@ class GGUFWeight(ScaledWeight):
         return self._held.weight(_factors(self.prepare(scales)), dtype)
 
     def dequantize_columns(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice) -> torch.Tensor:
-        size = self.module.kind.size
-        blocks = slice(columns.start // size, -(-columns.stop // size))  # whole blocks that hold the columns
-        first, last = blocks.start * size, blocks.stop * size
-        held = self._part(slice(0, self.out_features), blocks)
-        changed = scales[..., first // self.group_size : last // self.group_size]
+        size = self.columns_at_once
+        whole = slice(columns.start // size * size, -(-columns.stop // size) * size)  # blocks that hold the columns
+        held, changed = self._columns(scales, whole)
         weight = held.weight(held.changed_factors(changed), dtype)
-        return weight[:, columns.start - first : columns.stop - first]
+        return weight[:, columns.start - whole.start : columns.stop - whole.start]
+
+    def weight_and_codes(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice) -> WeightAndCodes:
+        held, changed = self._columns(scales, columns)
+        factors = held.changed_factors(changed)
+        return WeightAndCodes(held.weight(factors, dtype), *held.to_codes(changed, factors))
+
+    def _columns(self, scales: torch.Tensor, columns: slice) -> tuple[BlockScales, torch.Tensor]:
+        """The scales of some columns, of whole blocks, as they are stored and as they are to be."""
+        size = self.columns_at_once
+        held = self._part(slice(0, self.out_features), slice(columns.start // size, columns.stop // size))
+        return held, scales[..., columns.start // self.group_size : columns.stop // self.group_size]
 
     def write_scales(self, scales: torch.Tensor) -> Any:
         return self.restore_scales(nn.Parameter(self._held.with_scales(scales), requires_grad=False))
