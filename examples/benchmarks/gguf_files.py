@@ -114,8 +114,8 @@ def with_changes(base: Path, out: Path, model: Any, changes: Mapping[str, torch.
         out (`Path`): The file to make.
         model: Its model, for the names.
         changes (`Mapping[str, torch.Tensor]`): By layer name, float32 `[N, K]`.
-        quantized (`bool`): Quantize them again to the types they had, as `llama-quantize` would; else every matrix is
-            stored in F16, as `llama-export-lora` does it.
+        quantized (`bool`): Round to F16 and quantize again to the types they had, as `llama-quantize` would; else each
+            is stored in F16, as `llama-export-lora` does it.
     """
     file = GGUFFile(base)
     places = find_places(file, model)
@@ -127,11 +127,12 @@ def with_changes(base: Path, out: Path, model: Any, changes: Mapping[str, torch.
         weight = dequantized(info.kind, file.data(name), torch.float32)
         if change is not None:
             weight = weight + in_file_order(change, place.rows)
+        weight = weight.half()
         if quantized:
-            packed = quantize(info.kind.id, weight.numpy(), info.kind.row_bytes(info.shape[1]))
+            packed = quantize(info.kind.id, weight.float().numpy(), info.kind.row_bytes(info.shape[1]))
             made[name] = torch.from_numpy(packed)
         else:
-            made[name] = weight.half()
+            made[name] = weight
     if quantized:
         write_file(file, out, {name: lambda packed=packed: packed for name, packed in made.items()})
         return out

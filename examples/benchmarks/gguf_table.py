@@ -4,21 +4,22 @@
         --other wikitext.jsonl --out docs/results/gguf-smollm2.json
     python examples/benchmarks/gguf_table.py --original llama-6m --kind Q4_K_M ...
 
-Methods are trained through TRL's SFTTrainer on the same sequences in the same order, at each of the rates given. A row
-is added to the results file when it is done; what is there already is not done again. Data files hold JSON lines with
-`text`, or `question` and `answer`. Needs `pip install xllamacpp`, which holds llama.cpp.
+Methods are trained through TRL's SFTTrainer on the same sequences in the same order, at each of the rates given. Rows
+are added to the results file when a training is done; what is there already is not done again, so it can be stopped
+at any time. Data files hold JSON lines with `text`, or `question` and `answer`. Needs `pip install xllamacpp`, which
+holds llama.cpp. `gguf_report.py` makes Markdown of the file.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
-import os
-import platform
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from trl import SFTConfig, SFTTrainer
 import peft_sgrq
 from benchmarks.gguf_files import TYPES, convert, with_changes, write_lora
 from benchmarks.llama_cpp import Llama
+from benchmarks.results_file import machine, replace_text
 from peft_sgrq import SGRQConfig
 from peft_sgrq.formats.gguf.file import GGUFFile
 from peft_sgrq.formats.gguf.sub_block_scales import scales_of
@@ -54,9 +56,10 @@ def main() -> None:
         base = Path(args.file) if args.file else convert(Path(args.original), Path(scratch, "base.gguf"), args.kind)
         table = Table(base, args, Path(scratch))
         table.add_base()
-        for seed in args.seeds:
+        # The first rate of each method first: a table that is stopped compares them all.
+        for seed, place in itertools.product(args.seeds, range(max(map(len, args.rates.values())))):
             for method in args.methods:
-                for rate in args.rates[method]:
+                for rate in args.rates[method][place : place + 1]:
                     table.add(method, rate, seed)
 
 
@@ -74,6 +77,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--test-tokens", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16 autocast, for CPUs that are fast at it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     for method, rates in {"scales": [1e-2, 2e-2], "zero-points": [1e-2, 2e-2], "both": [1e-2, 2e-2]}.items():
@@ -102,12 +106,26 @@ class Table:
 
     def __init__(self, base: Path, args: argparse.Namespace, scratch: Path) -> None:
         self.base, self.args, self.scratch, self.out = base, args, scratch, Path(args.out)
-        self.rows: list[dict[str, Any]] = json.loads(self.out.read_text())["rows"] if self.out.exists() else []
+        found = json.loads(self.out.read_text()) if self.out.exists() else {"settings": self.settings(), "rows": []}
+        if found["settings"] != self.settings():
+            raise ValueError(f"{self.out} has rows of other settings, expected these to go on; choose another file.")
+        self.rows: list[dict[str, Any]] = found["rows"]
         _, self.tokenizer = self._load()
         needed = args.steps * args.batch * args.length
         self.train = self._sequences(args.train, needed)
         self.task = self._sequences(args.test, args.test_tokens)
         self.other = self._sequences(args.other, args.test_tokens)
+
+    def settings(self) -> dict[str, Any]:
+        """What all rows of the file share."""
+        settings = {
+            key: value
+            for key, value in vars(self.args).items()
+            if key not in ("out", "methods", "seeds") and "rates" not in key
+        }
+        for key in ("file", "original", "train", "test", "other"):
+            settings[key] = settings[key] and "/".join(Path(settings[key]).parts[-2:])
+        return settings
 
     def _load(self) -> tuple[Any, Any]:
         model, tokenizer = peft_sgrq.load_gguf(self.base, dtype=torch.float32)
@@ -123,7 +141,7 @@ class Table:
         """The file as it is."""
         if not self._has("base", 0.0, 0):
             model, _ = self._load()
-            self._add({"method": "base", "rate": 0.0, "seed": 0}, self._torch(model), self.base)
+            self._save([self._row({"method": "base", "rate": 0.0, "seed": 0}, self._torch(model), self.base)])
 
     def add(self, method: str, rate: float, seed: int) -> None:
         """Trains by a method at a rate, and adds what llama.cpp makes of it."""
@@ -138,7 +156,7 @@ class Table:
         model, seconds = self._trained(model, config, rate, seed)
         measured = self._torch(model)
         out = peft_sgrq.save_gguf(model.merge_and_unload(safe_merge=True), self.scratch / "tuned.gguf", overwrite=True)
-        self._add({**head, **seconds}, measured, out)
+        self._save([self._row({**head, **seconds}, measured, out)])
 
     def _add_lora(self, head: dict[str, Any]) -> None:
         model = AutoModelForCausalLM.from_pretrained(self.base.parent, gguf_file=self.base.name, dtype=torch.float32)
@@ -160,11 +178,11 @@ class Table:
                 changes[name] = factors[name][1] @ a
         plain, _ = self._load()
         lora = write_lora(self.base, self.scratch / "lora.gguf", plain, factors)
-        self._add({**head, "way": "at run time (--lora)"}, measured, self.base, lora)
+        rows = [self._row({**head, "way": "at run time (--lora)"}, measured, self.base, lora)]
         exported = with_changes(self.base, self.scratch / "f16.gguf", plain, changes, quantized=False)
-        self._add({**head, "way": "exported to F16"}, None, exported)
+        rows.append(self._row({**head, "way": "exported to F16"}, None, exported))
         again = with_changes(self.base, self.scratch / "again.gguf", plain, changes, quantized=True)
-        self._add({**head, "way": "exported, quantized again"}, None, again)
+        rows.append(self._row({**head, "way": "exported, quantized again"}, None, again))
         if self.args.original:
             merged = AutoModelForCausalLM.from_pretrained(self.args.original, dtype=torch.float32)
             for name, change in changes.items():
@@ -173,7 +191,8 @@ class Table:
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 (self.scratch / "merged" / name).write_bytes(Path(self.args.original, name).read_bytes())
             file = convert(self.scratch / "merged", self.scratch / "merged.gguf", self.args.kind)
-            self._add({**head, "way": "merged into the original, quantized again"}, None, file)
+            rows.append(self._row({**head, "way": "merged into the original, quantized again"}, None, file))
+        self._save(rows)
 
     def _trained(self, model: Any, config: Any, rate: float, seed: int) -> tuple[Any, dict[str, Any]]:
         args = self.args
@@ -193,7 +212,7 @@ class Table:
                 save_strategy="no",
                 logging_steps=args.steps,
                 use_cpu=True,
-                bf16=False,
+                bf16=self.args.bf16,
                 disable_tqdm=True,
                 gradient_checkpointing=False,
             ),
@@ -216,9 +235,9 @@ class Table:
             found[name] = math.exp(np.average(losses, weights=sizes))
         return found
 
-    def _add(
+    def _row(
         self, row: dict[str, Any], measured: dict[str, float] | None, file: Path, lora: Path | None = None
-    ) -> None:
+    ) -> dict[str, Any]:
         llama = Llama(file, lora, context=max(256, self.args.length), threads=self.args.threads)
         found = {name: math.exp(llama.loss(ids)) for name, ids in (("task", self.task), ("other", self.other))}
         speed = llama.tokens_per_second(self.task[0][:64])
@@ -233,33 +252,21 @@ class Table:
             "code_bytes_changed": code_bytes_changed(self.base, file),
         }
         print(json.dumps(row), flush=True)
-        self.rows.append(row)
-        settings = {
-            key: value
-            for key, value in vars(self.args).items()
-            if key not in ("out", "methods", "seeds") and "rates" not in key
-        }
-        for key in ("file", "original", "train", "test", "other"):
-            settings[key] = settings[key] and "/".join(Path(settings[key]).parts[-2:])
+        return row
+
+    def _save(self, rows: list[dict[str, Any]]) -> None:
+        self.rows += rows
         names = ("torch", "transformers", "peft", "trl", "gguf", "xllamacpp")
         report = {
-            "settings": settings,
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} thread(s)",
+            "settings": self.settings(),
+            "machine": machine(),
             "versions": {name: version(name) for name in names},
             "rows": self.rows,
         }
-        scratch = self.out.with_suffix(".tmp")
-        scratch.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(scratch, self.out)
+        replace_text(self.out, json.dumps(report, indent=1) + "\n")
 
     def _has(self, method: str, rate: float, seed: int) -> bool:
         return any((row["method"], row["rate"], row["seed"]) == (method, rate, seed) for row in self.rows)
-
-
-def version(name: str) -> str:
-    from importlib.metadata import version
-
-    return version(name)
 
 
 def code_bytes_changed(base: Path, other: Path) -> int | None:

@@ -1,0 +1,149 @@
+"""Tables of what `gguf_table.py` and `gguf_steps.py` found.
+
+    python examples/benchmarks/gguf_report.py docs/results/gguf-*.json
+    python examples/benchmarks/gguf_report.py docs/results/gguf-*.json --update docs/gguf.md
+
+On a page the table of a file stands between `<!-- NAME.json -->` and `<!-- end of NAME.json -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from markdown_tables import put_between, spell, table
+from results_file import replace_text
+
+NAMES = {"lora": "LoRA r=16", "scales": "SGRQ, scales", "zero points": "SGRQ, zero points", "both": "SGRQ, both"}
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("--update", type=Path, help="a Markdown file to put the tables into, between their marks")
+    arguments = parser.parse_args()
+    tables = {path.name: describe(json.loads(path.read_text())) for path in arguments.results}
+    if arguments.update is None:
+        print("\n\n".join(tables.values()))
+        return
+    page = arguments.update.read_text()
+    for name, text in tables.items():
+        page = put_between(page, f"<!-- {name} -->", f"<!-- end of {name} -->", text)
+    replace_text(arguments.update, page)
+
+
+def describe(found: dict[str, Any]) -> str:
+    """Markdown for what a file holds."""
+    return steps(found) if "milliseconds" in found["rows"][0] else methods(found)
+
+
+def about(found: dict[str, Any]) -> str:
+    """Versions and machine."""
+    return ", ".join(f"{name} {number}" for name, number in found["versions"].items()) + f". {found['machine']}."
+
+
+def methods(found: dict[str, Any]) -> str:
+    """What llama.cpp makes of each way to tune a file, at the best of the rates of each method."""
+    setting, rows = found["settings"], found["rows"]
+    base = Path(setting["file"]).name if setting["file"] else f"{Path(setting['original']).name} in {setting['kind']}"
+    words = "bfloat16 autocast" if setting.get("bf16") else "float32"
+    text = (
+        f"**{base}**: {setting['steps']} steps of {setting['batch']} x {setting['length']} tokens of "
+        f"{setting['train']}, {words}; task is {setting['test']}, other {setting['other']}, "
+        f"{setting['test_tokens']} tokens each. {about(found)}"
+    )
+    head = ["", "way", "rate", "task, llama.cpp", "torch", "other, llama.cpp", "torch", "MB", "extra MB", "tokens/s"]
+    cells = [[*head, "code bytes changed", "trained", "CPU s", "seeds"]]
+    for method in ("base", *NAMES):
+        own = [row for row in rows if row["method"] == method]
+        for way in dict.fromkeys(row.get("way") for row in own):
+            chosen = at_best_rate([row for row in own if row.get("way") == way], own)
+            cells.append(line(NAMES.get(method, "base"), way, chosen))
+    return f"{text}\n\n{table(cells)}\n\n{sweep(rows)}"
+
+
+def best_rate(rows: list[Row]) -> float:
+    """Of the rates run at most seeds, the one of the lowest mean perplexity on the task, as it was trained."""
+    by_rate: dict[float, dict[int, float]] = {}
+    for row in rows:
+        if row["torch"] is not None:
+            by_rate.setdefault(row["rate"], {})[row["seed"]] = row["torch"]["task"]
+    first = min(seed for found in by_rate.values() for seed in found)
+    return min(by_rate, key=lambda rate: by_rate[rate].get(first, float("inf")))
+
+
+def at_best_rate(rows: list[Row], method: list[Row]) -> list[Row]:
+    rate = best_rate(method)
+    return [row for row in rows if row["rate"] == rate]
+
+
+def line(name: str, way: str | None, rows: list[Row]) -> list[str]:
+    first = rows[0]
+
+    def perplexity(where: str, text: str) -> str:
+        return "" if first[where] is None else spell([row[where][text] for row in rows], 2)
+
+    changed, extra = first["code_bytes_changed"], first["extra_megabytes"]
+    return [
+        name,
+        way or "",
+        f"{first['rate']:g}" if first["rate"] else "",
+        *(perplexity(where, text) for text in ("task", "other") for where in ("llama.cpp", "torch")),
+        f"{first['megabytes']:.1f}",
+        "" if extra is None else f"{extra:.1f}",
+        f"{mean(row['tokens_per_second'] for row in rows):.0f}",
+        "all" if changed is None else f"{changed:,}",
+        f"{first['trained']:,}" if "trained" in first else "",
+        f"{mean(row['cpu_seconds'] for row in rows):.0f}" if "trained" in first else "",
+        str(len(rows)) if first["rate"] else "",
+    ]
+
+
+def sweep(rows: list[Row]) -> str:
+    """The perplexity on the task at each rate of the first seed, in torch."""
+    parts = []
+    first = min(row["seed"] for row in rows)
+    for method, name in NAMES.items():
+        own = [row for row in rows if row["method"] == method and row["torch"] is not None and row["seed"] == first]
+        found = {row["rate"]: row["torch"] for row in sorted(own, key=lambda row: row["rate"])}
+        parts.append(
+            f"{name} " + ", ".join(f"{rate:g}: {v['task']:.2f} / {v['other']:.2f}" for rate, v in found.items())
+        )
+    return f"Rates, seed {first}, task / other in torch: {'; '.join(part for part in parts)}."
+
+
+def steps(found: dict[str, Any]) -> str:
+    """A step by method, over the bare layer and over LoRA on a dense layer."""
+    setting = found["settings"]
+    rows = [
+        [
+            "type",
+            "dtype",
+            "bare, ms",
+            "scales",
+            "zero points",
+            "both",
+            "LoRA on dense",
+            "scales / LoRA",
+            "zero points / LoRA",
+        ]
+    ]
+    for row in found["rows"]:
+        times = row["milliseconds"]
+        ratios = [f"{times[name] / times['base']:.2f}" for name in ("scales", "zero points", "both", "lora")]
+        over = [f"{times[name] / times['lora']:.2f}" for name in ("scales", "zero points")]
+        rows.append([row["type"], row["dtype"], f"{times['base']:.1f}", *ratios, *over])
+    width = setting["width"]
+    return (
+        f"A layer of {width} x {width}, {setting['tokens']} tokens, forward and backward, the median of "
+        f"{setting['repeats']}; each over the bare packed layer, but for the last two columns. {about(found)}\n\n"
+        f"{table(rows)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
