@@ -34,15 +34,11 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from peft_sgrq.formats.kernels import group_reduce
-from peft_sgrq.formats.scale_matrix import ScaleMatrix, split_zero_points
-from peft_sgrq.formats.scaled_weight import ScaledWeight, gather_groups
+from peft_sgrq.formats.scale_matrix import ScaleMatrix
+from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.formats.selectable_unit import SelectableUnit
+from peft_sgrq.layer.gradients import both_gradients, dequantizes_once, input_gradient, select, unit_gradient
 from peft_sgrq.layer.saved_inputs import SavedInput
-
-# On CPUs the backward pass makes its large temporaries, the dequantized weight and the product `dy^T x`, a part of
-# this size at a time. Fresh memory costs page faults, which take as long as dequantizing does; small memory is reused.
-_TEMPORARY_BYTES = 16 << 20
 
 # What is trained is `e / 4`: a quarter of the range of 4-bit codes. The learning rate that suits scales suits it then.
 ZERO_POINT_UNIT = 4.0
@@ -89,34 +85,6 @@ def _changed_scales(
     return scaled_weight.round_to_storage(scales.index_copy(dim, units, changed))  # a format may round scales together
 
 
-def _select(values: torch.Tensor, units: torch.Tensor | None, dim: int) -> torch.Tensor:
-    return values if units is None else values.index_select(dim, units)
-
-
-def _ranges(total: int, bytes_each: int, scaled_weight: ScaledWeight) -> list[slice]:
-    step = total
-    if scaled_weight.in_parts and scaled_weight.device.type == "cpu" and not torch.compiler.is_compiling():
-        step = max(1, min(total, _TEMPORARY_BYTES // max(1, bytes_each)))
-    return [slice(start, min(start + step, total)) for start in range(0, total, step)]
-
-
-def _column_ranges(dy: torch.Tensor, scaled_weight: ScaledWeight) -> list[slice]:
-    size, total = scaled_weight.columns_at_once, scaled_weight.in_features
-    steps = _ranges(-(-total // size), dy.shape[1] * size * dy.element_size(), scaled_weight)
-    return [slice(step.start * size, min(step.stop * size, total)) for step in steps]
-
-
-def _input_gradient(dy: torch.Tensor, scales: torch.Tensor, scaled_weight: ScaledWeight) -> torch.Tensor:
-    """`dy W'` for the scales in effect, `[T, N]` to `[T, K]`, some groups of columns at a time."""
-    ranges = _column_ranges(dy, scaled_weight)
-    if len(ranges) == 1:
-        return dy @ scaled_weight.dequantize(scales, dy.dtype)
-    dx = dy.new_empty(dy.shape[0], scaled_weight.in_features)
-    for columns in ranges:
-        dx[:, columns] = dy @ scaled_weight.dequantize_columns(scales, dy.dtype, columns)
-    return dx
-
-
 class _RoundSTE(torch.autograd.Function):
     """Rounds float32 values to another dtype's grid; the gradient passes unchanged."""
 
@@ -132,66 +100,6 @@ class _RoundSTE(torch.autograd.Function):
 def round_straight_through(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Rounds `values` to the grid of `dtype`, keeping their own dtype; the derivative is taken as one."""
     return values if dtype == values.dtype else _RoundSTE.apply(values, dtype)
-
-
-def _unit_gradient(
-    dy: torch.Tensor, x: torch.Tensor, units: torch.Tensor | None, scaled_weight: ScaledWeight
-) -> torch.Tensor:
-    """`sum_{c in k} C[o, c] (dy^T x)[o, c]` for the selected groups or rows.
-
-    Args:
-        dy (`torch.Tensor`): Gradient of the output, `[T, N]`, of the selected rows in a row format.
-        x (`torch.Tensor`): Input, `[T, n * g]`, the columns of the selected groups.
-        units (`torch.Tensor` or `None`): The selected groups or rows, int64 `[n]`; `None` for all.
-        scaled_weight (`ScaledWeight`): The layer.
-
-    Returns:
-        `torch.Tensor`: float32 `[N, n]`, or `[n, 1]` in a row format.
-    """
-    steps = _ranges(dy.shape[1], x.shape[1] * x.element_size(), scaled_weight)
-    sums = [scaled_weight.reduce(dy[:, rows].t() @ x, units, rows) for rows in steps]
-    return sums[0] if len(sums) == 1 else torch.cat(sums)
-
-
-def _dequantizes_once(
-    dy: torch.Tensor, changed: torch.Tensor, scales: torch.Tensor, scaled_weight: ScaledWeight
-) -> bool:
-    """Whether `_both_gradients` gives both gradients as exactly as each is had alone."""
-    if not scaled_weight.codes_follow or dy.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    effective, _ = split_zero_points(changed)
-    # Half precision has no room for small weights. A scale that became zero has left nothing of its codes.
-    return dy.dtype != torch.float16 and not bool(((effective == 0) & (scales != 0)).any())
-
-
-def _both_gradients(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    units: torch.Tensor | None,
-    changed: torch.Tensor,
-    scaled_weight: ScaledWeight,
-    dx: torch.Tensor | None,
-) -> torch.Tensor:
-    """What `_unit_gradient` returns, and in `dx` what `_input_gradient` does, by one dequantization for both."""
-    size = scaled_weight.group_size
-    sums = []
-    for columns in _column_ranges(dy, scaled_weight):
-        weight, inverse, shift = scaled_weight.weight_and_codes(changed, dy.dtype, columns)
-        if dx is not None:
-            torch.mm(dy, weight, out=dx[:, columns])
-        count, chosen, own = inverse.shape[1], None, columns
-        if units is not None:
-            ends = torch.tensor([columns.start, columns.stop]) // size
-            first, last = torch.searchsorted(units, ends).tolist()
-            own, chosen = slice(first * size, last * size), units[first:last] - ends[0]
-        product = dy.t() @ x[:, own]  # (N, n * g)
-        summed = group_reduce(product, gather_groups(weight, chosen, count, size), size) * _select(inverse, chosen, 1)
-        if shift is not None:
-            shift = _select(shift.view(len(shift), count, -1), chosen, 1)  # (N, n, m)
-            pooled = product.view(*shift.shape, size // shift.shape[2]).sum(-1, dtype=torch.float32)
-            summed = summed - (pooled * shift).sum(-1)
-        sums.append(summed)
-    return torch.cat(sums, 1)
 
 
 class _ScaledLinear(torch.autograd.Function):
@@ -214,7 +122,7 @@ class _ScaledLinear(torch.autograd.Function):
         saved = None
         if ctx.needs_input_grad[1] and delta.numel():
             if ctx.product_known:
-                saved = _select(y.reshape(-1, y.shape[-1]), units, 1)  # (T, n)
+                saved = select(y.reshape(-1, y.shape[-1]), units, 1)  # (T, n)
             else:
                 saved = x if in_rows else saved_input.save(x, units, scaled_weight, y.dtype)
         ctx.save_for_backward(saved, delta, units, zero_points)
@@ -232,28 +140,28 @@ class _ScaledLinear(torch.autograd.Function):
         dx = ddelta = sums = None
         in_groups = saved is not None and scaled_weight.unit is SelectableUnit.GROUP
         changed = effective_scales(scaled_weight, delta, units, scales, zero_points)
-        if in_groups and _dequantizes_once(dy, changed, scales, scaled_weight):
+        if in_groups and dequantizes_once(dy, changed, scales, scaled_weight):
             # The sums are made this way if `dx` is not wanted, too: that must not change their bits.
             dx = dy.new_empty(dy.shape[0], scaled_weight.in_features) if ctx.needs_input_grad[0] else None
-            sums = _both_gradients(dy, saved, units, changed, scaled_weight, dx)
+            sums = both_gradients(dy, saved, units, changed, scaled_weight, dx)
         elif ctx.needs_input_grad[0]:
-            dx = _input_gradient(dy, changed, scaled_weight)
+            dx = input_gradient(dy, changed, scaled_weight)
         if ctx.needs_input_grad[1] and not delta.numel():
             ddelta = torch.zeros_like(delta)
         elif ctx.needs_input_grad[1] and ctx.product_known:
-            total = (_select(dy, units, 1).float() * saved.float()).sum(0).unsqueeze(1)  # (n, 1)
-            effective = _select(changed, units, 0)  # (n, 1)
+            total = (select(dy, units, 1).float() * saved.float()).sum(0).unsqueeze(1)  # (n, 1)
+            effective = select(changed, units, 0)  # (n, 1)
             # Where the scale in effect is zero the output does not tell the product any more.
-            ddelta = torch.where(effective == 0, 0.0, total * (_select(scales, units, 0) / effective))
+            ddelta = torch.where(effective == 0, 0.0, total * (select(scales, units, 0) / effective))
         elif ctx.needs_input_grad[1]:
             if scaled_weight.unit is SelectableUnit.ROW:
-                dy = _select(dy, units, 1)  # (T, n)
+                dy = select(dy, units, 1)  # (T, n)
                 saved = scaled_weight.computed_input(saved).reshape(-1, saved.shape[-1]).to(dy.dtype)  # (T, K)
             elif units is None:
                 saved = scaled_weight.select_columns(saved, None)  # (T, G * g)
             if sums is None:
-                sums = _unit_gradient(dy, saved, units, scaled_weight)
-            ddelta = scaled_weight.reduce_rows(sums) * _select(scales, units, scaled_weight.unit.dim)
+                sums = unit_gradient(dy, saved, units, scaled_weight)
+            ddelta = scaled_weight.reduce_rows(sums) * select(scales, units, scaled_weight.unit.dim)
         return None if dx is None else dx.reshape(ctx.x_shape), ddelta, None, None, None, None
 
 
@@ -284,7 +192,7 @@ class _ZeroPointGradient(torch.autograd.Function):
         scales = scaled_weight.scales()
         ddelta = None
         if ctx.needs_input_grad[2] and delta.numel():
-            ddelta = _select(scales * (ZERO_POINT_UNIT * zero_points) * sums, units, scaled_weight.unit.dim)
+            ddelta = select(scales * (ZERO_POINT_UNIT * zero_points) * sums, units, scaled_weight.unit.dim)
         dzero = ZERO_POINT_UNIT * _changed_scales(scaled_weight, delta, units, scales) * sums
         return grads[0], None, ddelta, dzero, None, None
 

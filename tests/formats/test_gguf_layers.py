@@ -65,7 +65,7 @@ def test_zero_deltas_give_the_bits_of_the_base_and_a_merge_those_of_the_unmerged
 @ALL_TYPES
 @pytest.mark.parametrize("ratio", [0.5, 1.0])
 def test_gradients_equal_float64_references(kind, ratio, monkeypatch):
-    monkeypatch.setattr("peft_sgrq.layer.functional._TEMPORARY_BYTES", 20_000)  # in several parts
+    monkeypatch.setattr("peft_sgrq.layer.gradients._TEMPORARY_BYTES", 20_000)  # in several parts
     layer = packed_layer(kind, bias=True)
     base = weight_of(layer).double()
     model = adapted(layer, ratio=ratio).train()

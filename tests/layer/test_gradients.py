@@ -186,7 +186,7 @@ def test_gradients_made_in_parts_equal_the_reference(monkeypatch, kind, groups, 
         "ragged": lambda: linear_dense(12, 150),
         "conv1d": lambda: conv1d(12, 150),
     }[kind]()
-    monkeypatch.setattr("peft_sgrq.layer.functional._TEMPORARY_BYTES", temporary)
+    monkeypatch.setattr("peft_sgrq.layer.gradients._TEMPORARY_BYTES", temporary)
     check_gradients(adapt(layer, groups), 7)
 
 
