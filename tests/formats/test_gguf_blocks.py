@@ -14,7 +14,6 @@ from peft_sgrq.formats.gguf.blocks import TYPES
 from peft_sgrq.formats.gguf.sub_block_scales import SubBlockScales, scales_of
 
 WITH_SUB_SCALES = [kind for kind in TYPES.values() if kind.sub is not None]
-FINE = [kind for kind in WITH_SUB_SCALES if kind.sub.fine]
 by_type = lambda kinds: pytest.mark.parametrize("kind", kinds, ids=lambda kind: kind.name)  # noqa: E731
 few = settings(max_examples=4, deadline=None)
 seeds = st.integers(0, 2**31)
@@ -30,7 +29,7 @@ def same_bits(ours: torch.Tensor, theirs: np.ndarray) -> bool:
 
 def both(kind, packed):
     held = [BlockScales(kind, packed)]
-    return [*held, SubBlockScales(kind, packed)] if kind in FINE else held
+    return [*held, SubBlockScales(kind, packed)] if kind in WITH_SUB_SCALES else held
 
 
 @ALL_TYPES
@@ -111,7 +110,7 @@ def test_unchanged_blocks_keep_their_bytes(kind, seed):
         assert torch.equal(changed[:, first:], packed.view(4, -1, kind.nbytes)[:, first:])
 
 
-@by_type(FINE)
+@by_type(WITH_SUB_SCALES)
 @few
 @given(seed=seeds)
 def test_a_sub_block_that_is_to_stay_stays_in_a_super_block_that_changes(kind, seed):
@@ -128,7 +127,7 @@ def test_a_sub_block_that_is_to_stay_stays_in_a_super_block_that_changes(kind, s
     assert kept[~chosen].all()
 
 
-@by_type(FINE)
+@by_type(WITH_SUB_SCALES)
 def test_what_is_kept_of_a_change_of_sub_scales(kind):
     # The shares are of the change itself: 1 - |made - wanted| / |wanted - before|.
     weight = np.random.default_rng(0).standard_normal((64, 2048)).astype(np.float32) * 0.1
@@ -136,7 +135,7 @@ def test_what_is_kept_of_a_change_of_sub_scales(kind):
     scales = held.scales()
     torch.manual_seed(0)
     direction = torch.randn(scales.shape)
-    for change, share in ((0.05, 0.7), (0.16, 0.88)):
+    for change, share in ((0.05, 0.7), (0.16, 0.88)) if kind.name != "Q2_K" else ((0.05, 0.45), (0.16, 0.8)):
         wanted = scales * (1 + change * direction)
         kept = 1 - (held.round(wanted) - wanted).norm() / (wanted - scales).norm()
         assert kept > share

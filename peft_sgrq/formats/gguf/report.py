@@ -59,7 +59,7 @@ def report_file(path: str | os.PathLike[str]) -> FileReport:
             name = str(FLOATS.get(info.ggml_type, "integers")).removeprefix("torch.")
         else:
             name = kind.name
-            group_size = kind.sub.size if kind.sub is not None and kind.sub.fine else kind.size
+            group_size = kind.size if kind.sub is None else kind.sub.size
             in_block = info.name.startswith("blk.") and len(info.shape) == 2
             scales = math.prod(info.shape) // group_size if in_block else 0
         found.setdefault(name, []).append((math.prod(info.shape), info.end - info.start, group_size, scales or 0))

@@ -34,9 +34,8 @@ class StoredGGUFWeight(ScaleMatrix):
         self.file, self.tensor, self.kind = file, tensor, kind
         self._rows, self._sub_blocks = place.rows, sub_blocks
         self.out_features, self.in_features = info.shape
-        fine = sub_blocks and kind.sub is not None and kind.sub.fine
-        self.group_size = kind.sub.size if fine and kind.sub is not None else kind.size
-        self.movable_zero_points = kind.offset_at is not None and (kind.sub is None or fine)
+        self.group_size = kind.sub.size if sub_blocks and kind.sub is not None else kind.size
+        self.movable_zero_points = kind.offset_at is not None and (kind.sub is None or sub_blocks)
         self.name = format_name(kind, self.group_size)
 
     @cached_property

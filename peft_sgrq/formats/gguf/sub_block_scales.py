@@ -27,7 +27,7 @@ class SubBlockScales(BlockScales):
     """One scale for each sub-block.
 
     Args:
-        kind (`BlockType`): A type whose `sub` is fine enough to be trained.
+        kind (`BlockType`): A type with scales of sub-blocks.
         packed (`torch.Tensor`): The matrix as the file has it, uint8 `[N, bytes of a row]`.
     """
 
@@ -173,12 +173,11 @@ def _exactly(made: torch.Tensor, base: torch.Tensor, lowest: int, highest: int) 
 
 
 def scales_of(kind: BlockType, packed: torch.Tensor, sub_blocks: bool = True) -> BlockScales:
-    """The scales of a packed matrix: of sub-blocks where they are fine enough and wanted, else of blocks.
+    """The scales of a packed matrix: of sub-blocks where it has some and they are wanted, else of blocks.
 
     Args:
         kind (`BlockType`): The type of the blocks.
         packed (`torch.Tensor`): The matrix, uint8 `[N, bytes of a row]`.
         sub_blocks (`bool`): Whether sub-blocks have scales of their own.
     """
-    fine = sub_blocks and kind.sub is not None and kind.sub.fine
-    return (SubBlockScales if fine else BlockScales)(kind, packed)
+    return (SubBlockScales if sub_blocks and kind.sub is not None else BlockScales)(kind, packed)

@@ -28,7 +28,6 @@ class SubScales(NamedTuple):
         at (`slice`): The bytes of the block they are in.
         read (`Callable`): Reads them from those bytes, uint8 `[n, bytes]`.
         write (`Callable`): Makes those bytes.
-        fine (`bool`): Whether a step is small enough, at most 3 % of a typical scale, to train them.
     """
 
     size: int
@@ -37,7 +36,6 @@ class SubScales(NamedTuple):
     at: slice
     read: Callable[[torch.Tensor], Sub]
     write: Callable[[Sub], torch.Tensor]
-    fine: bool = True
 
 
 def _read_q2_k(packed: torch.Tensor) -> Sub:
@@ -100,7 +98,7 @@ def _write_iq4_xs(sub: Sub) -> torch.Tensor:
     return torch.cat([packed, pairs[..., 0] | (pairs[..., 1] << 4)], 1).to(torch.uint8)
 
 
-Q2_K = SubScales(16, 0, 15, slice(0, 16), _read_q2_k, _write_q2_k, fine=False)
+Q2_K = SubScales(16, 0, 15, slice(0, 16), _read_q2_k, _write_q2_k)
 Q3_K = SubScales(16, -32, 31, slice(96, 108), _read_q3_k, _write_q3_k)
 Q4_K = SubScales(32, 0, 63, slice(4, 16), _read_q4_k, _write_q4_k)
 Q6_K = SubScales(16, -128, 127, slice(192, 208), _read_q6_k, _write_q6_k)
