@@ -67,7 +67,7 @@ def methods(found: dict[str, Any]) -> str:
 
 
 def best_rate(rows: list[Row]) -> float:
-    """Of the rates run at most seeds, the one of the lowest mean perplexity on the task, as it was trained."""
+    """The rate of the lowest perplexity on the task at the first seed, as it was trained."""
     by_rate: dict[float, dict[int, float]] = {}
     for row in rows:
         if row["torch"] is not None:
@@ -110,10 +110,10 @@ def sweep(rows: list[Row]) -> str:
     for method, name in NAMES.items():
         own = [row for row in rows if row["method"] == method and row["torch"] is not None and row["seed"] == first]
         found = {row["rate"]: row["torch"] for row in sorted(own, key=lambda row: row["rate"])}
-        parts.append(
-            f"{name} " + ", ".join(f"{rate:g}: {v['task']:.2f} / {v['other']:.2f}" for rate, v in found.items())
-        )
-    return f"Rates, seed {first}, task / other in torch: {'; '.join(part for part in parts)}."
+        if found:
+            tried = (f"{rate:g}: {lost['task']:.2f} / {lost['other']:.2f}" for rate, lost in found.items())
+            parts.append(f"{name} {', '.join(tried)}")
+    return f"Rates, seed {first}, task / other in torch: {'; '.join(parts)}."
 
 
 def steps(found: dict[str, Any]) -> str:

@@ -50,7 +50,10 @@ NAMES = (
     "quanto-int2",
     "torchao-int4-cpu",
 )
-MOVABLE = [*map(_gguf, ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")), *(format for format in FORMATS if format.name in NAMES)]
+MOVABLE = [
+    *map(_gguf, ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")),
+    *(format for format in FORMATS if format.name in NAMES),
+]
 by_name = pytest.mark.parametrize("format", MOVABLE, ids=lambda format: format.name)
 
 
