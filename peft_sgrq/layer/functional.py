@@ -102,6 +102,24 @@ def round_straight_through(values: torch.Tensor, dtype: torch.dtype) -> torch.Te
     return values if dtype == values.dtype else _RoundSTE.apply(values, dtype)
 
 
+def _own(y: torch.Tensor) -> torch.Tensor:
+    """An output that may be written to, as a ReLU in place does it: autograd forbids that for views."""
+    return y if torch.compiler.is_compiling() or not y._is_view() else y.detach()
+
+
+def _kept(y: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """Columns of an output for the backward pass, `[..., N]` -> `[T, n]`, which outlast that it is written to."""
+    flat = y.reshape(-1, y.shape[-1])
+    if rows is not None:
+        return flat.index_select(1, rows)
+    if torch.compiler.is_compiling():
+        return flat
+    try:
+        return torch._lazy_clone(flat)  # copied only if somebody writes
+    except RuntimeError:  # not every storage can be shared like that
+        return flat.clone()
+
+
 class _ScaledLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -115,14 +133,14 @@ class _ScaledLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         own = x.clone() if scaled_weight.writes_to_input else x
         changed = effective_scales(scaled_weight, delta, units, zero_points=zero_points)
-        y = scaled_weight.linear(own, scaled_weight.prepare(changed))  # (..., N)
+        y = _own(scaled_weight.linear(own, scaled_weight.prepare(changed)))  # (..., N)
         in_rows = scaled_weight.unit is SelectableUnit.ROW
         # A bias much larger than the product would leave few digits of y - b, and so would a moved zero point.
         ctx.product_known = in_rows and scaled_weight.bias is None and zero_points is None
         saved = None
         if ctx.needs_input_grad[1] and delta.numel():
             if ctx.product_known:
-                saved = select(y.reshape(-1, y.shape[-1]), units, 1)  # (T, n)
+                saved = _kept(y, units)  # (T, n)
             else:
                 saved = x if in_rows else saved_input.save(x, units, scaled_weight, y.dtype)
         ctx.save_for_backward(saved, delta, units, zero_points)
@@ -180,7 +198,8 @@ class _ZeroPointGradient(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(scaled_weight.pool(x), delta, zero_points, units)
         ctx.scaled_weight = scaled_weight
-        return y.view_as(y)
+        ctx.mark_dirty(y)  # it is the layer's own; as a view nobody could write to it
+        return y
 
     @staticmethod
     @once_differentiable

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -90,6 +91,21 @@ def test_gradients_equal_those_of_the_librarys_own_weight(format, ratio, bias):
     assert relative_error(y.detach(), reference.y) < tolerance
     assert relative_error(x.grad, reference.dx) < tolerance
     assert relative_error(delta.weight.grad, reference.changes.index_select(dim, delta.units)) < tolerance
+
+
+def gradients(model: PeftModel, x: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]) -> list[Any]:
+    x = x.clone().requires_grad_()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return list(torch.autograd.grad(activation(model(x)).float().square().sum(), [*trained, x]))
+
+
+@by_name(LAYER_FORMATS)
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_an_output_may_be_written_to_as_that_of_the_base(format, bias):
+    model = adapted(quantized(format, bias), ratio=1.0).train()
+    x = torch.randn(5, COLUMNS, dtype=layer_dtype(format))
+    for pair in zip(gradients(model, x, torch.relu_), gradients(model, x, torch.relu), strict=True):
+        assert torch.equal(*pair)
 
 
 @by_name(SCALE_FORMATS)

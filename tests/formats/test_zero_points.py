@@ -75,6 +75,15 @@ def adapted(layer, **config):
 
 
 @by_name
+def test_an_output_may_be_written_to_as_that_of_the_base(format):
+    model = adapted(base_layer(format)).train()
+    x = torch.randn(5, COLUMNS, dtype=dtype_of(format))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    written, kept = (torch.autograd.grad(act(model(x)).float().sum(), trained) for act in (torch.relu_, torch.relu))
+    assert len(trained) == 2 and all(torch.equal(*pair) for pair in zip(written, kept, strict=True))
+
+
+@by_name
 @pytest.mark.parametrize("ratio", [0, 0.5, 1.0])
 def test_no_move_gives_the_bits_of_the_base_and_a_merge_those_of_the_unmerged_layer(format, ratio):
     layer, x = base_layer(format), torch.randn(5, COLUMNS, dtype=dtype_of(format))
