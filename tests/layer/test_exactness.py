@@ -103,6 +103,20 @@ def test_merged_equals_unmerged_with_codes_stored_as_floats(storage):
     assert torch.equal(the_layer(model).base_layer.weight.data.view(torch.uint8), codes)
 
 
+def test_an_input_that_bitsandbytes_cannot_compute_with_is_refused():
+    model, x = adapt(linear_4bit(8, 128)).eval().double(), torch.randn(2, 1, 128, dtype=torch.float64)
+    with torch.no_grad():
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"torch.float64 and has no compute dtype, expected"):
+                model(x)
+    layer = linear_4bit(8, 128)
+    layer.compute_dtype, layer.compute_type_is_set = torch.float32, True
+    model = adapt(layer).eval().double()
+    unmerged = [model(x) for _ in range(3)]  # the later ones by a decoder
+    model.merge_adapter()
+    assert all(torch.equal(y, model(x)) for y in unmerged)
+
+
 def test_merged_equals_unmerged_with_outlier_columns():
     model = adapt(linear_8bit(8, 192, threshold=2.0)).eval()
     x = torch.randn(5, 192)

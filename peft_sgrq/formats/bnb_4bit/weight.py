@@ -16,8 +16,8 @@ from torch import nn
 from peft_sgrq.formats.kernels import decodes_4bit, group_reduce_4bit
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 
-# What from_pretrained needs to quantize a base again; the rest of the recorded config are defaults.
 _SMALLEST_BLOCK = 32
+_COMPUTABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Stored(NamedTuple):
@@ -146,8 +146,8 @@ class Bnb4bitWeight(ScaledWeight):
         def run(x: torch.Tensor) -> torch.Tensor:
             dtype, bias = module.compute_dtype, module.bias
             cast = x if dtype is None or x.dtype == dtype else x.to(dtype)
-            if not cast.numel():
-                return self.cast_output(self.linear(cast, prepared), x)
+            if not cast.numel() or cast.dtype not in _COMPUTABLE:
+                return self.cast_output(self.linear(_computable(cast), prepared), x)
             own = None if bias is None else bias.to(cast.dtype)
             y = gemm(cast, packed, shape, prepared, size, quant_type, bias=own)
             return y if y.dtype == x.dtype else y.to(x.dtype)
@@ -161,7 +161,7 @@ class Bnb4bitWeight(ScaledWeight):
         if not module.compute_type_is_set:
             module.set_compute_type(x)
             module.compute_type_is_set = True
-        return x if module.compute_dtype is None else x.to(module.compute_dtype)
+        return _computable(x if module.compute_dtype is None else x.to(module.compute_dtype))
 
     def cast_output(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return y.to(x.dtype)
@@ -215,6 +215,17 @@ class Bnb4bitWeight(ScaledWeight):
             "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
             "bnb_4bit_quant_storage": str(self.module.weight.dtype).removeprefix("torch."),
         }
+
+
+def _computable(x: torch.Tensor) -> torch.Tensor:
+    """Refuses an input of a dtype that the kernels do not have: on CPUs they give back memory that nobody wrote to."""
+    if x.dtype not in _COMPUTABLE:
+        raise ValueError(
+            f"A 4-bit layer of bitsandbytes was given an input in {x.dtype} and has no compute dtype, expected one "
+            "it can compute in (float32, bfloat16, float16), as its output would be arbitrary; cast the model or its "
+            "input, or load it with `bnb_4bit_compute_dtype`."
+        )
+    return x
 
 
 def absmax_of(state: Any) -> torch.Tensor:
