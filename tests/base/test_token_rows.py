@@ -72,6 +72,32 @@ def test_rows_of_an_adapted_or_another_layer_are_refused():
     assert "its class Normed computes otherwise" in refusal(model, trainable_token_indices=[5])
 
 
+HOOKS = {
+    "output": lambda layer: layer.register_forward_hook(lambda module, args, y: y * 2),
+    "input": lambda layer: layer.register_forward_pre_hook(
+        lambda module, args, kwargs: ((args[0] * 0,), kwargs), with_kwargs=True
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_rows_of_a_layer_whose_hooks_change_it_are_refused_and_it_may_be_trained_whole(kind):
+    for tied in (True, False):  # of the head that is tied to the rows, too
+        model = TIED["llama"]()
+        HOOKS[kind](model.get_output_embeddings() if tied else model.get_input_embeddings())
+        assert "it has hooks that change what it computes" in refusal(model, trainable_token_indices=[5])
+    model = get_peft_model(model, SGRQConfig(modules_to_save=["embed_tokens"], init_weights=False)).eval()
+    with torch.no_grad():
+        trained = model(input_ids=IDS).logits
+        assert torch.equal(model.merge_and_unload()(input_ids=IDS).logits, trained)
+
+
+def test_hooks_that_change_nothing_do_not_keep_rows_from_being_trained():
+    model = TIED["llama"]()
+    model.enable_input_require_grads()  # as Trainer does for checkpointing
+    get_peft_model(model, SGRQConfig(trainable_token_indices=[5]))
+
+
 def gemma() -> Any:
     return tr.Gemma3ForCausalLM(tr.Gemma3TextConfig(**TEXT, head_dim=16))
 

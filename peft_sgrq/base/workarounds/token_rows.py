@@ -2,9 +2,10 @@
 
 `peft/tuners/trainable_tokens/layer.py` calls `F.linear(input=x, weight=W)` for a head: a bias, as BERT's heads have
 one, is left out in training and used again once merged. It fails in the first forward pass on what is neither an
-`nn.Embedding` nor an `nn.Linear`: a head that `modules_to_save` trains whole, a layer with an adapter. Both are
-refused before anything is changed. `tests/base/test_token_rows.py::test_peft_still_leaves_a_bias_out` fails once the
-bias is used, and its refusal is not needed any more.
+`nn.Embedding` nor an `nn.Linear`: a head that `modules_to_save` trains whole, a layer with an adapter. Hooks of the
+layer are not called. All of these are refused before anything is changed, hooks if they change what it computes.
+`tests/base/test_token_rows.py::test_peft_still_leaves_a_bias_out` fails once the bias is used, and its refusal is not
+needed any more.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from peft.utils.other import (
 from torch import nn
 
 from peft_sgrq.config import SGRQConfig
-from peft_sgrq.formats.own_forward import forward_obstacle
+from peft_sgrq.formats.own_forward import forward_obstacle, has_hooks
 from peft_sgrq.formats.registry import is_quantized
 
 
@@ -74,8 +75,14 @@ def _obstacle(name: str, module: nn.Module | None, config: SGRQConfig, adapted: 
         )
     if name in adapted or is_quantized(module):
         return "its scales are trained or quantized, expected a dense layer without an adapter; leave the rows out"
+    if has_hooks(module) and not _computes_alike(module):
+        return (
+            "it has hooks that change what it computes, which PEFT does not call while the rows are trained, so that "
+            "the merged model would compute otherwise, expected none; add them to the wrapper once the adapter is "
+            "there, or train the layer whole (`modules_to_save`)"
+        )
     if isinstance(module, nn.Embedding):
-        if forward_obstacle(module, nn.Embedding) is None or _looks_up_alike(module):
+        if forward_obstacle(module, nn.Embedding) is None or _computes_alike(module):
             return None
         return (
             f"its class {type(module).__name__} computes otherwise than PEFT does with rows of it, expected an "
@@ -96,11 +103,13 @@ def _obstacle(name: str, module: nn.Module | None, config: SGRQConfig, adapted: 
 
 
 @torch.no_grad()
-def _looks_up_alike(module: nn.Embedding) -> bool:
-    """Whether PEFT's rows, as they are at first, give what an embedding with a forward pass of its own gives."""
-    if module.weight.is_meta or module.weight.dim() != 2:  # no weight yet, or it is an engine's
+def _computes_alike(module: nn.Module) -> bool:
+    """Whether PEFT's rows, as they are at first, give what a layer itself gives, its hooks called."""
+    weight = module._parameters.get("weight")
+    if weight is None or weight.is_meta or weight.dim() != 2:  # no weight yet, or it is an engine's
         return True
-    ids = torch.arange(min(2, module.num_embeddings), device=module.weight.device)
+    ids = torch.arange(min(2, weight.shape[0]), device=weight.device)
     layer = TrainableTokensLayer(module, "tried")
     layer.update_layer("tried", token_indices=ids.tolist())
-    return torch.equal(layer(ids), module(ids))
+    given = ids if isinstance(module, nn.Embedding) else torch.ones(2, weight.shape[1]).to(weight)
+    return torch.equal(layer(given), module(given))
