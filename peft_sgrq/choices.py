@@ -105,3 +105,8 @@ def without_wrapper_names(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
+
+
+def name_in_state_dict(name: str) -> str:
+    """What a state dict calls the layer: activation checkpointing takes its own name out of those, and only it."""
+    return name.replace(_WRAPPERS[1], "")

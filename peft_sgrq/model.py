@@ -19,7 +19,7 @@ from peft_sgrq.adapter.file import check_adapter_file
 from peft_sgrq.adapter.learning_rate import watch_learning_rate
 from peft_sgrq.adapter.renamed_layers import rename_layers, rename_tensors
 from peft_sgrq.adapter.starting_point import StartingPoint
-from peft_sgrq.adapter.state import adapter_tensors, further_names, take_over
+from peft_sgrq.adapter.state import adapter_tensors, further_names, named_for, take_over
 from peft_sgrq.adapter.targets import (
     TASK_HEADS,
     check_modules_to_save,
@@ -40,7 +40,7 @@ from peft_sgrq.base.workarounds.loading_attributes import forget_loading_attribu
 from peft_sgrq.base.workarounds.tied_merges import merging_ties, separate_rows
 from peft_sgrq.base.workarounds.token_rows import check_token_rows
 from peft_sgrq.base.workarounds.trainer_refusal import let_trainers_train
-from peft_sgrq.choices import without_wrapper_names
+from peft_sgrq.choices import name_in_state_dict, without_wrapper_names
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.bnb_4bit.nesting import nested_layers
 from peft_sgrq.formats.compressed_tensors.weight import keep_compressed
@@ -92,11 +92,6 @@ class SGRQModel(BaseTuner):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(compiled_in_place(model), *args, **kwargs)
-
-    @property
-    def _first_gradients(self) -> FirstGradients:
-        # PEFT injects the first adapter while it makes the tuner.
-        return self.__dict__.setdefault("first_gradients", FirstGradients())
 
     # injection
 
@@ -175,7 +170,7 @@ class SGRQModel(BaseTuner):
             target.update_layer(adapter_name, config=peft_config, units=units)
             return
         layer = SGRQLinear(target, adapter_name, peft_config, units, scaled_weight)
-        layer.watch_gradients(current_key, self._first_gradients)
+        layer.watch_gradients(current_key, FirstGradients.of(self.model))
         layer.train(target.training)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is made active
@@ -220,6 +215,7 @@ class SGRQModel(BaseTuner):
                 if isinstance(shared, SGRQLinear):
                     for module, name in places:
                         setattr(module, name, shared.get_base_layer())
+        FirstGradients.forget(model)
         for how in saved_by if merge else ():
             logger.warning("`save_pretrained` cannot save this merged model so that it loads again; use %s.", how)
         return model
@@ -263,8 +259,8 @@ class SGRQModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.get("adapter_names")
         if names is None:
-            trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            with self._first_gradients.forward_pass() if trains else nullcontext():
+            compiling = torch.compiler.is_compiling()
+            with nullcontext() if compiling else FirstGradients.of(self.model).forward_pass(self.training):
                 yield
             return
         check_adapter_names(names, list(self.peft_config), self.training)
@@ -301,4 +297,7 @@ class SGRQModel(BaseTuner):
         plain = {without_wrapper_names(key): tensor for key, tensor in state_dict.items()}
         tensors = rename_tensors(plain, config.renamed_layers)
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
-        return take_over(model, config, renamed, f".{cls.prefix}delta.{adapter_name}")
+        wrapped = isinstance(getattr(model, "base_model", None), BaseTuner)
+        renamed = {named_for(adapter_name, key, wrapped): tensor for key, tensor in renamed.items()}
+        taken = take_over(model, config, renamed, f".{cls.prefix}delta.{adapter_name}")
+        return {name_in_state_dict(key): tensor for key, tensor in taken.items()}

@@ -2,7 +2,8 @@
 
 transformers renames the modules of an architecture now and then, and maps the names of its checkpoints; PEFT maps
 those of an adapter's tensors (`_checkpoint_conversion_mapping`, or `key_mapping=` of `from_pretrained`). The layers
-that an SGRQ adapter's config names go the same way.
+that an SGRQ adapter's config names go the same way. So they do where something (activation checkpointing, FSDP) has
+wrapped parts of the model, and put a name of its own into those within.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from peft_sgrq.choices import without_wrapper_names
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.files.architecture import renamed_as_loaded
 from peft_sgrq.files.names import Names
@@ -60,6 +62,7 @@ def _find(absent: list[str], layers: Mapping[str, nn.Module], config: SGRQConfig
     by_class = _by_mapping(absent, getattr(model, "_checkpoint_conversion_mapping", None) or {})
     by_transformers = renamed_as_loaded(model, [f"{name}.weight" for name in absent])
     by_end = Names(layers)
+    by_wrapper = {without_wrapper_names(name): name for name in layers}
     found = {}
     for name in absent:
         expected = (config.base_fingerprint or {}).get(name)
@@ -68,7 +71,8 @@ def _find(absent: list[str], layers: Mapping[str, nn.Module], config: SGRQConfig
             scaled_weight = _scaled_weight(other, layers, config)
             return scaled_weight is not None and (expected is None or scaled_weight.fingerprint() == expected)
 
-        likely = (by_class[name], by_transformers[f"{name}.weight"].removesuffix(".weight"))
+        renamed = (by_class[name], by_transformers[f"{name}.weight"].removesuffix(".weight"))
+        likely = [*renamed, *(by_wrapper.get(other, other) for other in (name, *renamed))]
         new = next((other for other in likely if other in layers), None)
         if new is None and expected is not None:
             try:
@@ -111,7 +115,7 @@ def rename_tensors(tensors: Mapping[str, Any], renamed: Mapping[str, str]) -> di
 
 
 def _renamed(key: str, renamed: Mapping[str, str]) -> str:
-    layer, delta, rest = key.removeprefix(_PREFIX).partition(".sgrq_delta")
+    layer, delta, rest = key.removeprefix(_PREFIX).partition(".sgrq_")  # deltas, and moves of zero points
     if not delta or layer not in renamed:
         return key
     return f"{_PREFIX if key.startswith(_PREFIX) else ''}{renamed[layer]}{delta}{rest}"

@@ -53,6 +53,20 @@ def further_names(model: nn.Module) -> set[str]:
     return found - {name for name, module in model.named_modules() if isinstance(module, Delta)}
 
 
+def named_for(adapter_name: str, key: str, in_peft_model: bool) -> str:
+    """The name in a model of a tensor that an adapter file has, where PEFT, which asks a state dict, found none.
+
+    State dicts leave out the names that activation checkpointing puts into those of modules, by which PEFT looks.
+    """
+    layer, found, rest = key.rpartition(".sgrq_")
+    kind, _, tensor = rest.partition(".")
+    if not found or kind not in ("delta", "zero_points") or tensor not in ("weight", "selection"):
+        return key
+    return (
+        f"{layer if in_peft_model else layer.removeprefix('base_model.model.')}{found}{kind}.{adapter_name}.{tensor}"
+    )
+
+
 def take_over(
     model: nn.Module, config: SGRQConfig, tensors: dict[str, torch.Tensor], suffix: str
 ) -> dict[str, torch.Tensor]:

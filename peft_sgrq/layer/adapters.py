@@ -56,6 +56,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self._known_forward = (type(base_layer), type(base_layer).forward)  # what computes in the merged layer
         self._name = ""
         self._first_gradients: FirstGradients | None = None
+        self._ran_in = [0]  # the number of the model's forward pass in which it ran last
         self.update_layer(adapter_name, config=config, units=units)
 
     @property
@@ -66,6 +67,23 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def watch_gradients(self, name: str, first_gradients: FirstGradients) -> None:
         """Has the first gradients of the deltas checked, under the layer's name in its model."""
         self._name, self._first_gradients = name, first_gradients
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight of the base layer, which models look at for its dtype; whoever computes with it is noticed."""
+        if self._first_gradients is not None and not torch.compiler.is_compiling():
+            self._first_gradients.read_weights.note(self._name, self)
+        return super().weight
+
+    def is_passed_by(self, number: int) -> bool:
+        """Whether the layer, which computes otherwise than its base, did not run in a forward pass of the model."""
+        adapted = not (self._disable_adapters or self.merged) and bool(self._present(self.active_adapters))
+        return adapted and self._ran_in[0] != number
+
+    def has_never_run(self) -> bool:
+        """Whether deltas are trained here and the layer has not run in any forward pass of the model."""
+        trained = (weight for name in self._present(self.active_adapters) for weight in self._weights(name))
+        return self._ran_in[0] == 0 and any(weight.requires_grad for weight in trained)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Another module put in place of the base layer is the one that computes from then on.

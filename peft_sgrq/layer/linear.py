@@ -34,6 +34,8 @@ class SGRQLinear(AdaptedLayer):
     # forward
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._first_gradients is not None and not torch.compiler.is_compiling():
+            self._ran_in[0] = self._first_gradients.read_weights.number
         decoder = self._decoder
         if decoder is not None:
             if not (args or kwargs) and is_one_token(self, x) and decoder.is_current(*self._decoding_state()):
@@ -111,11 +113,13 @@ class SGRQLinear(AdaptedLayer):
         return y
 
     def _expect_gradients(self, names: tuple[str, ...], node: Any) -> None:
+        if self._first_gradients is None:
+            return
         for name in names:
             for what, trained in zip((name, f"{name} (zero points)"), self._trained(name), strict=False):
-                if self._first_gradients is None or trained.has_had_gradient or not trained.weight.requires_grad:
-                    continue
-                self._first_gradients.expect(self._name, what, trained, node)
+                if not trained.has_had_gradient and trained.weight.requires_grad:
+                    self._first_gradients.expect(self._name, what, trained, node)
+        self._first_gradients.note(node)
 
     def _decoding_state(self) -> tuple[tuple[object, ...], list[torch.Tensor]]:
         """All that decides what a forward pass computes, as `Decoder` compares it."""

@@ -83,6 +83,13 @@ def test_an_adapter_of_a_model_in_wrappers_fits_the_plain_one(llama_dir, tmp_pat
     assert "wrapped" not in (tmp_path / "adapter" / "adapter_config.json").read_text()
     assert not any("wrapped" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
     assert torch.equal(logits(PeftModel.from_pretrained(NF4.load(llama_dir), tmp_path / "adapter"), ids), expected)
+    for low_cpu_mem_usage in (False, True):
+        base = _checkpointed(NF4.load(llama_dir))
+        loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage)
+        assert torch.equal(logits(loaded, ids), expected)
+    base = _checkpointed(NF4.load(llama_dir))
+    base.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(logits(base.eval(), ids), expected)
 
 
 def test_blocks_that_are_compiled_after_the_adapter_was_added_are_saved(llama_dir, tmp_path, ids):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import get_peft_model, inject_adapter_in_model
 from support.single_layers import linear_4bit, linear_dense
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -55,6 +55,11 @@ def adapted(way: Any) -> Any:
     return get_peft_model(Net(way), SGRQConfig(ratio=0.5)).train()
 
 
+def injected(way: Any) -> Any:
+    """As transformers' `add_adapter` does it: layers in a model that PEFT does not wrap."""
+    return inject_adapter_in_model(SGRQConfig(ratio=0.5), Net(way)).train()
+
+
 def steps(model: Any, count: int = 2) -> None:
     for _ in range(count):
         model(torch.randn(3, 64, requires_grad=True)).square().sum().backward()
@@ -66,15 +71,17 @@ def test_a_delta_without_a_gradient_is_an_error_that_names_its_layer(way):
         steps(adapted(way))
 
 
+@pytest.mark.parametrize("made", [adapted, injected])
 @pytest.mark.parametrize("way", [one_lost, reentrant(one_lost), recomputed(one_lost)])
-def test_it_is_found_in_the_first_backward_pass(way):
+def test_it_is_found_in_the_first_backward_pass(way, made):
     with pytest.raises(RuntimeError, match="'left'"):
-        steps(adapted(way), count=1)
+        steps(made(way), count=1)
 
 
+@pytest.mark.parametrize("made", [adapted, injected])
 @pytest.mark.parametrize("way", [both, reentrant(both), recomputed(both)])
-def test_training_that_reaches_every_delta_goes_on(way):
-    model = adapted(way)
+def test_training_that_reaches_every_delta_goes_on(way, made):
+    model = made(way)
     steps(model, count=3)
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters() if p.requires_grad), "hooks are left"
@@ -114,6 +121,36 @@ def test_gradients_of_inputs_and_passes_without_a_backward_pass_are_no_training(
     with torch.no_grad():
         model(x)
     steps(model)
+
+
+def test_adapters_that_are_injected_one_after_another_are_watched_alike():
+    model = inject_adapter_in_model(SGRQConfig(target_modules=["left"]), Net(one_lost))
+    model = inject_adapter_in_model(SGRQConfig(target_modules=["first", "last"]), model, adapter_name="other").train()
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.dtype == torch.float32 and parameter.dim() == 2:
+            parameter.requires_grad_(True)
+    for layer in (model.first, model.left, model.last):
+        layer.set_adapter(["default", "other"])
+    with pytest.raises(RuntimeError, match=r"1 layers .*'left'"):
+        steps(copy.deepcopy(model), count=1)
+
+
+@pytest.mark.parametrize("made", [adapted, injected])
+@pytest.mark.parametrize("some", [["first"], ["last"], ["left", "last"]])
+def test_a_backward_pass_to_some_deltas_says_nothing_of_the_others(made, some):
+    model = made(both)
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    inputs = [parameter for name, parameter in named.items() if any(f"{part}." in name for part in some)]
+    for _ in range(3):
+        model(torch.randn(3, 64)).square().sum().backward(inputs=inputs)
+    assert sum(parameter.grad is not None for parameter in named.values()) == len(some)
+    steps(model, count=3)
+    assert all(parameter.grad is not None for parameter in named.values())
+    model = made(one_lost)
+    inputs = [parameter for name, parameter in model.named_parameters() if "last.sgrq" in name]
+    model(torch.randn(3, 64)).square().sum().backward(inputs=inputs)
+    with pytest.raises(RuntimeError, match="'left'"):
+        steps(model, count=1)
 
 
 def test_several_forward_passes_before_their_backward_passes_are_told_apart():
@@ -191,6 +228,43 @@ def test_a_copy_in_the_middle_of_a_step_is_watched_on_its_own():
     other = copy.deepcopy(model)
     with pytest.raises(RuntimeError, match="'left'"):
         steps(other, count=1)
+
+
+# layers that a model passes by
+
+
+class Reader(nn.Module):
+    """Computes with the weight of a layer itself, in training or in inference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = linear_dense(64, 64), linear_dense(64, 64)
+        self.itself = [True, False]  # whether it reads, by `self.training`
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.last(self.first(x).to(self.last.weight.dtype))  # which models look at, too
+        return nn.functional.linear(x, self.first.weight) if self.itself[self.training] else x
+
+
+@pytest.mark.parametrize("by_peft", [True, False])
+def test_a_model_that_computes_with_a_weight_past_its_adapter_is_told_by_name(by_peft, recwarn):
+    class Other(Reader):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(self.last(x), self.first.weight)
+
+    config = SGRQConfig(init_weights=False)
+    made = get_peft_model if by_peft else lambda model, config: inject_adapter_in_model(config, model)
+    model = made(Other(), config)
+    with pytest.raises(RuntimeError, match=r"read the weight of 1 layers .*\('first'\), expected a call"):
+        steps(model.train(), count=1)
+    with torch.no_grad(), pytest.warns(UserWarning, match=r"\('first'\), expected a call"):
+        model.eval()(torch.randn(3, 64))
+    made(Other(), SGRQConfig(exclude_modules=["first"])).train()(torch.randn(3, 64)).sum().backward()
+    recwarn.clear()
+    model = made(Reader(), config)
+    steps(model.train())
+    model.eval()(torch.randn(3, 64))
+    assert not [warning for warning in recwarn if "read the weight" in str(warning.message)]
 
 
 # layers without an adapter
