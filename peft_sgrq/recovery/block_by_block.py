@@ -62,6 +62,7 @@ class BlockByBlock:
         with torch.no_grad(), self._padding.watching(), together():
             self._ours = self._chain("model", self._blocks, runner(job.model))
             self._theirs = self._chain("reference", reference_blocks, job.reference.run)
+        self._check_stream()
         self._release([name for names in self._names for name in names])
         steps = job.settings.epochs * largest(len(job.batches))
         job.bar.reset(total=steps * (count - len(self._file.blocks)))
@@ -95,6 +96,23 @@ class BlockByBlock:
                 f"The blocks {self._name!r} of the {what} cannot be run one by one ({error}), expected each to take "
                 "the hidden states of the one before; set `epochs=0` and `distill_steps` to train all scales together."
             ) from error
+
+    @torch.no_grad()
+    def _check_stream(self) -> None:
+        """Refuses a reference whose hidden states are others from the start: of another model, or not rotated alike.
+
+        Quantizing an embedding to 2 bits changes it by less than its own length; another basis does not.
+        """
+        different = length = 0.0
+        for number, counted in enumerate(self._counted):
+            ours, theirs = self._ours.hidden(number), self._theirs.hidden(number)
+            different += float(squared_error(ours, theirs, counted)) if ours.shape == theirs.shape else float("inf")
+            length += float(squared_error(theirs, torch.zeros_like(theirs), counted))
+        if total(different) > total(length):
+            raise ValueError(
+                "The first block of the reference takes other hidden states than that of the model, expected the same "
+                "but for what quantization took; give the model that was quantized, rotated if that one was."
+            )
 
     def _recover(self, index: int) -> None:
         start = time.perf_counter()

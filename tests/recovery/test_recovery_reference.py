@@ -123,6 +123,17 @@ def test_another_tokenizer_than_the_references_is_refused(llama_dir: Path, tmp_p
         recovered(llama_dir, reference=str(llama_dir), tokenizer=tokenizer, epochs=1)
 
 
+def test_a_reference_in_another_basis_is_refused_and_a_rough_embedding_is_not(llama_dir: Path):
+    reference = full(llama_dir)
+    weight = reference.model.embed_tokens.weight.data
+    rough = full(llama_dir)
+    rough.model.embed_tokens.weight.data += 0.5 * weight.std() * torch.randn(weight.shape)
+    recovered(llama_dir, reference=rough)
+    reference.model.embed_tokens.weight.data = weight.flip(1)  # as a rotation of the residual stream does
+    with pytest.raises(ValueError, match=r"takes other hidden states .* rotated if that one was"):
+        recovered(llama_dir, reference=reference)
+
+
 def test_a_reference_with_more_blocks_is_refused(llama_dir: Path):
     other = full(llama_dir)
     other.model.layers.append(copy.deepcopy(other.model.layers[1]))
