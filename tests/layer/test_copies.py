@@ -85,14 +85,20 @@ def gradients(model: PeftModel, call: Any, x: torch.Tensor) -> tuple[torch.Tenso
 
 @makers
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_compiled_training_has_no_graph_breaks_and_the_same_bits(make, dtype):
+def test_compiled_training_has_no_graph_breaks_and_the_same_bits(make, dtype, monkeypatch):
     model = adapt(make(16, 256), adapter_dtype=dtype)
     add_adapter(model, "b", ratio=0.9)
     x = torch.randn(5, 256)
-    expected = gradients(model, model, x)
+    eager = gradients(model, model, x)
     found = gradients(model, compiled(model), x)
+    # Whether one dequantization is enough depends on values, which a graph cannot ask for; it sums in another order.
+    monkeypatch.setattr("peft_sgrq.layer.functional.dequantizes_once", lambda *args: False)
+    expected = gradients(model, model, x)
     assert all(gradient.abs().max() > 0 for gradient in expected)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert torch.equal(eager[0], found[0]) and torch.equal(eager[1], found[1])
+    for one, other in zip(eager[2:], found[2:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * float(other.abs().max()))
 
 
 @pytest.mark.slow
