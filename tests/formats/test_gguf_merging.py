@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import namedtuple
 
@@ -231,6 +232,23 @@ def test_another_base_another_tokenizer_no_space_and_existing_files_are_refused(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
     refused(made, tmp_path, "0.0 GB free")
+
+
+def test_links_are_followed_and_what_is_no_file_is_refused(made, merged, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "link.gguf"
+    link.symlink_to("elsewhere/file.gguf")
+    for overwrite in (False, True):  # a link to nothing, and to a file
+        merge_checkpoint(made.base, made.adapter, link, overwrite=overwrite)
+        assert link.is_symlink() and (tmp_path / "elsewhere" / "file.gguf").read_bytes() == merged.read_bytes()
+    pipe, folder, loop = (tmp_path / f"{name}.gguf" for name in ("pipe", "folder", "loop"))
+    os.mkfifo(pipe)
+    folder.mkdir()
+    loop.symlink_to(loop)
+    for path in (pipe, folder, loop):
+        with pytest.raises(ValueError, match="expected a file"):
+            merge_checkpoint(made.base, made.adapter, path, overwrite=True)
+    assert pipe.is_fifo() and folder.is_dir() and loop.is_symlink()
 
 
 def test_a_write_that_fails_leaves_nothing(made, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from peft_sgrq.files.output import check_output
 from peft_sgrq.formats.gguf.file import GGUFFile
 
 Makers = Mapping[str, Callable[[], torch.Tensor]]  # tensor name -> makes its bytes, uint8 `[rows, bytes of a row]`
@@ -28,6 +29,7 @@ def check_target(out: Path, file: GGUFFile, overwrite: bool) -> None:
         )
     if out.exists() and os.path.samefile(out, file.path):
         raise ValueError(f"{out} is the base, expected another file: the base would be lost.")
+    check_output(out)
     place = next(parent for parent in out.absolute().parents if parent.exists())
     free = shutil.disk_usage(place).free
     if free < file.size:
@@ -49,6 +51,7 @@ def write_file(file: GGUFFile, out: Path, makers: Makers, name: str | None = Non
     Returns:
         `int`: How many bytes are others than in the base, the header not counted.
     """
+    out = Path(os.path.realpath(out))  # a link stays one
     out.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(prefix=f"{out.name}.tmp-", dir=out.parent)
     changed = 0
