@@ -136,7 +136,7 @@ def test_an_existing_folder_is_not_touched_unless_told(nested, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious.txt").write_text("kept")
-    with pytest.raises(ValueError, match=r"out exists already.*`overwrite`"):
+    with pytest.raises(ValueError, match=r"out exists already.*`overwrite=True`"):
         merge_checkpoint(base, adapter, out)
     assert snapshot(out) == {"precious.txt": b"kept"}
     merge_checkpoint(base, adapter, out, overwrite=True)

@@ -25,6 +25,7 @@ BASE, DENSE = "unsloth/Llama-3.2-1B-Instruct-bnb-4bit", "HuggingFaceTB/SmolLM2-1
 FILE = "Llama-3.2-1B-Instruct-Q4_K_M.gguf"
 RUN_ELSEWHERE = {
     "howto.md": "tests/docs/test_pages.py",
+    "serving.md": "tests/formats/test_gguf_merging.py",  # the one command of ours
     "formats-gptq.md": "tests/formats/test_other_kernels.py",  # GPTQModel's checkpoints
 }
 

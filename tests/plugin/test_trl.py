@@ -238,7 +238,9 @@ def test_8_bit_adam_trains_float32_deltas(texts, llama_dir: Path, tmp_path: Path
     assert losses(trainer)[0] == losses(named)[0] and losses(trainer)[2:] != losses(named)[2:]
 
 
-def test_a_compiled_model_trains(llama_dir: Path, tmp_path: Path):
+def test_a_compiled_model_trains(llama_dir: Path, tmp_path: Path, monkeypatch):
+    # What a graph cannot choose by values, and sums in another order: tests/layer/test_copies.py compares both.
+    monkeypatch.setattr("peft_sgrq.layer.functional.dequantizes_once", lambda *args: False)
     texts = Dataset.from_dict({"text": [f"The number {i}." for i in range(10, 20)]})  # one length: one compilation
     # Traced and differentiated ahead of time as always, but without a minute for the C++ compiler.
     kwargs = {"torch_compile": True, "torch_compile_backend": "aot_eager", "bf16": False, "max_steps": 3}
