@@ -8,33 +8,19 @@ On a page the tables of a file stand between `<!-- NAME.json -->` and `<!-- end 
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from markdown_tables import put_between, spell, table
+from markdown_tables import spell, table
+from page_tables import print_or_update
 from recover_then_tune import STARTS, best_rate
-from results_file import replace_text
 
 Run = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", type=Path)
-    parser.add_argument("--update", type=Path, help="a Markdown file to put the tables into, between their marks")
-    arguments = parser.parse_args()
-    tables = {path.name: describe(json.loads(path.read_text())) for path in arguments.results}
-    if arguments.update is None:
-        print("\n\n".join(tables.values()))
-        return
-    page = arguments.update.read_text()
-    for name, text in tables.items():
-        page = put_between(page, f"<!-- {name} -->", f"<!-- end of {name} -->", text)
-    replace_text(arguments.update, page)
+    print_or_update(__doc__, describe)
 
 
 def describe(found: Any) -> str:

@@ -12,6 +12,7 @@ from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from peft_sgrq.adapter.file import read_adapter_file
 from peft_sgrq.choices import without_wrapper_names
 from peft_sgrq.config import SGRQConfig
+from peft_sgrq.files.sources import check_adapter_folder
 from peft_sgrq.layer.masks import unpack_mask
 
 _PREFIX = "base_model.model."
@@ -58,12 +59,7 @@ def read_adapter(path: Path) -> StoredAdapter:
     """
     from peft import PeftConfig
 
-    file = path / SAFETENSORS_WEIGHTS_NAME
-    if not (path / "adapter_config.json").is_file() or not file.is_file():
-        raise ValueError(
-            f"{path} holds no adapter, expected adapter_config.json and {SAFETENSORS_WEIGHTS_NAME}; give the folder "
-            "`save_pretrained` wrote them to."
-        )
+    check_adapter_folder(path)
     config = PeftConfig.from_pretrained(str(path))
     if not isinstance(config, SGRQConfig):
         raise ValueError(
@@ -86,7 +82,10 @@ def read_adapter(path: Path) -> StoredAdapter:
         elif match := _COPY.fullmatch(name):
             copies[f"{match[1]}.{match[2]}"] = tensor
         elif ".lora_" in name or "sgrq_" in name:
-            raise ValueError(f"{file} holds {key!r}, expected tensors of an SGRQ adapter; save the adapter again.")
+            raise ValueError(
+                f"{path / SAFETENSORS_WEIGHTS_NAME} holds {key!r}, expected tensors of an SGRQ adapter; save the "
+                "adapter again."
+            )
         else:
             whole[name] = tensor
     return StoredAdapter(config, {name: _delta(name, part) for name, part in parts.items()}, whole, rows, copies)

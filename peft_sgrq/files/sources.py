@@ -11,6 +11,7 @@ from peft_sgrq.files.hub import check_source
 
 # Weights in other forms would hold the unmerged model, or are not needed beside safetensors.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _OTHER_INDEXES = ("pytorch_model.bin.index.json", "adapter_config.json")
 
 
@@ -60,12 +61,12 @@ def check_adapter_folder(folder: str | os.PathLike[str]) -> None:
     """Refuses a folder, which is there, that no adapter was saved to; a base in the adapter's place, for instance.
 
     Raises:
-        ValueError: If it has no `adapter_config.json`.
+        ValueError: If it has no config or no weights in safetensors.
     """
-    if not os.path.isfile(os.path.join(folder, "adapter_config.json")):
+    if not all(os.path.isfile(os.path.join(folder, name)) for name in _ADAPTER):
         raise ValueError(
-            f"{folder} holds no adapter, expected adapter_config.json and adapter_model.safetensors; give the folder "
-            "`save_pretrained` wrote them to."
+            f"{folder} holds no adapter, expected {' and '.join(_ADAPTER)}; give the folder `save_pretrained` wrote "
+            "them to."
         )
 
 

@@ -69,7 +69,8 @@ def test_ctrl_c_ends_every_command_with_a_line(command, place, monkeypatch, caps
 
 @pytest.mark.slow
 def test_ctrl_c_while_libraries_are_imported_prints_no_traceback(tmp_path: Path):
-    (tmp_path / "adapter_config.json").write_text("{}")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_text("{}")
     running = process("inspect", str(tmp_path))
     time.sleep(2)  # of the ten or so that PEFT and transformers take
     running.send_signal(signal.SIGINT)
@@ -234,7 +235,7 @@ USAGE = [
 
 
 def test_help_and_mistakes_are_answered_without_the_libraries(tmp_path: Path):
-    for name in ("base/config.json", "adapter/adapter_config.json", "text.py"):
+    for name in ("base/config.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "text.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     code = (
