@@ -75,7 +75,7 @@ class PlannedBench(Bench):
         if (criterion, bits, seed) not in self._plans:
             model = self.load()
             layers = quantizable_layers(model)
-            width = WIDTHS[0]
+            width = max(width for width in WIDTHS if width <= bits)  # so that the uniform plan of it is affordable
             beside = sum(
                 stored_bits(layer, width, self.scheme) - width * layer.weight.numel() for layer in layers.values()
             )
