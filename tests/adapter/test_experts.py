@@ -57,6 +57,7 @@ def load_switch(directory: Path) -> nn.Module:
     ).eval()
 
 
+@pytest.mark.slow
 def test_experts_that_are_linear_layers_are_tuned_and_merge_exactly(switch_dir, ids, tmp_path):
     plain = load_switch(switch_dir)
     inputs = {"decoder_input_ids": ids[:, :5]}

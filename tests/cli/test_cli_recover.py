@@ -32,6 +32,7 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_python_finds(llama_dir: Path, data: Path, tmp_path: Path, capsys, ids):
     output = tmp_path / "adapter"
     assert (

@@ -221,6 +221,7 @@ def test_an_adapter_is_shown_where_its_base_is_not(llama_dir, tmp_path, capsys):
 # the picture
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [1, 6, 80])
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_a_picture_is_written_whole(blocks, ending, tmp_path):

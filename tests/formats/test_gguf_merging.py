@@ -263,6 +263,7 @@ def test_modules_to_save_are_refused(made, tmp_path):
     refused(made, tmp_path, "modules_to_save", adapter=tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_commands_calibrate_and_recover_take_a_file(made, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat and the dog sat on the log. " * 20)

@@ -98,6 +98,7 @@ def test_an_empty_reduction_is_empty(gpu):
     assert gpu.group_reduce_4bit(torch.randn(0, 192), packed, None, torch.zeros(16)).shape == (0, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [32, 64, 100])
 def test_the_compiled_reduction_equals_the_reference(dtype, size):

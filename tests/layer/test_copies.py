@@ -83,6 +83,7 @@ def gradients(model: PeftModel, call: Any, x: torch.Tensor) -> tuple[torch.Tenso
     return y.detach(), x.grad, delta_of(model, "default").grad, delta_of(model, "b").grad
 
 
+@pytest.mark.slow
 @makers
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_compiled_training_has_no_graph_breaks_and_the_same_bits(make, dtype, monkeypatch):

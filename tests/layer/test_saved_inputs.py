@@ -80,6 +80,7 @@ def test_layers_save_their_own_columns_and_those_that_train_all_save_the_input_o
     assert saved_input_bytes(model, torch.randn(TOKENS, columns)) == TOKENS * width * 4
 
 
+@pytest.mark.slow
 @quick
 @given(st.data())
 def test_gradients_do_not_depend_on_what_siblings_saved_before(data):

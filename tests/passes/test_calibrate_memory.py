@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 # At the end: modules of the tests have names that occur there, too.
@@ -28,6 +29,7 @@ def peak_of(criterion: str, layers: int) -> int:
     return memory.peak
 
 
+@pytest.mark.slow
 def test_the_hessians_of_one_block_are_there_at_a_time():
     hessians = 4 * (3 * WIDTH**2 + INNER**2)  # of one block: q, k and v; o; gate and up; down
     few, many = peak_of("obs", 2), peak_of("obs", 8)

@@ -125,6 +125,7 @@ def least_distance(directory: Path) -> float:
     return total
 
 
+@pytest.mark.slow
 def test_the_heavier_preservation_weighs_the_nearer_weights_stay(llama_dir: Path):
     options = {"importance": "magnitude", "learning_rate": 5e-2, "epochs": 12}
     found = [distance(recovered(llama_dir, preservation=p, **options).model, llama_dir) for p in (0.0, 1.0, 1000.0)]

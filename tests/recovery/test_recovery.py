@@ -103,6 +103,7 @@ def test_padding_does_not_count(llama_dir: Path):
         torch.testing.assert_close(delta, other[name], atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [NF4, INT8], ids=lambda base: base.name)
 def test_the_adapter_merges_exactly_and_is_saved_and_loaded(base, llama_dir: Path, tmp_path: Path, ids):
     found = recovered(llama_dir, base.load(llama_dir), distill_steps=2)
@@ -113,6 +114,7 @@ def test_the_adapter_merges_exactly_and_is_saved_and_loaded(base, llama_dir: Pat
     assert torch.equal(logits(loaded.merge_and_unload(), ids), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["blocks", "distillation"])
 def test_no_scale_loses_its_sign_however_large_the_steps(how, llama_dir: Path, monkeypatch):
     if how == "blocks":
@@ -142,6 +144,7 @@ def test_only_selected_scales_change(llama_dir: Path):
     assert all(block.after < block.before for block in found.blocks)
 
 
+@pytest.mark.slow
 def test_recovery_is_repeatable(llama_dir: Path):
     first, second = (deltas(recovered(llama_dir, distill_steps=2).model) for _ in range(2))
     for name, delta in first.items():
@@ -230,6 +233,7 @@ def test_the_augmented_loss_has_the_gradient_of_its_formula(llama_dir: Path, mon
         torch.testing.assert_close(2 * gradient, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_int8_layers_with_outliers_are_recovered(dtype, llama_dir: Path):
     """bitsandbytes touches the inputs of int8 layers in eval mode, which autograd minds."""

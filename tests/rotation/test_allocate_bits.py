@@ -35,6 +35,7 @@ def bits16(kind="llama with biases", **config):
     return random_model(kind, torch.bfloat16, **config)
 
 
+@pytest.mark.slow
 def test_the_size_is_that_of_the_saved_tensors_and_the_budget_is_kept(tmp_path, ids):
     for at, bits in enumerate((2.6, 3.1, 3.9, "0.05MB")):
         model = bits16()
@@ -129,6 +130,7 @@ def test_without_fusing_layers_stand_alone(ids):
     assert len(plan.predicted) == len(plan.layers) == 7
 
 
+@pytest.mark.slow
 def test_what_is_returned_is_never_worse_than_uniform_on_data_held_out(ids):
     for seed in range(3):
         torch.manual_seed(seed)
@@ -142,6 +144,7 @@ def test_what_is_returned_is_never_worse_than_uniform_on_data_held_out(ids):
         assert plan.uniform == (plan.held_out["planned"] >= plan.held_out["uniform"])
 
 
+@pytest.mark.slow
 def test_a_planned_checkpoint_is_trained_and_merged_exactly(tmp_path, ids):
     model = random_model("llama with biases")
     plan = allocate_bits(model, [ids % 256], bits=4.0, group_size=32, progress=False)
@@ -190,6 +193,7 @@ def test_mistakes_are_refused(ids):
             allocate_bits(model, [ids % 256], progress=False, **settings)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_plan_and_a_checkpoint(llama_dir, tmp_path):
     from peft_sgrq.cli import main
 

@@ -135,6 +135,7 @@ def test_mistakes_are_refused_before_anything_changes(ids):
     assert_same(model, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rotation", ["R2", "R3", "R4"])
 def test_what_is_chosen_is_the_best_of_all_choices_of_layers(rotation, ids):
     model = random_model("llama, tied", torch.float64, num_hidden_layers=3)
@@ -156,6 +157,7 @@ def test_what_is_chosen_is_the_best_of_all_choices_of_layers(rotation, ids):
     assert totals[best] == pytest.approx(least, rel=5e-3)
 
 
+@pytest.mark.slow
 def test_the_choice_depends_on_neither_the_order_of_the_data_nor_on_chance(ids):
     found = [
         rotate(random_model("llama, tied"), [rows], rotations=ALL, seed=1).chosen

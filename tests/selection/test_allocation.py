@@ -52,6 +52,7 @@ def blocks(draw: st.DrawFn, elements: st.SearchStrategy[float]) -> Block:
 
 
 # Whole numbers: sums in any order are equal, so the comparison needs no tolerance, and ties are common.
+@pytest.mark.slow
 @quick
 @given(st.lists(blocks(st.integers(-4, 4)), min_size=1, max_size=3), st.integers(0, 60))
 def test_the_optimum_is_that_of_brute_force(problem, budget):
@@ -68,6 +69,7 @@ def test_the_optimum_is_that_of_brute_force(problem, budget):
     assert sum(price(block, tuple(choice)) for block, choice in zip(problem, found.choices, strict=True)) == found.cost
 
 
+@pytest.mark.slow
 @quick
 @given(st.lists(blocks(st.floats(-1, 1)), min_size=1, max_size=3), st.integers(0, 60))
 def test_the_optimum_is_that_of_brute_force_in_real_numbers(problem, budget):

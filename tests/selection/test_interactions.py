@@ -57,6 +57,7 @@ def test_directions_are_the_first_step_of_adam_on_the_mean_gradient(block):
         assert float(found[name].abs().max()) <= 1 + 1e-5
 
 
+@pytest.mark.slow
 def test_measured_terms_are_changes_of_the_loss(block):
     model, scaled_weights, options, blocks, rows = block
     names = blocks[0]

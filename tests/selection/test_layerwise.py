@@ -23,6 +23,7 @@ def dense(llama_dir) -> tuple[Any, SGRQConfig]:
     return DENSE.load(llama_dir), SGRQConfig(group_size=GROUP)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [NF4, INT8, DENSE], ids=lambda base: base.name)
 @pytest.mark.parametrize("method", ["fisher", "measured"])
 def test_ratios_keep_to_the_budget_and_select_what_they_say(base, method, llama_dir):
@@ -54,6 +55,7 @@ def test_calibration_finds_the_ratios_where_the_config_says_so(dense, tmp_path):
     assert 0 < sum(p.numel() for p in adapted.parameters() if p.requires_grad) <= 0.4 * total
 
 
+@pytest.mark.slow
 def test_layers_that_do_nothing_get_the_smallest_ratio(dense):
     model, config = dense
     dead = model.model.layers[1]

@@ -8,15 +8,12 @@ from typing import Any
 import torch
 from comparison.bases import load_base
 from comparison.methods import Method
-from comparison.zero_points import merge_zero_points
 
 
 def merge(model: Any, method: Method) -> Any | None:
     """The base with the adapter merged into it as PEFT does it, or `None` where PEFT cannot."""
     if method.kind == "qalora":
         return None
-    if method.zeros:
-        merge_zero_points(model)
     biases = _biases(model)
     try:
         merged = model.merge_and_unload()

@@ -6,12 +6,13 @@
     sgrq-0.4          SGRQ at that ratio, columns by `obs`; `sgrq-knee` at the knee of each layer
     random-0.1, bottom-0.1   random columns, and those least salient by `obs`
     peqa, peqa-row    every scale, and every scale with the changes of a row tied: one number a row
+    zeros             zero points alone
 
 Options follow after colons: the schedule of the learning rate (`constant`, `linear`), Adam's first beta instead of 0.9
 (`beta-0.5`), AdamW's weight decay instead of none (`decay-1`). For LoRA `original`: its changes are merged into the
 weights before quantization, and those are quantized, instead of the base's once more. For SGRQ what is trained instead
-of relative changes (`exp`, `absolute`), `zeros`, which trains zero points beside the scales (HQQ), and `norms`, which
-trains the normalization layers as well; for `sgrq-RATIO` also a criterion (`sgrq-0.1:gradient`), and `global`, one
+of relative changes (`exp`, `absolute`), `zeros`, which trains zero points beside the scales, and `norms`, which trains
+the normalization layers as well; for `sgrq-RATIO` also a criterion (`sgrq-0.1:gradient`), and `global`, one
 threshold for all layers.
 """
 
@@ -24,7 +25,6 @@ from typing import Any
 
 import torch
 from comparison.variants import FORMS, reparametrize, tie_rows
-from comparison.zero_points import train_zero_points
 from peft import IA3Config, LoraConfig, get_peft_model
 from selection_bench import CONTROLS
 from torch import nn
@@ -82,7 +82,7 @@ class Method:
 
     @property
     def selects(self) -> bool:
-        return self.kind == "sgrq" and self.ratio != 1.0
+        return self.kind == "sgrq" and self.ratio not in (0, 1)
 
 
 def parse_method(name: str) -> Method:
@@ -104,6 +104,8 @@ def parse_method(name: str) -> Method:
             method = Method(name, "sgrq", ratio=ratio, criterion="obs" if word == "sgrq" else word)
         elif head in ("peqa", "peqa-row"):
             method = Method(name, "sgrq", tied=head == "peqa-row")
+        elif head == "zeros":
+            method = Method(name, "sgrq", ratio=0.0, zeros=True)
         elif head == "ia3":
             method = Method(name, head)
         else:
@@ -111,7 +113,7 @@ def parse_method(name: str) -> Method:
     except ValueError:
         raise ValueError(
             f"The method {name!r} is not known, expected a name such as lora-16, qalora-16, ia3, sgrq-0.4, sgrq-knee, "
-            "random-0.1, bottom-0.1, peqa or peqa-row."
+            "random-0.1, bottom-0.1, peqa, peqa-row or zeros."
         ) from None
     plain = method.selects and method.criterion == "obs"  # what another criterion can stand in for
     for option in options:
@@ -156,14 +158,13 @@ def adapt(model: Any, method: Method, targets: list[str], selection: Mapping[str
         chosen = dict(selection) if selection is not None else None
         norms = [name.rpartition(".")[2] for name, module in model.named_modules() if "Norm" in type(module).__name__]
         shared["modules_to_save"] = list(dict.fromkeys(norms)) if method.norms else None
-        adapted = get_peft_model(model, SGRQConfig(ratio=1.0, selection=chosen, **shared))
+        ratio = 0.0 if method.ratio == 0 else 1.0  # of what the selection has
+        adapted = get_peft_model(model, SGRQConfig(ratio=ratio, selection=chosen, zero_points=method.zeros, **shared))
         layers = [module for module in adapted.modules() if isinstance(module, SGRQLinear)]
         if method.tied:
             tie_rows(layers)
         if method.form != "relative":
             reparametrize(layers, method.form)
-        if method.zeros:
-            train_zero_points(layers)
         return adapted
     kinds = {type(model.get_submodule(name)).__name__ for name in targets}
     try:
