@@ -24,8 +24,8 @@ class InputStatistics:
         device (`torch.device`): Where to keep it.
 
     Attributes:
-        total (`torch.Tensor`): `sum_t x_t x_t^T`, float32 `[K, K]`, of which panels of columns left of the diagonal
-            are missing; or its diagonal, float64 `[K]`.
+        total (`torch.Tensor`): `sum_t x_t x_t^T`, float32 `[K, K]`, of which what is left of the diagonal does not
+            count and in part is missing; or its diagonal, float64 `[K]`.
         tokens (`torch.Tensor`): How many tokens are in it, float64 scalar on the same device, so that it can be summed
             over processes like `total`.
     """
@@ -64,6 +64,8 @@ class InputStatistics:
         hessian = self.total.double().mul_(2 / self.tokens.clamp(min=1))
         for start in range(0, len(hessian), _PANEL):
             end = start + _PANEL
+            block = hessian[start:end, start:end]
+            block.copy_(block.triu() + block.triu(1).t())  # some CPUs round the two sides of a product otherwise
             hessian[end:, start:end] = hessian[start:end, end:].t()
         return hessian
 
