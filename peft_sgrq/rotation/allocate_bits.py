@@ -139,7 +139,7 @@ def _budget(bits: float | str, layers: Mapping[str, nn.Linear], costs: Mapping[s
     elif not (math.isfinite(bits) and bits > 0):
         raise ValueError(f"`bits` is {bits!r}, expected a positive number of bits a weight.")
     else:
-        budget = math.floor(bits * weights)
+        budget = math.floor(bits * weights * (1 + 1e-12))  # the bits of a plan are enough for it
     least = sum(cost[0] for cost in costs.values())
     if least > budget:
         raise ValueError(

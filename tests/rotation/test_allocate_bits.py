@@ -48,6 +48,15 @@ def test_the_size_is_that_of_the_saved_tensors_and_the_budget_is_kept(tmp_path, 
         assert len(set(plan.layers.values())) > 1 or plan.uniform
 
 
+@pytest.mark.parametrize("inner", [96, 172, 180])
+def test_the_bits_of_a_plan_are_a_budget_it_keeps(inner, ids):
+    for width in (2, 3, 4, 6, 8):
+        model = bits16(intermediate_size=inner)
+        settings = {"widths": (width,), "group_size": 32, "progress": False}
+        plan = allocate_bits(model, [ids % 256], bits=20, **settings)
+        assert allocate_bits(model, [ids % 256], bits=plan.bits, **settings).layers == plan.layers
+
+
 def test_one_width_is_the_scheme_of_that_name_bit_for_bit(ids):
     planned, named = bits16(), bits16()
     quantize(planned, allocate_bits(planned, [ids % 256], bits=4.5, widths=(4,), group_size=32, progress=False))
