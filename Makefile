@@ -58,7 +58,7 @@ $(VENV)-lm-eval/installed: pyproject.toml constraints.txt
 	touch $@
 
 # What was merged, in real servers; not a part of `make test`.
-serving: $(VENV)/installed $(VENV)-vllm/installed $(VENV)-lm-eval/installed
+serving: $(VENV)/formats $(VENV)-vllm/installed $(VENV)-lm-eval/installed
 	PEFT_SGRQ_VLLM=$(VENV)-vllm/bin/python PEFT_SGRQ_LM_EVAL=$(VENV)-lm-eval/bin/python \
 		$(TEST_ENV) $(BIN)/python -m pytest -s tests/serving
 

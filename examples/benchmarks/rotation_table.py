@@ -8,6 +8,7 @@ On a page the tables of a file stand between `<!-- NAME.json -->` and `<!-- end 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from statistics import mean
 from typing import Any
@@ -93,7 +94,7 @@ def rotated(setting: Run) -> list[str]:
 
 
 def of_method(runs: Sequence[Run]) -> str:
-    schemes = list(dict.fromkeys(run["scheme"] for run in runs))
+    schemes = sorted({run["scheme"] for run in runs}, key=digits)
     rows = [["rotations", *schemes]]
     for rotation in ROTATIONS:
         cells = [
@@ -103,6 +104,11 @@ def of_method(runs: Sequence[Run]) -> str:
         if any(cells):
             rows.append([rotation, *cells])
     return table(rows)
+
+
+def digits(scheme: str) -> list[int]:
+    """The widths of a scheme, negative, so that schemes of more bits come first."""
+    return [-int(width) for width in re.findall(r"\d+", scheme)]
 
 
 def over_seeds(found: Sequence[dict[str, float]]) -> str:

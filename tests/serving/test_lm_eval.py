@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from peft import get_peft_model
@@ -62,12 +63,19 @@ def _evaluated(folder: Path, name: str, arguments: str) -> list[list[float]]:
     return [[float(answer[0][0]) for answer in row["resps"]] for row in sorted(rows, key=lambda row: row["doc_id"])]
 
 
-def test_an_adapter_and_its_merged_model_have_equal_likelihoods(tmp_path):
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+REPACKED = pytest.mark.skipif(
+    bnb.functional.has_avx512bf16(), reason="bitsandbytes repacks merged 4-bit layers on CPUs with AVX512-BF16"
+)
+
+
+@pytest.mark.parametrize(
+    "quantization", [pytest.param(NF4, id="nf4", marks=REPACKED), pytest.param({"load_in_8bit": True}, id="int8")]
+)
+def test_an_adapter_and_its_merged_model_have_equal_likelihoods(quantization, tmp_path):
     base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-    )
-    model = AutoModelForCausalLM.from_pretrained(DENSE, dtype=torch.bfloat16, quantization_config=quantization)
+    config = BitsAndBytesConfig(**quantization)
+    model = AutoModelForCausalLM.from_pretrained(DENSE, dtype=torch.bfloat16, quantization_config=config)
     disable_cpu_packing(model)
     model.save_pretrained(base)
     AutoTokenizer.from_pretrained(DENSE).save_pretrained(base)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable
+from importlib.util import find_spec
 from math import exp, sqrt
 from pathlib import Path
 from statistics import correlation, mean
@@ -61,6 +62,20 @@ def _torchao(dense: Path, out: Path) -> None:
     AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16, quantization_config=config).save_pretrained(out)
 
 
+def _gptqmodel(**settings: Any) -> Callable[[Path, Path], None]:
+    def save(dense: Path, out: Path) -> None:
+        from gptqmodel import GPTQModel, QuantizeConfig
+
+        rows = _windows("results.md", AutoTokenizer.from_pretrained(dense))[:32]
+        data = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in rows]
+        config = QuantizeConfig(bits=4, group_size=64, offload_to_disk=False, **settings)
+        quantizer = GPTQModel.load(str(dense), config, device="cpu")
+        quantizer.quantize(data, batch_size=1)
+        quantizer.save(str(out))
+
+    return save
+
+
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 # The format, and how well the change of log-probabilities here and there must correlate: where activations are
 # quantized too, or kernels round otherwise, what a small change does is nearer to the noise between the two.
@@ -73,6 +88,9 @@ FORMATS: dict[str, tuple[Callable[[Path, Path], None], float]] = {
     "W8A8": (_by_compressed_tensors("W8A8"), 0.9),
     "FP8_DYNAMIC": (_by_compressed_tensors("FP8_DYNAMIC"), 0.9),
 }
+if find_spec("gptqmodel") and find_spec("optimum"):  # `make serving` has them
+    FORMATS["gptq"] = (_gptqmodel(desc_act=False), 0.98)
+    FORMATS["awq"] = (_gptqmodel(method="awq", format="gemm", sym=False), 0.98)
 
 
 def _windows(name: str, tokenizer: Any) -> torch.Tensor:
