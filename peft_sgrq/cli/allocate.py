@@ -18,7 +18,7 @@ from peft_sgrq.cli.inputs import (
     load_data,
     load_dense,
 )
-from peft_sgrq.files.output import check_output, check_output_folder, written
+from peft_sgrq.files.output import check_apart, check_not_read, check_output, check_output_folder, written
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     check_output(args.output)
+    check_not_read(args.output, args.model, args.data)
     if args.checkpoint:
         check_output_folder(args.checkpoint)
+        check_apart(args.output, args.checkpoint)
     check_sources(args, model=args.model)
 
 

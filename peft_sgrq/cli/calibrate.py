@@ -14,12 +14,13 @@ from peft_sgrq.cli.argument_types import CRITERION_NAMES, criterion
 from peft_sgrq.cli.inputs import (
     add_data_arguments,
     add_model_arguments,
+    check_model,
     check_sources,
     data_options,
     load_data,
     load_model,
 )
-from peft_sgrq.files.output import check_output, is_standard_output
+from peft_sgrq.files.output import check_not_read, check_output, is_standard_output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     check_output(args.output)
+    check_not_read(args.output, args.model, args.data, args.original)
+    check_model(args)
     check_sources(args, model=args.model, original=args.original)
 
 

@@ -31,6 +31,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_model(args: argparse.Namespace) -> None:
+    """Refuses arguments of `add_model_arguments` that would be passed over."""
+    if args.double_quant and args.quantize not in ("nf4", "fp4"):
+        raise ValueError(
+            f"--double-quant is given and --quantize is {args.quantize}, expected nf4 or fp4, whose scales can be "
+            "quantized, too; give one, or leave --double-quant out."
+        )
+
+
 def add_dense_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Those that `load_dense` takes."""
     parser.add_argument(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from peft_sgrq.choices import DEFAULT_BUDGET
 from peft_sgrq.cli.argument_types import budget, ratio
 from peft_sgrq.files.hub import check_source
-from peft_sgrq.files.output import is_standard_output
+from peft_sgrq.files.output import check_not_read, is_standard_output
 from peft_sgrq.files.sources import check_adapter_folder
 
 if TYPE_CHECKING:
@@ -45,6 +45,15 @@ def check(args: argparse.Namespace) -> None:
     check_source(args.path, "adapter or saliency file")
     if os.path.isdir(args.path):
         check_adapter_folder(args.path)
+    if args.path.endswith(".gguf"):
+        given = [name for name in ("ratio", "saliency", "plot") if getattr(args, name) is not None]
+        if given:
+            raise ValueError(
+                f"--{given[0]} is {getattr(args, given[0])!r} and {args.path} a GGUF file, which selects nothing, "
+                f"expected an adapter or a saliency file; leave --{given[0]} out."
+            )
+    if args.plot:
+        check_not_read(args.plot, args.path, args.saliency)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,18 +9,20 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft_sgrq.cli.argument_types import ratio
 from peft_sgrq.cli.inputs import (
     add_data_arguments,
     add_model_arguments,
+    check_model,
     check_sources,
     data_options,
     load_data,
     load_model,
 )
-from peft_sgrq.files.output import check_output_folder
+from peft_sgrq.files.output import check_apart, check_not_read, check_output_folder
 
 if TYPE_CHECKING:
     from peft_sgrq.recovery.recover import Recovery
@@ -56,7 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    check_output_folder(args.output)
+    output = check_output_folder(args.output)
+    if args.progress_file:
+        check_apart(args.progress_file, output, "The progress file")
+        check_not_read(args.progress_file, args.model, args.data, args.reference)
+        if Path(os.path.realpath(args.progress_file)).is_relative_to(output):
+            raise ValueError(
+                f"The progress file {args.progress_file!r} is in the output {args.output!r}, which has to be new when "
+                "the same command goes on, expected it elsewhere; name another, or leave it out."
+            )
+    check_model(args)
     check_sources(args, model=args.model, reference=args.reference)
 
 

@@ -17,7 +17,7 @@ from peft_sgrq.cli.inputs import (
     load_data,
     load_dense,
 )
-from peft_sgrq.files.output import check_output, check_output_folder
+from peft_sgrq.files.output import check_apart, check_not_read, check_output, check_output_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     check_output_folder(args.output)
     if args.report:
-        check_output(args.report)
+        check_output(args.report, "The report")
+        check_not_read(args.report, args.model, args.data)
+        check_apart(args.report, args.output, "The report")
     check_sources(args, model=args.model)
 
 

@@ -81,6 +81,40 @@ def check_output(path: str | os.PathLike[str], what: str = "The output") -> None
         ) from error
 
 
+def check_apart(path: str | os.PathLike[str], folder: str | os.PathLike[str], what: str = "The output") -> None:
+    """Refuses a file and a folder, both to be written, if the folder is to be where the file is.
+
+    Args:
+        path (`str` or path): The file.
+        folder (`str` or path): The folder.
+        what (`str`): What the file is, to begin the sentence with.
+    """
+    if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(path)):
+        raise ValueError(
+            f"{what} {os.fspath(path)!r} is a file to be written and the folder {os.fspath(folder)!r} is to be in its "
+            "place, expected two paths; name another."
+        )
+
+
+def check_not_read(path: str | os.PathLike[str], *sources: str | None) -> None:
+    """Refuses a file to be written if it is one that is read, or in a folder that is: it would be lost.
+
+    Args:
+        path (`str` or path): The file to be written.
+        sources (`str` or `None`): What is read: files, folders, or names of the Hub.
+    """
+    target = os.path.realpath(path)
+    for source in sources:
+        if source is None or not os.path.isfile(target) or not os.path.exists(source):
+            continue
+        if Path(target).is_relative_to(os.path.realpath(source)):
+            what = "read, too" if os.path.isfile(source) else f"a file of {source!r}, which is read"
+            raise ValueError(
+                f"The output {os.fspath(path)!r} is {what}, expected another file: what is in it would be lost; name "
+                "another, or delete it first."
+            )
+
+
 def check_output_folder(path: str | os.PathLike[str]) -> str:
     """Refuses a path where no new folder can be made; nothing is left behind.
 
