@@ -124,10 +124,10 @@ class SGRQModel(BaseTuner):
         return _maybe_include_all_linear_layers(peft_config, self.model)
 
     def _prepare_model(self, peft_config: SGRQConfig, model: nn.Module) -> None:
-        peft_config.renamed_layers = rename_layers(peft_config, model)
         # Everything that can be wrong is found here, before the first layer is replaced.
         if peft_config.loaded_from is not None:
-            check_adapter_file(peft_config.loaded_from)
+            check_adapter_file(peft_config.loaded_from, peft_config.base_fingerprint or ())
+        peft_config.renamed_layers = rename_layers(peft_config, model)
         check_modules_to_save(model, peft_config)
         scaled_weights = self._found = find_targets(model, peft_config, self._check_target_module_exists)
         check_token_rows(model, peft_config, scaled_weights)
@@ -186,9 +186,7 @@ class SGRQModel(BaseTuner):
     # merging
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        check_whole(self.model)
-        if safe_merge:
-            self._check_finite(adapter_names)
+        self._check_mergeable(adapter_names, safe_merge)
         separate_rows(self.model)
         super().merge_adapter(adapter_names=adapter_names)
 
@@ -200,9 +198,7 @@ class SGRQModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            check_whole(self.model)
-        if merge and safe_merge:
-            self._check_finite(adapter_names)
+            self._check_mergeable(adapter_names, safe_merge)
         with original_scales(self.model):
             nested = nested_layers(self.model)
         saved_by = {layer.scaled_weight.saved_by for layer in self._layers()} - {None}
@@ -220,10 +216,13 @@ class SGRQModel(BaseTuner):
             logger.warning("`save_pretrained` cannot save this merged model so that it loads again; use %s.", how)
         return model
 
-    def _check_finite(self, adapter_names: list[str] | None) -> None:
-        # Over all layers first, so that a broken adapter leaves none of them merged.
+    def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        # Over all layers first, so that none of them is merged if one cannot be.
+        check_whole(self.model)
         for layer in self._layers():
-            layer.check_finite(adapter_names)
+            layer.check_base()
+            if safe_merge:
+                layer.check_finite(adapter_names)
 
     def _layers(self) -> Iterator[SGRQLinear]:
         return (module for module in self.model.modules() if isinstance(module, SGRQLinear))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 
-from peft_sgrq.adapter.file import read_adapter_file
+from peft_sgrq.adapter.file import check_complete, read_adapter_file
 from peft_sgrq.choices import without_wrapper_names
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.files.sources import check_adapter_folder
@@ -70,7 +70,9 @@ def read_adapter(path: Path) -> StoredAdapter:
     whole: dict[str, torch.Tensor] = {}
     rows: dict[str, tuple[list[int], torch.Tensor]] = {}
     copies: dict[str, torch.Tensor] = {}
-    for key, tensor in read_adapter_file(str(path)).items():
+    tensors = read_adapter_file(str(path))
+    check_complete(str(path / SAFETENSORS_WEIGHTS_NAME), config.base_fingerprint or (), tensors)
+    for key, tensor in tensors.items():
         name = without_wrapper_names(key).removeprefix(_PREFIX)
         if match := _DELTA.fullmatch(name):
             parts.setdefault(match[1], {})[match[2]] = tensor
@@ -96,6 +98,12 @@ def _delta(name: str, part: dict[str, torch.Tensor]) -> StoredDelta:
         raise ValueError(
             f"The adapter has {sorted(part)} for layer {name!r}, expected its deltas and their selection; the file is "
             "incomplete, save the adapter again."
+        )
+    dtype = part["weight"].dtype
+    if not (dtype.is_floating_point and dtype.itemsize > 1):
+        raise ValueError(
+            f"The adapter has deltas in {dtype} for layer {name!r}, expected float32, bfloat16 or float16; save the "
+            "adapter again."
         )
     values = part["weight"].float()
     moves = part["zero_points"].float() if "zero_points" in part else None

@@ -31,11 +31,18 @@ class DeltaParameter(nn.Parameter):
         requires_grad (`bool`): Whether they are trained.
     """
 
+    times_handed_out = 0  # its `.data`
+
     def __new__(cls, data: torch.Tensor, requires_grad: bool = True) -> DeltaParameter:
         return super().__new__(cls, data.detach().float(), requires_grad)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "times_handed_out"}
+
     @property
     def data(self) -> torch.Tensor:
+        # What is written through it shows in no version counter.
+        self.__dict__["times_handed_out"] = self.times_handed_out + 1
         return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
 
     @data.setter
@@ -225,6 +232,11 @@ class Delta(nn.Module):
             errors.append(
                 f"{prefix}weight has shape {tuple(weight.shape)}, expected {self.shape}: the file was "
                 "saved with another selection than the adapter it is loaded into; load it under a new adapter name."
+            )
+        elif weight is not None and not (weight.is_floating_point() and weight.itemsize > 1):
+            errors.append(
+                f"{prefix}weight is {weight.dtype}, expected float32, bfloat16 or float16: no `save_pretrained` wrote "
+                "this file; save the adapter again."
             )
         elif weight is not None and not weight.is_meta and not _is_finite(weight):
             errors.append(
