@@ -215,6 +215,14 @@ class ScaledWeight(ScaleMatrix):
         return False
 
     @property
+    def is_trained(self) -> bool:
+        """Whether the weight itself is trained beside its scales; `prepare` and `linear` are differentiable then."""
+        return False
+
+    def check_input(self, x: torch.Tensor) -> None:
+        """Raises a ValueError if the module's own forward pass would make nothing but noise of an input."""
+
+    @property
     def writes_to_input(self) -> bool:
         """Whether the kernel of `linear` writes to its input, even if it puts back what was there."""
         return False

@@ -19,8 +19,9 @@ class Decoder:
     """The forward pass of a layer for one token, valid as long as nothing it was made of changes.
 
     A token takes so little arithmetic that looking up adapters, scales and codes anew would show. A change is seen in
-    the storage of a tensor or in its version counter; a write through `.data`, as optimizers and averaging callbacks
-    make it, shows in neither, so inputs of more than one token, training steps, `train()` and `eval()` end a decoder.
+    the storage of a tensor or in its version counter. A write through `.data`, as averaging callbacks make it, shows
+    in neither: deltas count how often they handed it out, and inputs of more than one token, training steps, `train()`
+    and `eval()` end a decoder.
 
     Args:
         run (`Callable`): Takes the input and returns the output.
@@ -38,7 +39,7 @@ class Decoder:
     ) -> None:
         self.run = run
         self.state = state
-        self.sources = [(source, source.data_ptr(), source._version) for source in sources]
+        self.sources = [(source, *_seen(source)) for source in sources]
 
     @classmethod
     def of(
@@ -54,7 +55,11 @@ class Decoder:
         """Whether it may run, given what state and sources are now."""
         if state != self.state or len(sources) != len(self.sources):
             return False
-        for now, (then, pointer, version) in zip(sources, self.sources, strict=True):
-            if now is not then or now.data_ptr() != pointer or now._version != version:
+        for now, (then, *seen) in zip(sources, self.sources, strict=True):
+            if now is not then or _seen(now) != seen:
                 return False
         return True
+
+
+def _seen(source: torch.Tensor) -> list[int]:
+    return [source.data_ptr(), source._version, getattr(source, "times_handed_out", 0)]

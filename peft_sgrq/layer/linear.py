@@ -47,17 +47,27 @@ class SGRQLinear(AdaptedLayer):
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+            return self._base_output(x, *args, **kwargs)
         _refuse_extra(self.base_layer, args, kwargs)
         if adapter_names is not None:
             return forward_mixed(adapter_names, x, self._present, self._adapted)
         if self.merged:
-            return self.base_layer(x)
+            return self._base_output(x)
         return self._adapted(x, self._present(self.active_adapters), plain=True)
+
+    def _base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What the base layer computes itself."""
+        self.scaled_weight.check_input(x)
+        bias = None if torch.compiler.is_compiling() else self.scaled_weight.bias
+        kept = None if bias is None or bias.requires_grad else bias.data
+        y: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        if bias is not None and kept is not None and bias.dtype != kept.dtype:
+            bias.data = kept  # bitsandbytes casts the bias to the dtype of the input, for good
+        return y
 
     def _adapted(self, x: torch.Tensor, names: tuple[str, ...], plain: bool = False) -> torch.Tensor:
         if not names:
-            return self.base_layer(x)
+            return self._base_output(x)
         base, scaled_weight = self.base_layer, self.scaled_weight
         if "forward" in base.__dict__ or not torch.compiler.is_compiling():
             self._check_forward(base, scaled_weight)
@@ -94,6 +104,10 @@ class SGRQLinear(AdaptedLayer):
                 self._accept(name)
         x_cast = scaled_weight.cast_input(x)
         recorded = self._needs_grad(x_cast, names)
+        if recorded and scaled_weight.is_trained:
+            self.forget()
+            y = scaled_weight.linear(x_cast, scaled_weight.prepare(self.effective_scales(names)))
+            return scaled_weight.cast_output(y, x)
         if recorded:
             self.forget()
             moves = self.combined_zero_points(names)
@@ -133,7 +147,9 @@ class SGRQLinear(AdaptedLayer):
     def _needs_grad(self, x: torch.Tensor, names: tuple[str, ...]) -> bool:
         if not torch.is_grad_enabled():
             return False
-        return x.requires_grad or any(weight.requires_grad for name in names for weight in self._weights(name))
+        if x.requires_grad or self.scaled_weight.is_trained:
+            return True
+        return any(weight.requires_grad for name in names for weight in self._weights(name))
 
     # merging and combining
 
@@ -150,6 +166,14 @@ class SGRQLinear(AdaptedLayer):
                 moves = self._zero_points(name).values() * weight
                 self._zero_points(adapter_name).weight.add_(moves)
         self.forget()
+
+    def check_base(self) -> None:
+        """Raises a ValueError if nothing can be merged into the base layer, which was changed since it was adapted."""
+        obstacle = self.scaled_weight.obstacle(self.base_layer)
+        if obstacle is not None:
+            raise ValueError(
+                f"The adapter cannot be merged into layer {self._name!r}: {obstacle}. Nothing was merged."
+            )
 
     def check_finite(self, adapter_names: list[str] | None = None) -> None:
         """Raises a ValueError if merging the adapters (`None`: the active ones) would write NaN or infinite scales."""

@@ -147,7 +147,8 @@ class Bnb4bitWeight(ScaledWeight):
             dtype, bias = module.compute_dtype, module.bias
             cast = x if dtype is None or x.dtype == dtype else x.to(dtype)
             if not cast.numel() or cast.dtype not in _COMPUTABLE:
-                return self.cast_output(self.linear(_computable(cast), prepared), x)
+                _check_computable(cast.dtype)
+                return self.cast_output(self.linear(cast, prepared), x)
             own = None if bias is None else bias.to(cast.dtype)
             y = gemm(cast, packed, shape, prepared, size, quant_type, bias=own)
             return y if y.dtype == x.dtype else y.to(x.dtype)
@@ -158,10 +159,15 @@ class Bnb4bitWeight(ScaledWeight):
 
     def cast_input(self, x: torch.Tensor) -> torch.Tensor:
         module: Any = self.module
+        self.check_input(x)
         if not module.compute_type_is_set:
             module.set_compute_type(x)
             module.compute_type_is_set = True
-        return _computable(x if module.compute_dtype is None else x.to(module.compute_dtype))
+        return x if module.compute_dtype is None else x.to(module.compute_dtype)
+
+    def check_input(self, x: torch.Tensor) -> None:
+        dtype: Any = self.module.compute_dtype
+        _check_computable(dtype or x.dtype)
 
     def cast_output(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return y.to(x.dtype)
@@ -217,15 +223,14 @@ class Bnb4bitWeight(ScaledWeight):
         }
 
 
-def _computable(x: torch.Tensor) -> torch.Tensor:
-    """Refuses an input of a dtype that the kernels do not have: on CPUs they give back memory that nobody wrote to."""
-    if x.dtype not in _COMPUTABLE:
+def _check_computable(dtype: torch.dtype) -> None:
+    """Refuses a dtype that the kernels do not have: on CPUs they give back memory that nobody wrote to."""
+    if dtype not in _COMPUTABLE:
         raise ValueError(
-            f"A 4-bit layer of bitsandbytes was given an input in {x.dtype} and has no compute dtype, expected one "
-            "it can compute in (float32, bfloat16, float16), as its output would be arbitrary; cast the model or its "
-            "input, or load it with `bnb_4bit_compute_dtype`."
+            f"A 4-bit layer of bitsandbytes is to compute in {dtype}, the dtype of its input where it has no compute "
+            "dtype, expected one it can compute in (float32, bfloat16, float16), as its output would be arbitrary; "
+            "cast the model or its input, or load it with another `bnb_4bit_compute_dtype`."
         )
-    return x
 
 
 def absmax_of(state: Any) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from peft_sgrq.formats.own_forward import computed_weight
-from peft_sgrq.formats.partitioned import shape_of, whole
+from peft_sgrq.formats.partitioned import is_partitioned, shape_of, whole
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -67,12 +67,22 @@ class DenseWeight(ScaledWeight):
         return isinstance(self.module, Conv1D)
 
     def _weight(self) -> torch.Tensor:
-        weight = whole(self._parameter)
+        parameter = self._parameter
+        if self.is_trained and is_partitioned(parameter):
+            raise ValueError(
+                "A dense weight is trained beside its scales, and DeepSpeed ZeRO-3 has it in parts, expected it whole "
+                "or frozen; freeze it with `requires_grad_(False)`, or use ZeRO-2."
+            )
+        weight = parameter if self.is_trained else whole(parameter)
         return weight.t() if self._transposed else weight  # (N, K)
 
     @property
     def storage_dtype(self) -> torch.dtype:
         return self._parameter.dtype
+
+    @property
+    def is_trained(self) -> bool:
+        return self._parameter.requires_grad
 
     def round_to_storage(self, scales: torch.Tensor) -> torch.Tensor:
         # The weight is what is stored; it is rounded when it is made.
