@@ -46,6 +46,7 @@ _SPECIAL_TOKENS = {f"{kind}_token_id" for kind in ("bos", "eos", "pad", "sep", "
 _OF_CALLS = {
     "backend",
     "clean_up_tokenization_spaces",
+    "eos_token",
     "is_local",
     "local_files_only",
     "max_length",

@@ -193,6 +193,7 @@ LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_s
         ("generation_config.json", "temperature", 0.6),
         ("tokenizer_config.json", "local_files_only", True),
         ("tokenizer_config.json", "padding_side", "left"),
+        ("tokenizer_config.json", "eos_token", "<|im_end|>"),
         ("tokenizer.json", "truncation", {"max_length": 32}),
     ],
 )
