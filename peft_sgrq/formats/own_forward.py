@@ -7,6 +7,7 @@ torch and of accelerate, is called as around the layer's own.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -31,6 +32,13 @@ def forward_obstacle(module: nn.Module, known: type[nn.Module]) -> str | None:
         return (
             f"its class {name} has a forward pass of its own, which need not be that of {known.__qualname__}, "
             f"expected a plain {known.__qualname__}; leave it out with `exclude_modules`"
+        )
+    home = _defined_in(inspect.unwrap(known.forward))
+    if home not in (known.__module__.partition(".")[0], "torch"):  # torch compiles some
+        return (
+            f"the forward pass of {known.__qualname__} was replaced by one of {home or 'unknown origin'}, which an "
+            "adapter would pass by, expected that of its library; put the replacement off until the adapter is "
+            "merged, or use hooks, which are called"
         )
     own = _own_function(module)
     if own is None or own is known.forward or _defined_in(own) in ("compressed_tensors", "peft_sgrq"):

@@ -51,6 +51,14 @@ def test_a_class_that_adds_none_is_adapted(make):
     assert torch.equal(adapt(layer, ratio=1.0).merge_and_unload()[0](x) * 0, expected * 0)
 
 
+@makers
+def test_a_class_whose_forward_pass_somebody_replaced_is_refused(make, monkeypatch):
+    layer = make(8, 64)
+    own = type(layer).forward
+    monkeypatch.setattr(type(layer), "forward", lambda self, x: own(self, x) * 2)
+    assert "was replaced by one of" in refusal(layer)
+
+
 def test_other_linear_classes_of_bitsandbytes_are_refused():
     layer = bnb.nn.OutlierAwareLinear(64, 8)
     assert "OutlierAwareLinear has a forward pass of its own" in refusal(layer)
