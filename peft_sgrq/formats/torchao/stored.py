@@ -9,7 +9,7 @@ import torch
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.files.folder import CheckpointFolder
 from peft_sgrq.formats.stored_weight import PlainScales, StoredWeight
-from peft_sgrq.formats.torchao.weight import PLAIN, geometry
+from peft_sgrq.formats.torchao.weight import PLAIN, geometry, rounding_name
 
 
 class StoredTorchao(PlainScales):
@@ -35,6 +35,10 @@ class StoredTorchao(PlainScales):
         dtype = stored.dtype
         if kind == "IntxUnpackedToInt8Tensor":
             dtype = getattr(torch, data["target_dtype"]["_data"])
-        dynamic = bool(data.get("act_quant_kwargs") or data.get("activation_quantization"))
-        layer._set_geometry(geometry(kind, dtype, stored.shape, data["block_size"], dynamic))
+        rounding, how = "", data.get("act_quant_kwargs") or data.get("activation_quantization")
+        if how:
+            fields = how["_data"] if isinstance(how, dict) else {}
+            mapping = fields.get("mapping_type", {}).get("_data", "")
+            rounding = rounding_name(f"{prefix}._weight_act_quant_scale" in folder, mapping)
+        layer._set_geometry(geometry(kind, dtype, stored.shape, data["block_size"], rounding))
         return layer

@@ -114,9 +114,7 @@ class TorchaoPlainWeight(TorchaoWeight):
                 "its weight has an activation pre-scale (SmoothQuant or AWQ in torchao), which is not supported; "
                 "leave the layer out with `exclude_modules`, or quantize without it"
             )
-        self._set_geometry(
-            geometry(type(weight).__name__, dtype, weight.shape, weight.block_size, self._activations is not None)
-        )
+        self._set_geometry(geometry(type(weight).__name__, dtype, weight.shape, weight.block_size, self._rounding))
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -127,6 +125,15 @@ class TorchaoPlainWeight(TorchaoWeight):
         """How activations are quantized; `None` if they are not."""
         weight = self.weight
         return getattr(weight, "act_quant_kwargs", None) or getattr(weight, "activation_quantization", None)
+
+    @property
+    def _rounding(self) -> str:
+        """How activations are quantized, as the name of the format says it."""
+        how = self._activations
+        if how is None:
+            return ""
+        mapping = getattr(getattr(how, "mapping_type", None), "name", "")
+        return rounding_name(getattr(self.weight, "act_quant_scale", None) is not None, mapping)
 
     @property
     def drops_input_gradient(self) -> bool:
@@ -175,8 +182,13 @@ class TorchaoPlainWeight(TorchaoWeight):
         return (weight * scales.view(rows, 1, groups, 1)).view(self.out_features, -1).to(dtype)
 
 
+def rounding_name(static: bool, mapping: str) -> str:
+    """How activations are quantized: with scales that are stored, or found on the fly; around zero or not."""
+    return ("static" if static else "dynamic") + ("-asymmetric" if mapping == "ASYMMETRIC" else "")
+
+
 def geometry(
-    kind: str, dtype: torch.dtype, shape: Sequence[int], block_size: Sequence[int], dynamic: bool
+    kind: str, dtype: torch.dtype, shape: Sequence[int], block_size: Sequence[int], rounding: str
 ) -> Geometry:
     """The geometry and the name of a layer, in memory or in a file.
 
@@ -185,7 +197,7 @@ def geometry(
         dtype (`torch.dtype`): That of the codes; for intx, the one they have the range of (`target_dtype`).
         shape (`Sequence[int]`): That of the weight, `[N, K]`.
         block_size (`Sequence[int]`): Rows and columns that share a scale.
-        dynamic (`bool`): Whether activations are quantized, too.
+        rounding (`str`): How activations are quantized, `rounding_name`'s; empty if they are not.
     """
     (out_features, in_features), (rows, columns) = map(int, shape), map(int, block_size)
     values = str(dtype).removeprefix("torch.")
@@ -193,7 +205,7 @@ def geometry(
         values = values.replace("int", "intx")
     is_row = (rows, columns) == (1, in_features)
     block = "row" if is_row else str(columns) if rows == 1 else f"{rows}x{columns}"
-    name = f"torchao-{values}-{block}{'-dynamic' if dynamic else ''}"
+    name = f"torchao-{values}-{block}{rounding and f'-{rounding}'}"
     unit = SelectableUnit.ROW if is_row else SelectableUnit.GROUP
     return Geometry(name, unit, out_features, in_features, columns, rows)
 
@@ -202,6 +214,8 @@ def quantizing_code(quantization: Mapping[str, Any]) -> Code | None:
     """The Python code that quantizes a model by torchao; `None` if transformers did it while loading."""
     if "quant_type" in quantization:
         return None
+    if "-static" in str(quantization.get("weight")):
+        return Code()  # its scales of activations come from data
     code = _config_code(str(quantization.get("weight")), str(quantization.get("layout")))
     names = {"torchao.quantization": {"quantize_"}}
     for library, known in _LIBRARIES.items():
@@ -225,6 +239,7 @@ _LIBRARIES: dict[str, set[str]] = {
         "Int8DynamicActivationIntxWeightConfig",
         "Int8WeightOnlyConfig",
         "IntxWeightOnlyConfig",
+        "MappingType",
     },
     "torchao.quantization.granularity": {"PerAxis", "PerGroup", "PerTensor"},
 }
@@ -255,4 +270,7 @@ def _config_code(weight: str, layout: str) -> str:
     else:
         name = "Float8DynamicActivationFloat8WeightConfig" if dynamic else "Float8WeightOnlyConfig"
     granularity = "" if block == "row" else "PerTensor()" if "x" in block else f"PerGroup({block})"
-    return f"{name}({granularity and 'granularity=' + granularity})"
+    arguments = [f"granularity={granularity}"] if granularity else []
+    if "asymmetric" in rest:
+        arguments.append("act_mapping_type=MappingType.ASYMMETRIC")
+    return f"{name}({', '.join(arguments)})"
