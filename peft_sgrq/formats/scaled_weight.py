@@ -181,10 +181,18 @@ class ScaledWeight(ScaleMatrix):
         """How many columns are decoded together: parts of a weight are multiples of it."""
         return self.unit.columns(self.group_size)
 
-    def weight_and_codes(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice) -> WeightAndCodes:
-        """What `dequantize_columns` returns, and how codes follow from it; only where `codes_follow` says so."""
+    def columns_in_effect(
+        self, scales: torch.Tensor, prepared: torch.Tensor | None, dtype: torch.dtype, columns: slice
+    ) -> torch.Tensor:
+        """What `dequantize_columns` returns, by what `prepare` made of the scales if that was kept."""
+        return self.dequantize_columns(scales, dtype, columns)
+
+    def weight_and_codes(
+        self, scales: torch.Tensor, prepared: torch.Tensor | None, dtype: torch.dtype, columns: slice
+    ) -> WeightAndCodes:
+        """What `columns_in_effect` returns, and how codes follow from it; only where `codes_follow` says so."""
         own = scales[:, columns.start // self.group_size : columns.stop // self.group_size]
-        return WeightAndCodes(self.dequantize_columns(scales, dtype, columns), inverse_or_zero(own), None)
+        return WeightAndCodes(self.columns_in_effect(scales, prepared, dtype, columns), inverse_or_zero(own), None)
 
     def reduce(self, product: torch.Tensor, units: torch.Tensor | None, rows: slice) -> torch.Tensor:
         """Sums `product * C` over the columns of each scale: from a gradient of weights to one of scales.
@@ -203,6 +211,15 @@ class ScaledWeight(ScaleMatrix):
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
         """Makes of float32 scales `[rows, groups]` what the kernel of `linear` takes; inference does it once."""
         return scales
+
+    @property
+    def keeps_prepared(self) -> bool:
+        """Whether what `prepare` made is kept for the backward pass, where making it anew would take long."""
+        return False
+
+    def prepared_scales(self, prepared: torch.Tensor) -> torch.Tensor:
+        """The scales `[rows, groups]` in what `prepare` made; only where `keeps_prepared` says so."""
+        raise ValueError(f"The format {self.name} keeps no prepared scales, expected one that does; check that first.")
 
     @property
     def rounds_input(self) -> bool:

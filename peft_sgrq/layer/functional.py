@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from peft_sgrq.formats.scale_matrix import ScaleMatrix
+from peft_sgrq.formats.scale_matrix import ScaleMatrix, split_zero_points
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.formats.selectable_unit import SelectableUnit
 from peft_sgrq.layer.gradients import both_gradients, dequantizes_once, input_gradient, select, unit_gradient
@@ -120,6 +120,19 @@ def _kept(y: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         return flat.clone()
 
 
+def _in_effect(
+    scaled_weight: ScaledWeight,
+    prepared: torch.Tensor | None,
+    delta: torch.Tensor,
+    units: torch.Tensor | None,
+    zero_points: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The scales a forward pass computed with, by what it prepared of them if that was kept."""
+    if prepared is not None:
+        return scaled_weight.prepared_scales(prepared)
+    return effective_scales(scaled_weight, delta, units, zero_points=zero_points)
+
+
 class _ScaledLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -130,10 +143,10 @@ class _ScaledLinear(torch.autograd.Function):
         scaled_weight: ScaledWeight,
         saved_input: SavedInput,
         zero_points: torch.Tensor | None,
+        prepared: torch.Tensor,
     ) -> torch.Tensor:
         own = x.clone() if scaled_weight.writes_to_input else x
-        changed = effective_scales(scaled_weight, delta, units, zero_points=zero_points)
-        y = _own(scaled_weight.linear(own, scaled_weight.prepare(changed)))  # (..., N)
+        y = _own(scaled_weight.linear(own, prepared))  # (..., N)
         in_rows = scaled_weight.unit is SelectableUnit.ROW
         # A bias much larger than the product would leave few digits of y - b, and so would a moved zero point.
         ctx.product_known = in_rows and scaled_weight.bias is None and zero_points is None
@@ -143,7 +156,7 @@ class _ScaledLinear(torch.autograd.Function):
                 saved = _kept(y, units)  # (T, n)
             else:
                 saved = x if in_rows else saved_input.save(x, units, scaled_weight, y.dtype)
-        ctx.save_for_backward(saved, delta, units, zero_points)
+        ctx.save_for_backward(saved, delta, units, zero_points, prepared if scaled_weight.keeps_prepared else None)
         ctx.scaled_weight = scaled_weight
         ctx.x_shape = x.shape
         return y
@@ -151,22 +164,24 @@ class _ScaledLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved, delta, units, zero_points = ctx.saved_tensors
+        saved, delta, units, zero_points, prepared = ctx.saved_tensors
         scaled_weight: ScaledWeight = ctx.scaled_weight
-        scales = scaled_weight.scales()  # (R, G)
         dy = grads[0].reshape(-1, grads[0].shape[-1])  # (T, N)
         dx = ddelta = sums = None
+        changed = _in_effect(scaled_weight, prepared, delta, units, zero_points)
+        if not delta.numel():
+            if ctx.needs_input_grad[0]:
+                dx = input_gradient(dy, changed, scaled_weight, prepared).reshape(ctx.x_shape)
+            return dx, torch.zeros_like(delta) if ctx.needs_input_grad[1] else None, None, None, None, None, None
+        scales = scaled_weight.scales()  # (R, G)
         in_groups = saved is not None and scaled_weight.unit is SelectableUnit.GROUP
-        changed = effective_scales(scaled_weight, delta, units, scales, zero_points)
         if in_groups and dequantizes_once(dy, changed, scales, scaled_weight):
             # The sums are made this way if `dx` is not wanted, too: that must not change their bits.
             dx = dy.new_empty(dy.shape[0], scaled_weight.in_features) if ctx.needs_input_grad[0] else None
-            sums = both_gradients(dy, saved, units, changed, scaled_weight, dx)
+            sums = both_gradients(dy, saved, units, changed, scaled_weight, dx, prepared)
         elif ctx.needs_input_grad[0]:
-            dx = input_gradient(dy, changed, scaled_weight)
-        if ctx.needs_input_grad[1] and not delta.numel():
-            ddelta = torch.zeros_like(delta)
-        elif ctx.needs_input_grad[1] and ctx.product_known:
+            dx = input_gradient(dy, changed, scaled_weight, prepared)
+        if ctx.needs_input_grad[1] and ctx.product_known:
             total = (select(dy, units, 1).float() * saved.float()).sum(0).unsqueeze(1)  # (n, 1)
             effective = select(changed, units, 0)  # (n, 1)
             # Where the scale in effect is zero the output does not tell the product any more.
@@ -180,7 +195,7 @@ class _ScaledLinear(torch.autograd.Function):
             if sums is None:
                 sums = unit_gradient(dy, saved, units, scaled_weight)
             ddelta = scaled_weight.reduce_rows(sums) * select(scales, units, scaled_weight.unit.dim)
-        return None if dx is None else dx.reshape(ctx.x_shape), ddelta, None, None, None, None
+        return None if dx is None else dx.reshape(ctx.x_shape), ddelta, None, None, None, None, None
 
 
 class _ZeroPointGradient(torch.autograd.Function):
@@ -195,8 +210,10 @@ class _ZeroPointGradient(torch.autograd.Function):
         zero_points: torch.Tensor,
         units: torch.Tensor | None,
         scaled_weight: ScaledWeight,
+        prepared: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.save_for_backward(scaled_weight.pool(x), delta, zero_points, units)
+        kept = prepared if scaled_weight.keeps_prepared else None
+        ctx.save_for_backward(scaled_weight.pool(x), delta, zero_points, units, kept)
         ctx.scaled_weight = scaled_weight
         ctx.mark_dirty(y)  # it is the layer's own; as a view nobody could write to it
         return y
@@ -204,16 +221,17 @@ class _ZeroPointGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        pooled, delta, zero_points, units = ctx.saved_tensors
+        pooled, delta, zero_points, units, prepared = ctx.saved_tensors
         scaled_weight: ScaledWeight = ctx.scaled_weight
         dy = grads[0].reshape(-1, grads[0].shape[-1])  # (T, N)
-        sums = scaled_weight.reduce_rows((dy.t() @ pooled.to(dy.dtype)).float())  # (R, G)
-        scales = scaled_weight.scales()
+        product = (pooled.to(dy.dtype).t() @ dy).t()  # (N, G); the few columns first is faster
+        sums = scaled_weight.reduce_rows(product.float().contiguous())  # (R, G)
         ddelta = None
         if ctx.needs_input_grad[2] and delta.numel():
-            ddelta = select(scales * (ZERO_POINT_UNIT * zero_points) * sums, units, scaled_weight.unit.dim)
-        dzero = ZERO_POINT_UNIT * _changed_scales(scaled_weight, delta, units, scales) * sums
-        return grads[0], None, ddelta, dzero, None, None
+            moved = scaled_weight.scales() * (ZERO_POINT_UNIT * zero_points)
+            ddelta = select(moved * sums, units, scaled_weight.unit.dim)
+        changed, _ = split_zero_points(_in_effect(scaled_weight, prepared, delta, units))
+        return grads[0], None, ddelta, ZERO_POINT_UNIT * changed * sums, None, None, None
 
 
 def scaled_linear(
@@ -240,5 +258,8 @@ def scaled_linear(
         `torch.Tensor`: `[..., out_features]`, the bias included.
     """
     fixed = None if zero_points is None else zero_points.detach()
-    y = _ScaledLinear.apply(x, delta, units, scaled_weight, saved_input or SavedInput(), fixed)
-    return y if zero_points is None else _ZeroPointGradient.apply(y, x, delta, zero_points, units, scaled_weight)
+    prepared = scaled_weight.prepare(effective_scales(scaled_weight, delta.detach(), units, zero_points=fixed))
+    y = _ScaledLinear.apply(x, delta, units, scaled_weight, saved_input or SavedInput(), fixed, prepared)
+    if zero_points is None:
+        return y
+    return _ZeroPointGradient.apply(y, x, delta, zero_points, units, scaled_weight, prepared)

@@ -31,14 +31,25 @@ def _column_ranges(dy: torch.Tensor, scaled_weight: ScaledWeight) -> list[slice]
     return [slice(step.start * size, min(step.stop * size, total)) for step in steps]
 
 
-def input_gradient(dy: torch.Tensor, scales: torch.Tensor, scaled_weight: ScaledWeight) -> torch.Tensor:
-    """`dy W'` for the scales in effect, `[T, N]` to `[T, K]`, some groups of columns at a time."""
+def input_gradient(
+    dy: torch.Tensor, scales: torch.Tensor, scaled_weight: ScaledWeight, prepared: torch.Tensor | None
+) -> torch.Tensor:
+    """`dy W'` for the scales in effect, `[T, N]` to `[T, K]`, some groups of columns at a time.
+
+    Args:
+        dy (`torch.Tensor`): Gradient of the output, `[T, N]`.
+        scales (`torch.Tensor`): The scales in effect.
+        scaled_weight (`ScaledWeight`): The layer.
+        prepared (`torch.Tensor` or `None`): What `scaled_weight.prepare` made of them, if it was kept.
+    """
     ranges = _column_ranges(dy, scaled_weight)
-    if len(ranges) == 1:
+    if len(ranges) == 1 and prepared is None:
         return dy @ scaled_weight.dequantize(scales, dy.dtype)
+    if len(ranges) == 1:
+        return dy @ scaled_weight.columns_in_effect(scales, prepared, dy.dtype, ranges[0])
     dx = dy.new_empty(dy.shape[0], scaled_weight.in_features)
     for columns in ranges:
-        dx[:, columns] = dy @ scaled_weight.dequantize_columns(scales, dy.dtype, columns)
+        torch.mm(dy, scaled_weight.columns_in_effect(scales, prepared, dy.dtype, columns), out=dx[:, columns])
     return dx
 
 
@@ -79,12 +90,13 @@ def both_gradients(
     changed: torch.Tensor,
     scaled_weight: ScaledWeight,
     dx: torch.Tensor | None,
+    prepared: torch.Tensor | None,
 ) -> torch.Tensor:
     """What `unit_gradient` returns, and in `dx` what `input_gradient` does, by one dequantization for both."""
     size = scaled_weight.group_size
     sums = []
     for columns in _column_ranges(dy, scaled_weight):
-        weight, inverse, shift = scaled_weight.weight_and_codes(changed, dy.dtype, columns)
+        weight, inverse, shift = scaled_weight.weight_and_codes(changed, prepared, dy.dtype, columns)
         if dx is not None:
             torch.mm(dy, weight, out=dx[:, columns])
         count, chosen, own = inverse.shape[1], None, columns

@@ -141,6 +141,20 @@ def test_what_is_kept_of_a_change_of_sub_scales(kind):
         assert kept > share
 
 
+@by_type([kind for kind in WITH_SUB_SCALES if kind.offset_at is not None])
+def test_minimums_that_are_all_zero_can_be_moved(kind):
+    packed = torch.from_numpy(random_blocks(kind, 4, 1024, 4)).view(-1, kind.nbytes)
+    packed[:, kind.offset_at : kind.offset_at + 2] = 0
+    held = SubBlockScales(kind, packed.view(4, -1))
+    scales = held.scales()
+    moves = -torch.rand(scales.shape, generator=torch.Generator().manual_seed(0)) * scales.sign()
+    moves[:, ::3] = 0
+    wanted = (scales * moves).view(-1, 256 // held.group_size)  # not above zero, as all offsets are
+    found = held.changed_offsets(scales, moves).view(wanted.shape)
+    step = wanted.abs().amax(1, keepdim=True) / kind.sub.highest
+    assert ((found - wanted).abs() <= 0.55 * step + 2**-24 * kind.sub.highest).all() and (wanted < 0).any()
+
+
 @ALL_TYPES
 def test_scales_that_are_zero_or_infinite_do_not_become_numbers(kind):
     for held in both(kind, torch.from_numpy(random_blocks(kind, 4, 1024, 3))):

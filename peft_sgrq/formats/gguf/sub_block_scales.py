@@ -124,33 +124,51 @@ def _nearest(
     Returns:
         The half floats, float32 `[blocks, 1]`, and the integers, float32 `[blocks, s]`.
     """
-    position = wanted.abs().argmax(1, keepdim=True)
-    largest = wanted.gather(1, position).t()  # (1, blocks)
-    level = integers.gather(1, position).t()  # the integer the largest has
-    # Sub-blocks first from here on: what there is once a super-block meets long rows then, which is fast.
+    # Sub-blocks first from here on: what there is once a super-block meets long rows then, which is fast. So are sums
+    # and products in place of `torch.where`, whose branches a processor cannot foresee.
     wanted, base, integers = wanted.t().contiguous(), base.t(), integers.t().contiguous()  # (s, blocks), (1, blocks)
-    before = base * integers
-    stays = (wanted == before) & (before != 0)
-    end = torch.where((level < 0) & (lowest < 0), float(lowest), float(highest))
-    best, best_integers, least = base, integers, torch.full_like(base, torch.inf)
-    for number, divisor in enumerate((None, level, end)):
-        scale = base if divisor is None else round_half(torch.where(divisor == 0, 0.0, largest / divisor))
-        found = torch.where(scale == 0, integers, (wanted / scale).round_().clamp_(lowest, highest))
-        made = scale * found
-        moved = (stays & (made != wanted)).any(0, keepdim=True)
-        # The error in parts of the largest, lest squares underflow.
-        missed = made.sub_(wanted).abs_().div_(largest.abs()).nan_to_num_(0.0)
-        error = torch.zeros_like(base)
-        for row in missed.square_():  # one after the other: the sum has the same bits everywhere
-            error = error + row
-        error = torch.where(moved, torch.inf, error)
-        better = (error < least) if number else torch.ones_like(error, dtype=torch.bool)
-        best = torch.where(better, scale, best)
-        best_integers = torch.where(better, found, best_integers)
-        least = torch.where(better, error, least)
-    # What is NaN or infinite stays so, for checks to find it.
-    found = torch.where(torch.isfinite(wanted), best_integers, wanted)
-    return best.squeeze(0).unsqueeze(1), found.t().contiguous()
+    stays = (base * integers).eq_(wanted)
+    largest, level = _largest(wanted, integers)
+    unit = largest + (largest == 0)
+    end = highest - (level < 0) * (highest - lowest) if lowest < 0 else highest
+    best = base
+    least = _error(_missed(wanted, base, lowest, highest), unit)
+    for divisor in (level, end):
+        scale = round_half((largest / divisor).nan_to_num_(0.0, 0.0, 0.0))
+        missed = _missed(wanted, scale, lowest, highest)
+        moved = (missed * stays).abs_().amax(0, keepdim=True)  # none with the scale that is stored
+        error = _error(missed, unit)
+        better = (error < least) & (moved == 0)  # never with a scale of zero
+        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+    zero = best == 0
+    found = (wanted / best.masked_fill(zero, torch.inf)).round_().clamp_(lowest, highest)
+    found += zero * integers  # bytes that say the same stay
+    # What is NaN or infinite is no number then, for checks to find it.
+    return best.reshape(-1, 1), found.add_(wanted - wanted).t().contiguous()
+
+
+def _missed(wanted: torch.Tensor, scale: torch.Tensor, lowest: int, highest: int) -> torch.Tensor:
+    """By how much the nearest multiples of a scale miss what is wanted, `[s, n]`; zero where that is NaN."""
+    missed = (wanted / scale).round_().clamp_(lowest, highest).mul_(scale).sub_(wanted)
+    return missed.nan_to_num_(0.0)  # none is missed where both are zero
+
+
+def _largest(wanted: torch.Tensor, integers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first of the largest scales of each super-block, signs aside, and its integer; `[s, n]` to `[1, n]`."""
+    count = len(wanted)
+    size = wanted.abs()
+    places = torch.arange(count, 0, -1, device=wanted.device).unsqueeze(1)  # (s, 1)
+    first = (size.eq_(size.amax(0, keepdim=True)) * places).amax(0, keepdim=True)
+    place = (count - first).clamp_(max=count - 1).long()  # none is the largest where one is NaN
+    return wanted.gather(0, place), integers.gather(0, place)
+
+
+def _error(missed: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """The sum of squares, `[s, n]` to `[1, n]`, in parts of a unit, lest they underflow. Writes to `missed`."""
+    error = torch.zeros_like(unit)
+    for row in missed.div_(unit).square_():  # one after the other: the sum has the same bits everywhere
+        error += row
+    return error
 
 
 def _exactly(made: torch.Tensor, base: torch.Tensor, lowest: int, highest: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -75,7 +75,15 @@ class GGUFWeight(ScaledWeight):
 
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
         factors = self._held.changed_factors(scales)
-        return torch.stack([factor for factor in factors if factor is not None])  # (1 or 2, blocks, sub-blocks)
+        made = torch.stack([factor for factor in factors if factor is not None])  # (1 or 2, blocks, sub-blocks)
+        return made.half() if self.module.kind.sub is None else made  # half floats they are, and kept as such
+
+    @property
+    def keeps_prepared(self) -> bool:
+        return self.module.kind.sub is None or self.module.sub_blocks  # else a factor is no scale, and easily made
+
+    def prepared_scales(self, prepared: torch.Tensor) -> torch.Tensor:
+        return prepared[0].float().view(self.scales_shape)
 
     def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
         dense = self.module.dense
@@ -108,9 +116,19 @@ class GGUFWeight(ScaledWeight):
         weight = held.weight(held.changed_factors(changed), dtype)
         return weight[:, columns.start - whole.start : columns.stop - whole.start]
 
-    def weight_and_codes(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice) -> WeightAndCodes:
+    def columns_in_effect(
+        self, scales: torch.Tensor, prepared: torch.Tensor | None, dtype: torch.dtype, columns: slice
+    ) -> torch.Tensor:
+        if prepared is None:
+            return self.dequantize_columns(scales, dtype, columns)
+        held, _ = self._columns(scales, columns)
+        return held.weight(self._prepared_columns(prepared, columns), dtype)
+
+    def weight_and_codes(
+        self, scales: torch.Tensor, prepared: torch.Tensor | None, dtype: torch.dtype, columns: slice
+    ) -> WeightAndCodes:
         held, changed = self._columns(scales, columns)
-        factors = held.changed_factors(changed)
+        factors = held.changed_factors(changed) if prepared is None else self._prepared_columns(prepared, columns)
         return WeightAndCodes(held.weight(factors, dtype), *held.to_codes(changed, factors))
 
     def _columns(self, scales: torch.Tensor, columns: slice) -> tuple[BlockScales, torch.Tensor]:
@@ -118,6 +136,12 @@ class GGUFWeight(ScaledWeight):
         size = self.columns_at_once
         held = self._part(slice(0, self.out_features), slice(columns.start // size, columns.stop // size))
         return held, scales[..., columns.start // self.group_size : columns.stop // self.group_size]
+
+    def _prepared_columns(self, prepared: torch.Tensor, columns: slice) -> Factors:
+        size, sub_blocks = self.columns_at_once, prepared.shape[2]
+        by_row = prepared.view(len(prepared), self.out_features, -1, sub_blocks)
+        own = by_row[:, :, columns.start // size : columns.stop // size]  # (1 or 2, N, blocks of the columns, s)
+        return _factors(own.reshape(len(prepared), -1, sub_blocks))
 
     def write_scales(self, scales: torch.Tensor) -> Any:
         return self.restore_scales(nn.Parameter(self._held.with_scales(scales), requires_grad=False))
@@ -139,7 +163,7 @@ class GGUFWeight(ScaledWeight):
 
 
 def _factors(prepared: torch.Tensor) -> Factors:
-    return Factors(prepared[0], prepared[1] if len(prepared) == 2 else None)
+    return Factors(prepared[0].float(), prepared[1].float() if len(prepared) == 2 else None)
 
 
 def format_name(kind: BlockType, group_size: int) -> str:
