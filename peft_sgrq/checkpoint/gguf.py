@@ -15,7 +15,7 @@ from peft_sgrq.checkpoint.plan import changed_scales, check_fingerprints
 from peft_sgrq.files.names import Names
 from peft_sgrq.files.sources import adapter_fields
 from peft_sgrq.formats.gguf.file import GGUFFile
-from peft_sgrq.formats.gguf.loading import find_gguf
+from peft_sgrq.formats.gguf.loading import find_gguf, read_config
 from peft_sgrq.formats.gguf.names import find_places
 from peft_sgrq.formats.gguf.stored import StoredGGUFWeight
 from peft_sgrq.formats.gguf.writing import check_target, write_file
@@ -112,9 +112,9 @@ def _find_weights(file: GGUFFile, stored: StoredAdapter) -> dict[str, StoredGGUF
 
 def empty_model(file: GGUFFile) -> Any:
     """The model of a file on the meta device, for the names of its parameters."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(str(file.path.absolute().parent), gguf_file=file.path.name)
+    config = read_config(file)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 

@@ -78,7 +78,7 @@ def _run(argv: Sequence[str] | None) -> int:
         return _BY_SIGNAL + 2  # SIGINT
     except BrokenPipeError:
         raise
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"peft-sgrq: error: {error}", file=sys.stderr)
         return 2
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from peft_sgrq.formats.gguf.blocks import TYPES, BlockType
+from peft_sgrq.formats.gguf.blocks import TYPES, BlockType, read_half
 
 MAGIC = b"GGUF"
 FLOATS: dict[int, torch.dtype] = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16, 28: torch.float64}
@@ -161,6 +161,8 @@ class GGUFFile:
             key = reader.string()
             (kind,) = reader.numbers("I")
             self.metadata[key] = reader.value(kind)
+            if key in self._spans:
+                raise ValueError(f"two entries {key!r}")
             self._spans[key] = start, reader.position
         self._entries_end = reader.position
         listed = []
@@ -170,6 +172,8 @@ class GGUFFile:
             if dimensions > 8:
                 raise ValueError(f"a tensor {name!r} of {dimensions} dimensions")
             shape = tuple(reversed(reader.numbers("Q" * dimensions)))
+            if not math.prod(shape):
+                raise ValueError(f"a tensor {name!r} of shape {shape}")
             listed.append((name, shape, *reader.numbers("IQ")))
         self.table_end = reader.position
         alignment = self.metadata.get("general.alignment", 32)
@@ -233,6 +237,26 @@ class GGUFFile:
             if file.readinto(values.numpy().data) != len(values):
                 raise ValueError(f"{self.path} ends within {name!r}; copy or download it again.")
         return values.view(math.prod(info.shape[:-1]), -1)
+
+    def blocks(self, name: str) -> torch.Tensor:
+        """The bytes of a tensor in blocks, as `data` returns them, whose half floats are numbers.
+
+        Raises:
+            ValueError: If one is NaN or infinite.
+        """
+        packed, kind = self.data(name), self.tensors[name].kind
+        if kind is None:
+            raise ValueError(f"{self.path} does not hold {name!r} in blocks, expected a quantized tensor.")
+        for at in (kind.scale_at, kind.offset_at):
+            if at is None:
+                continue
+            broken = int((~torch.isfinite(read_half(packed.view(-1, kind.nbytes), at))).sum())
+            if broken:
+                raise ValueError(
+                    f"{self.path} holds {name!r} with {broken} NaN or infinite scales, expected numbers; copy or "
+                    "download it again."
+                )
+        return packed
 
     def numbers(self, name: str) -> torch.Tensor:
         """A tensor that is not quantized, in its own dtype and shape."""

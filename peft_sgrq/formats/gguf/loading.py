@@ -57,13 +57,10 @@ def load_gguf(
         >>> model, tokenizer = peft_sgrq.load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
         ```
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.import_utils import is_gguf_available
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from peft_sgrq.formats.gguf.quantizer import SGRQGgufConfig
 
-    if not is_gguf_available():
-        raise ImportError("Loading GGUF files needs the package gguf; install it with `pip install gguf`.")
     file_path = find_gguf(path, gguf_file, revision)
     file = GGUFFile(file_path)
     # Local files are given as folder and name. From the Hub, the name is what an adapter finds its base by.
@@ -73,7 +70,7 @@ def load_gguf(
     if dtype is None:
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     hub = {} if revision is None else {"revision": revision}
-    config = AutoConfig.from_pretrained(folder, gguf_file=name, **hub)  # the vocabulary is walked once for it
+    config = read_config(file, folder, name, **hub)  # the vocabulary is walked once for it
     model = (auto_class or AutoModelForCausalLM).from_pretrained(
         folder,
         config=config,
@@ -92,6 +89,34 @@ def load_gguf(
 
         model = PeftModel.from_pretrained(model, os.fspath(adapter), is_trainable=is_trainable)
     return model, tokenizer
+
+
+def read_config(file: GGUFFile, folder: str | None = None, name: str | None = None, **hub: Any) -> Any:
+    """The config that transformers makes of a file's header.
+
+    Args:
+        file (`GGUFFile`): The file.
+        folder, name (`str` or `None`): What transformers is to know it by; where it is if not given.
+        **hub: Further arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: If transformers does not know such models.
+        ImportError: If the package gguf is missing.
+    """
+    from transformers import AutoConfig
+    from transformers.utils.import_utils import is_gguf_available
+
+    if not is_gguf_available():
+        raise ImportError("Reading GGUF files needs the package gguf; install it with `pip install gguf`.")
+    try:
+        return AutoConfig.from_pretrained(
+            folder or str(file.path.absolute().parent), gguf_file=name or file.path.name, **hub
+        )
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"transformers makes no config of {file.path} ({error}), expected a model of an architecture it knows; "
+            "upgrade it with `pip install -U transformers`, or use another model."
+        ) from error
 
 
 def find_gguf(path: str | os.PathLike[str], gguf_file: str | None = None, revision: str | None = None) -> Path:

@@ -62,13 +62,50 @@ def find_places(file: GGUFFile, model: nn.Module) -> dict[str, Place]:
     }
 
 
+def check_complete(file: GGUFFile, places: dict[str, Place], model: Any) -> None:
+    """Refuses a file without the weights of a layer, which would be random then.
+
+    Heads that transformers puts on a model for other tasks than language modeling are new, and do not count.
+
+    Args:
+        file (`GGUFFile`): The file.
+        places (`dict[str, Place]`): Where its tensors go.
+        model: The model, before its weights are loaded.
+
+    Raises:
+        ValueError: If tensors are missing.
+    """
+    found = {place.parameter for place in places.values()}
+    body, head = model.base_model, model.get_output_embeddings()
+    needed = {id(parameter) for module in (body, head) if module is not None for parameter in module.parameters()}
+    missing = [
+        name
+        for name, parameter in model.named_parameters()
+        if id(parameter) in needed
+        and name not in found
+        and name not in model.all_tied_weights_keys
+        and not name.endswith(".bias")  # zero then, where transformers has one that llama.cpp has not
+    ]
+    if missing:
+        raise ValueError(
+            f"{file.path} has no tensors for {len(missing)} weights of the model, {', '.join(missing[:3])}"
+            f"{' and so on' if len(missing) > 3 else ''}, expected all of them; copy or download it again, or use "
+            "another file of the model."
+        )
+
+
 def _check_tensors(file: GGUFFile) -> None:
+    experts = file.metadata.get(f"{file.architecture}.expert_count", 0)
+    if experts:
+        raise ValueError(
+            f"{file.path} holds a model of {experts} experts, whose scales cannot be tuned, expected a model without "
+            "experts; use a dense one."
+        )
     for name, info in file.tensors.items():
         if info.kind is not None and len(info.shape) != 2:
             raise ValueError(
-                f"{file.path} holds {name!r} of shape {info.shape} in {info.kind.name}: stacked experts would take "
-                f"{4 * np.prod(info.shape) / 1e9:.1f} GB a layer dequantized, and their scales cannot be tuned, "
-                "expected a model without experts; use a dense one."
+                f"{file.path} holds {name!r} of shape {info.shape} in {info.kind.name}: the scales of stacked "
+                "matrices, as experts are, cannot be tuned, expected matrices; use a model without experts."
             )
         if name.endswith(".scale"):
             raise ValueError(

@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import GgufConfig
 
 from peft_sgrq.formats.gguf.file import FLOATS, GGUFFile, TensorInfo
 from peft_sgrq.formats.gguf.layers import GGUFEmbedding, GGUFHead, GGUFLinear, GGUFTiedHead, Source, dequantized
-from peft_sgrq.formats.gguf.names import Place, find_places, tensor_processor
+from peft_sgrq.formats.gguf.names import Place, check_complete, find_places, tensor_processor
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +76,19 @@ class PackedGgufQuantizer(GgufHfQuantizer):
         self.quantization_config.gguf_file = os.path.basename(gguf_file)
         self.quantization_config.tokenizer = self.file.tokenizer_digest()
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        if not self.packs:
+            return super().update_dtype(dtype)
+        # transformers' own advises float32, which is that of its kernels.
+        self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        return self.dtype
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not self.packs:
             super()._process_model_before_weight_loading(model, **kwargs)
             return
         self.places = find_places(self.file, model)
+        check_complete(self.file, self.places, model)
         self.packed: dict[str, str] = {}  # tensor -> parameter
         compute = self.dtype or torch.get_default_dtype()
         for name, place in self.places.items():
@@ -89,7 +97,7 @@ class PackedGgufQuantizer(GgufHfQuantizer):
                 module = place.parameter.removesuffix(".weight")
                 model.set_submodule(module, layer)
                 self.packed[name] = f"{module}.{layer.stored_name}"
-                if isinstance(layer, GGUFEmbedding) and self.file.tied:
+                if isinstance(layer, GGUFEmbedding) and layer is model.get_input_embeddings() and self.file.tied:
                     _pack_tied_head(model, layer)
         _tell(self.file, self.places, self.packed)
 
@@ -100,10 +108,10 @@ class PackedGgufQuantizer(GgufHfQuantizer):
         state: dict[str, torch.Tensor] = {}
         for name, place in self.places.items():
             if name in self.packed:
-                packed = self.file.data(name)
+                packed = self.file.blocks(name)
                 state[self.packed[name]] = packed if place.rows is None else packed[place.rows]
             else:
-                state.update(_dense_tensors(self.file, name, place, processor))
+                state.update(dense_tensors(self.file, name, place, processor))
         return state
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -165,13 +173,21 @@ def _pack_tied_head(model: Any, embedding: GGUFEmbedding) -> None:
     model.all_tied_weights_keys.pop(f"{name}.weight", None)  # there is no parameter to tie any more
 
 
-def _dense_tensors(file: GGUFFile, name: str, place: Place, processor: Any) -> dict[str, torch.Tensor]:
+def dense_tensors(file: GGUFFile, name: str, place: Place, processor: Any) -> dict[str, torch.Tensor]:
+    """The parameters a tensor makes that does not stay packed, by their names, float32 where they are floats.
+
+    Args:
+        file (`GGUFFile`): The file.
+        name (`str`): The tensor.
+        place (`Place`): Where it goes.
+        processor: transformers' processor of the architecture, as `tensor_processor` returns it.
+    """
     info = file.tensors[name]
     if info.kind is None:
         values = file.numbers(name)
         values = values.float() if info.ggml_type in FLOATS else values
     else:
-        values = dequantized(info.kind, file.data(name), torch.float32).view(info.shape)
+        values = dequantized(info.kind, file.blocks(name), torch.float32).view(info.shape)
     kept: dict[str, Any] = {"tensors": {}}
     names = {name: place.parameter}
     result = processor.process(weights=values.numpy(), name=name, parsed_parameters=kept, tensor_key_mapping=names)

@@ -10,7 +10,10 @@ import torch
 
 from peft_sgrq.formats.gguf.file import GGUFFile
 from peft_sgrq.formats.gguf.layers import GGUFLinear
+from peft_sgrq.formats.gguf.names import find_places, tensor_processor
 from peft_sgrq.formats.gguf.writing import check_target, in_file_order, write_file
+
+_LOADED_IN = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def save_gguf(model: Any, path: str | os.PathLike[str], *, name: str | None = None, overwrite: bool = False) -> Path:
@@ -29,7 +32,7 @@ def save_gguf(model: Any, path: str | os.PathLike[str], *, name: str | None = No
 
     Raises:
         ValueError: If the model has adapters that are not merged, no layer was loaded from a GGUF file, that file has
-            changed since, or the file cannot be written. Nothing is written then.
+            changed since, weights that are not packed have, or the file cannot be written. Nothing is written then.
     """
     out = Path(path)
     layers = [module for module in model.modules() if isinstance(module, GGUFLinear) and module.source is not None]
@@ -44,6 +47,7 @@ def save_gguf(model: Any, path: str | os.PathLike[str], *, name: str | None = No
         )
     file = GGUFFile(sources.pop())
     check_target(out, file, overwrite)
+    _check_dense(file, model)
     makers = {}
     for layer in layers:
         source = layer.source
@@ -68,6 +72,25 @@ def save_gguf(model: Any, path: str | os.PathLike[str], *, name: str | None = No
         makers[source.tensor] = _constant(now)
     write_file(file, out, makers, name)
     return out
+
+
+def _check_dense(file: GGUFFile, model: Any) -> None:
+    """Refuses a model whose weights that are not packed are others than those of the file: they would be lost."""
+    from peft_sgrq.formats.gguf.quantizer import dense_tensors
+
+    state, processor = model.state_dict(), tensor_processor(file, model.config)
+    for name, place in find_places(file, model).items():
+        if not torch.is_floating_point(state[place.parameter]):
+            continue  # packed
+        for parameter, expected in dense_tensors(file, name, place, processor).items():
+            found = state[parameter].detach().cpu()
+            # In the dtype it was loaded in, and cast since perhaps.
+            if not any(torch.equal(expected.to(dtype).to(found.dtype), found) for dtype in _LOADED_IN):
+                raise ValueError(
+                    f"{parameter!r} is not what {file.path} holds (trained by `modules_to_save` perhaps), which is no "
+                    "change of scales and would be lost, expected a model tuned in its scales alone; train without "
+                    "it. Nothing was written."
+                )
 
 
 def _constant(packed: torch.Tensor) -> Any:

@@ -40,7 +40,7 @@ class StoredGGUFWeight(ScaleMatrix):
 
     @cached_property
     def _held(self) -> BlockScales:
-        packed = self.file.data(self.tensor)
+        packed = self.file.blocks(self.tensor)
         return scales_of(self.kind, packed if self._rows is None else packed[self._rows], self._sub_blocks)
 
     def forget(self) -> None:

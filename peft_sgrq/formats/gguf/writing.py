@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
-from peft_sgrq.files.output import check_output
+from peft_sgrq.files.output import check_output, written
 from peft_sgrq.formats.gguf.file import GGUFFile
 
 Makers = Mapping[str, Callable[[], torch.Tensor]]  # tensor name -> makes its bytes, uint8 `[rows, bytes of a row]`
@@ -50,26 +49,28 @@ def write_file(file: GGUFFile, out: Path, makers: Makers, name: str | None = Non
 
     Returns:
         `int`: How many bytes are others than in the base, the header not counted.
+
+    Raises:
+        OSError: If the disk is full or fails; nothing is written then.
     """
-    out = Path(os.path.realpath(out))  # a link stays one
-    out.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=f"{out.name}.tmp-", dir=out.parent)
     changed = 0
     try:
-        with open(handle, "wb") as target:
-            head = file.chunks(0, file.data_start) if name is None else iter([file.named_header(name)])
-            target.writelines(head)
-            for before, after in _pieces(file, makers):
-                target.write(after)
-                if before is not after:
-                    changed += _differing(before, after)
-            target.flush()
-            os.fsync(target.fileno())
-        os.chmod(scratch, file.path.stat().st_mode & 0o777)
-        os.replace(scratch, out)
-    except BaseException:
-        os.unlink(scratch)
-        raise
+        with written(out) as scratch:
+            with open(scratch, "wb") as target:
+                head = file.chunks(0, file.data_start) if name is None else iter([file.named_header(name)])
+                target.writelines(head)
+                for before, after in _pieces(file, makers):
+                    target.write(after)
+                    if before is not after:
+                        changed += _differing(before, after)
+                target.flush()
+                os.fsync(target.fileno())
+            os.chmod(scratch, file.path.stat().st_mode & 0o777)
+    except OSError as error:
+        raise OSError(
+            f"{out} could not be written ({error.strerror or error}), expected {file.size / 1e9:.2f} GB of space on a "
+            "disk that works; free some, or choose another. Nothing was written."
+        ) from error
     return changed
 
 
