@@ -69,6 +69,8 @@ def main() -> None:
     parser.add_argument("--logits", type=Path, help="save the logits of the first windows here")
     parser.add_argument("--repack", action="store_true", help="let bitsandbytes repack the layers for this CPU")
     arguments = parser.parse_args()
+    if arguments.logits and (arguments.logits.is_dir() or not arguments.logits.parent.is_dir()):
+        parser.error(f"--logits is {str(arguments.logits)!r}, expected a file in a folder that is there")
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     windows = tokenize(tokenizer, arguments.text.read_text(), arguments.length, arguments.limit)
