@@ -14,6 +14,7 @@ from torch import nn
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.registry import resolve_weight
 from peft_sgrq.formats.scaled_weight import ScaledWeight
+from peft_sgrq.layer.base_codes import BaseCodes
 from peft_sgrq.layer.delta import Delta
 from peft_sgrq.layer.first_gradients import FirstGradients
 from peft_sgrq.layer.functional import effective_scales
@@ -54,6 +55,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self._decoder: Decoder | None = None
         self._unions: dict[tuple[str, ...], torch.Tensor | None] = {}
         self._known_forward = (type(base_layer), type(base_layer).forward)  # what computes in the merged layer
+        self._base_codes = BaseCodes(self._scaled_weight)
         self._name = ""
         self._first_gradients: FirstGradients | None = None
         self._ran_in = [0]  # the number of the model's forward pass in which it ran last
@@ -90,6 +92,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if name == "base_layer" and "_scaled_weight" in self.__dict__:
             self.__dict__["_scaled_weight"] = resolve_weight(value, self._scaled_weight.group_size)
             self.__dict__["_known_forward"] = (type(value), type(value).forward)
+            self.__dict__["_base_codes"] = BaseCodes(self._scaled_weight)
             self._forget_all()
         super().__setattr__(name, value)
 

@@ -100,6 +100,7 @@ class SGRQLinear(AdaptedLayer):
     ) -> torch.Tensor:
         """The forward pass with some adapters, at least one, in place of the base layer's own."""
         if not torch.compiler.is_compiling():
+            self._base_codes.check(scaled_weight)
             for name in names:
                 self._accept(name)
         x_cast = scaled_weight.cast_input(x)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from support.single_layers import adapt, linear_4bit, linear_8bit, the_layer
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
@@ -101,6 +102,26 @@ def test_averages_casts_and_copies_keep_the_groups(way):
     torch.testing.assert_close(after.weight, before.weight, rtol=2e-2 if "bfloat16" in way else 1e-4, atol=0)
     assert type(after.weight) is type(before.weight) and after.weight.dtype == torch.float32
     assert averaged(torch.randn(2, 64 * GROUPS)).isfinite().all()  # and nothing is refused
+
+
+@pytest.mark.parametrize("make", [linear_4bit, linear_8bit])
+def test_codes_that_an_average_has_cut_off_are_refused(make):
+    model, x = adapt(make(8, 128)).eval(), torch.randn(3, 128)
+    expected = model(x)
+    mean = AveragedModel(model, avg_fn=get_ema_avg_fn(0.9))
+    mean.update_parameters(model)  # takes over
+    assert torch.equal(mean.module(x), expected)
+    mean.update_parameters(model)
+    with pytest.raises(RuntimeError, match=r"codes .* are others than when its adapter was added"):
+        mean.module(x)
+    trained = [parameter for parameter in copy.deepcopy(model).parameters() if parameter.requires_grad]
+    for average, parameter in zip(trained, filter(lambda each: each.requires_grad, model.parameters()), strict=True):
+        average.data.lerp_(parameter.data, 0.5)
+    assert torch.equal(model(x), expected)
+    base = the_layer(model).base_layer
+    with torch.no_grad():
+        base.weight.copy_(base.weight.clone())  # as DistributedDataParallel does it
+    assert torch.equal(model(x), expected)
 
 
 def test_no_parameter_buffer_or_entry_of_a_state_dict_is_an_integer():
