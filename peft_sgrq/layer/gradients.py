@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from peft_sgrq.formats.kernels import group_reduce
+from peft_sgrq.formats.scale_arithmetic import gather_groups
 from peft_sgrq.formats.scale_matrix import split_zero_points
-from peft_sgrq.formats.scaled_weight import ScaledWeight, gather_groups
+from peft_sgrq.formats.scaled_weight import ScaledWeight
 
 # On CPUs the backward pass makes its large temporaries, the dequantized weight and the product `dy^T x`, a part of
 # this size at a time. Fresh memory costs page faults, which take as long as dequantizing does; small memory is reused.

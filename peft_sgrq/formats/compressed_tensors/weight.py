@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from peft_sgrq.formats.compressed_tensors.kv_cache_gradients import pass_attention_gradients
 from peft_sgrq.formats.parameter_scales import ParameterScales
+from peft_sgrq.formats.scale_arithmetic import gather_groups
 from peft_sgrq.formats.scale_matrix import Geometry
-from peft_sgrq.formats.scaled_weight import gather_groups
 from peft_sgrq.formats.selectable_unit import SelectableUnit
 
 _RELOAD = "load the model anew and add the adapter before its first forward pass"

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 
 from peft_sgrq.formats.gguf.blocks import BlockType, read_half, scale_codes, write_half
+from peft_sgrq.formats.scale_arithmetic import inverse_or_zero, rescaled_offset
 from peft_sgrq.formats.scale_matrix import split_zero_points
-from peft_sgrq.formats.scaled_weight import inverse_or_zero, rescaled_offset
 
 _LARGEST = torch.finfo(torch.float16).max
 

@@ -19,8 +19,8 @@ import torch
 from peft_sgrq.formats.gguf.block_scales import BlockScales, Factors, round_half
 from peft_sgrq.formats.gguf.blocks import BlockType, write_half
 from peft_sgrq.formats.gguf.sub_scales import Sub, SubScales
+from peft_sgrq.formats.scale_arithmetic import rescaled_offset
 from peft_sgrq.formats.scale_matrix import split_zero_points
-from peft_sgrq.formats.scaled_weight import rescaled_offset
 
 
 class SubBlockScales(BlockScales):

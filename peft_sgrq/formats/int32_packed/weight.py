@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from peft_sgrq.formats.int32_packed.columns import ColumnGroups
-from peft_sgrq.formats.scaled_weight import ScaledWeight, gather_groups
+from peft_sgrq.formats.scale_arithmetic import gather_groups
+from peft_sgrq.formats.scaled_weight import ScaledWeight
 
 
 class Int32PackedWeight(ScaledWeight):

@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from peft_sgrq.formats.code import Code
+from peft_sgrq.formats.scale_arithmetic import rescaled_offset
 from peft_sgrq.formats.scale_matrix import split_zero_points
-from peft_sgrq.formats.scaled_weight import ScaledWeight, rescaled_offset
+from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.formats.selectable_unit import SelectableUnit
 
 _PACKED = "TinyGemmWeightQBitsTensor"  # bfloat16, groups of 128: `(q - 8) * scale + offset` by another kernel

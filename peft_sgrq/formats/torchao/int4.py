@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from peft_sgrq.formats.scale_arithmetic import rescaled_offset
 from peft_sgrq.formats.scale_matrix import split_zero_points
-from peft_sgrq.formats.scaled_weight import rescaled_offset
 from peft_sgrq.formats.torchao.weight import TorchaoWeight, weight_type
 
 
