@@ -208,6 +208,10 @@ def test_an_adapter_of_missing_layers_is_refused(directory, llama_dir: Path):
     for field in ("selection", "base_fingerprint"):
         config[field]["model.layers.2.mlp.up_proj"] = config[field]["model.layers.1.mlp.up_proj"]
     path.write_text(json.dumps(config))
+    file = directory / "adapter_model.safetensors"
+    tensors = load_file(file)
+    again = {key.replace("layers.1", "layers.2"): t.clone() for key, t in tensors.items() if "1.mlp.up_proj" in key}
+    save_file(tensors | again, file)
     with pytest.raises(ValueError, match=r"does not have.*'model\.layers\.2\.mlp\.up_proj'"):
         PeftModel.from_pretrained(NF4.load(llama_dir), directory)
 
