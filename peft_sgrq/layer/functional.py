@@ -125,12 +125,13 @@ def _in_effect(
     prepared: torch.Tensor | None,
     delta: torch.Tensor,
     units: torch.Tensor | None,
+    scales: torch.Tensor | None,
     zero_points: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The scales a forward pass computed with, by what it prepared of them if that was kept."""
     if prepared is not None:
         return scaled_weight.prepared_scales(prepared)
-    return effective_scales(scaled_weight, delta, units, zero_points=zero_points)
+    return effective_scales(scaled_weight, delta, units, scales, zero_points)
 
 
 class _ScaledLinear(torch.autograd.Function):
@@ -168,12 +169,12 @@ class _ScaledLinear(torch.autograd.Function):
         scaled_weight: ScaledWeight = ctx.scaled_weight
         dy = grads[0].reshape(-1, grads[0].shape[-1])  # (T, N)
         dx = ddelta = sums = None
-        changed = _in_effect(scaled_weight, prepared, delta, units, zero_points)
-        if not delta.numel():
+        scales = scaled_weight.scales() if delta.numel() else None  # (R, G)
+        changed = _in_effect(scaled_weight, prepared, delta, units, scales, zero_points)
+        if scales is None:
             if ctx.needs_input_grad[0]:
                 dx = input_gradient(dy, changed, scaled_weight, prepared).reshape(ctx.x_shape)
             return dx, torch.zeros_like(delta) if ctx.needs_input_grad[1] else None, None, None, None, None, None
-        scales = scaled_weight.scales()  # (R, G)
         in_groups = saved is not None and scaled_weight.unit is SelectableUnit.GROUP
         if in_groups and dequantizes_once(dy, changed, scales, scaled_weight):
             # The sums are made this way if `dx` is not wanted, too: that must not change their bits.
@@ -226,11 +227,11 @@ class _ZeroPointGradient(torch.autograd.Function):
         dy = grads[0].reshape(-1, grads[0].shape[-1])  # (T, N)
         product = (pooled.to(dy.dtype).t() @ dy).t()  # (N, G); the few columns first is faster
         sums = scaled_weight.reduce_rows(product.float().contiguous())  # (R, G)
-        ddelta = None
+        ddelta = scales = None
         if ctx.needs_input_grad[2] and delta.numel():
-            moved = scaled_weight.scales() * (ZERO_POINT_UNIT * zero_points)
-            ddelta = select(moved * sums, units, scaled_weight.unit.dim)
-        changed, _ = split_zero_points(_in_effect(scaled_weight, prepared, delta, units))
+            scales = scaled_weight.scales()  # (R, G)
+            ddelta = select(scales * (ZERO_POINT_UNIT * zero_points) * sums, units, scaled_weight.unit.dim)
+        changed, _ = split_zero_points(_in_effect(scaled_weight, prepared, delta, units, scales))
         return grads[0], None, ddelta, ZERO_POINT_UNIT * changed * sums, None, None, None
 
 
