@@ -21,7 +21,7 @@ from mixed_columns import WAYS, Columns, diagonal_fisher
 
 from peft_sgrq import SGRQConfig, allocate_bits, recover
 from peft_sgrq.passes.data import load_batches
-from peft_sgrq.rotation.bit_plan import stored_bits
+from peft_sgrq.rotation.bit_plan import BitPlan, stored_bits
 from peft_sgrq.rotation.bit_values import Rounding
 from peft_sgrq.rotation.quantize import quantizable_layers
 from peft_sgrq.rotation.scheme import Scheme
@@ -100,17 +100,22 @@ class PlannedBench(Bench):
         """AutoRound's learned rounding, at one width or at those of the plan by the Fisher information."""
         from auto_round import AutoRound
 
-        model, known, layers = self.load(), {}, None
+        model, known = self.load(), {}
+        layers = quantizable_layers(model)
         if method == "autoround planned":
             plan = self.plan("fisher", bits, seed)
-            layers, known = plan.autoround(), {"uniform": plan.uniform}
+            known = {"uniform": plan.uniform}
+        else:
+            by_row = [name for name, layer in layers.items() if self.scheme.by_row(layer.in_features)]
+            widths = dict.fromkeys(layers, int(bits))
+            plan = BitPlan(widths, self.scheme.group_size, bits, 0, 0, method, by_row)
         rounder = AutoRound(
-            model,
+            self.load(),
             self.tokenizer,
             bits=int(bits),
             group_size=self.arguments.group_size,
             sym=True,
-            layer_config=layers,
+            layer_config=plan.autoround(),
             iters=self.arguments.iterations,
             nsamples=self.arguments.rows,
             seqlen=128,
@@ -120,7 +125,12 @@ class PlannedBench(Bench):
             device_map="cpu",
             enable_torch_compile=False,
         )
-        return rounder.quantize()[0], known
+        found = rounder.quantize()[0]
+        rounded = {name: found.get_submodule(name).weight.detach() for name in layers}
+        refuse_unrounded(rounded, plan.layers, self.scheme)
+        for name, layer in layers.items():  # AutoRound leaves all other weights in bfloat16
+            layer.weight.data = rounded[name].to(layer.weight.dtype)
+        return model, known
 
     def run(self, method: str, bits: float, seed: int) -> Run:
         """Perplexities before and after `recover`."""
@@ -135,6 +145,21 @@ class PlannedBench(Bench):
             model, self.load(), [rows], config, epochs=arguments.epochs, samples=None, seed=seed, progress=False
         )
         return {**known, "before": before, "after": self.perplexity(recovered.model)["test"]}
+
+
+def refuse_unrounded(weights: Mapping[str, torch.Tensor], widths: Mapping[str, int], scheme: Scheme) -> None:
+    """Refuses weights `[N, K]` with more numbers in a group than codes of their width: AutoRound passed them over."""
+    wrong = []
+    for name, weight in weights.items():
+        size = weight.shape[1] if scheme.by_row(weight.shape[1]) else scheme.group_size
+        numbers = weight.reshape(-1, size).sort(dim=1).values  # (groups, size)
+        if int((numbers.diff(dim=1) != 0).sum(1).max()) + 1 > 2 ** widths[name]:
+            wrong.append(f"{name} {list(weight.shape)}")
+    if wrong:
+        raise ValueError(
+            f"AutoRound left {len(wrong)} of {len(weights)} layers as they were, expected all of them rounded: "
+            f"{', '.join(wrong)}; it passes over those with a side that is no multiple of 32: choose another model."
+        )
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from peft_sgrq import quantize, rotate
 from peft_sgrq.passes.data import load_batches
 from peft_sgrq.rotation.quantize import quantizable_layers
+from peft_sgrq.rotation.rounding import quantized_weight
 from peft_sgrq.rotation.scheme import Scheme
 from peft_sgrq.selection.layerwise.probe import split_rows
 
@@ -103,6 +104,16 @@ def test_columns_of_two_widths_cost_what_they_say_and_the_rest_is_uniform(ids):
     errors = [(columns.weight(name, option) - layers[name].weight).norm().item() for option in columns.widths]
     assert errors == sorted(errors, reverse=True)
     assert columns.cost(name, 0) == 2 * 64 * 64 and columns.cost(name, PARTS + 1) == 64 * (64 * 3 + 16)
+
+
+def test_layers_that_autoround_passed_over_are_no_row_of_the_table():
+    scheme, generator = Scheme(4, group_size=16), torch.Generator().manual_seed(0)
+    for columns in (32, 40):  # groups; one scale a row
+        dense = torch.randn(8, columns, generator=generator)
+        rounded = quantized_weight(dense, scheme.weight_args(2, scheme.by_row(columns)))
+        planned_bits.refuse_unrounded({"one": rounded, "two": rounded.bfloat16()}, {"one": 2, "two": 2}, scheme)
+        with pytest.raises(ValueError, match=r"1 of 2 layers.*two \[8, "):
+            planned_bits.refuse_unrounded({"one": rounded, "two": dense}, {"one": 2, "two": 2}, scheme)
 
 
 def test_the_page_has_the_tables_of_the_results():
