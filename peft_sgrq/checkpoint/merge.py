@@ -13,7 +13,7 @@ from typing import NamedTuple
 from peft_sgrq.checkpoint.gguf import find_gguf_base, plan_gguf_merge, write_gguf_merge
 from peft_sgrq.checkpoint.plan import MergePlan, plan_merge
 from peft_sgrq.files.folder import INDEX, write_json
-from peft_sgrq.files.output import check_merged_folder
+from peft_sgrq.files.output_folder import check_merged_folder
 from peft_sgrq.files.sources import find_adapter, find_folder, name_of_base, other_files
 
 logger = logging.getLogger(__name__)

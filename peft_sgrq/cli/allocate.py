@@ -7,8 +7,6 @@ The plan is JSON with the same for compressed-tensors, AutoRound (`layer_config`
 from __future__ import annotations
 
 import argparse
-import json
-import os
 
 from peft_sgrq.cli.inputs import (
     add_data_arguments,
@@ -18,7 +16,9 @@ from peft_sgrq.cli.inputs import (
     load_data,
     load_dense,
 )
-from peft_sgrq.files.output import check_apart, check_not_read, check_output, check_output_folder, written
+from peft_sgrq.files.output import check_output
+from peft_sgrq.files.output_folder import check_output_folder, written_folder
+from peft_sgrq.files.paths_apart import check_apart, check_not_read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,13 +64,11 @@ def run(args: argparse.Namespace) -> int:
         **data_options(args),
     )
     if args.checkpoint:
-        checkpoint = os.path.realpath(args.checkpoint)
         quantize(model, plan)
-        model.save_pretrained(checkpoint)
-        tokenizer.save_pretrained(checkpoint)
-    tools = {"compressed_tensors": plan.quantization_config(), "autoround": plan.autoround()}
-    with written(args.output) as scratch, open(scratch, "w", encoding="utf-8") as file:
-        json.dump({"plan": plan.as_dict(), **tools, "gptqmodel": plan.gptqmodel()}, file, indent=1)
+        with written_folder(args.checkpoint) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    plan.save(args.output)
     print(plan.table())
     return 0
 

@@ -20,7 +20,8 @@ from peft_sgrq.cli.inputs import (
     load_data,
     load_model,
 )
-from peft_sgrq.files.output import check_not_read, check_output, is_standard_output
+from peft_sgrq.files.output import check_output, is_standard_output
+from peft_sgrq.files.paths_apart import check_not_read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

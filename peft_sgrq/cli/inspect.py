@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from peft_sgrq.choices import DEFAULT_BUDGET
 from peft_sgrq.cli.argument_types import budget, ratio
 from peft_sgrq.files.hub import check_source
-from peft_sgrq.files.output import check_not_read, is_standard_output
+from peft_sgrq.files.output import is_standard_output
+from peft_sgrq.files.paths_apart import check_not_read
 from peft_sgrq.files.sources import check_adapter_folder
 
 if TYPE_CHECKING:

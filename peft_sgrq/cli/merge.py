@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from peft_sgrq.cli.inputs import check_adapter
-from peft_sgrq.files.output import check_merged_folder
+from peft_sgrq.files.output_folder import check_merged_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

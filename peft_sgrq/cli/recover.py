@@ -22,7 +22,8 @@ from peft_sgrq.cli.inputs import (
     load_data,
     load_model,
 )
-from peft_sgrq.files.output import check_apart, check_not_read, check_output_folder
+from peft_sgrq.files.output_folder import check_output_folder, written_folder
+from peft_sgrq.files.paths_apart import check_apart, check_not_read
 
 if TYPE_CHECKING:
     from peft_sgrq.recovery.recover import Recovery
@@ -84,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
         if os.path.exists(progress_file):
             print(f"The finished blocks are in {progress_file}: the same command goes on from it.", file=sys.stderr)
         raise
-    found.model.save_pretrained(os.path.realpath(args.output))
+    with written_folder(args.output) as folder:
+        found.model.save_pretrained(folder)
     if os.path.exists(progress_file):
         os.remove(os.path.realpath(progress_file))
     for block in found.blocks:

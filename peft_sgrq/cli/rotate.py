@@ -7,7 +7,6 @@ to nearest at the bits of `--scheme` and saves that.
 from __future__ import annotations
 
 import argparse
-import os
 
 from peft_sgrq.cli.inputs import (
     add_data_arguments,
@@ -17,7 +16,9 @@ from peft_sgrq.cli.inputs import (
     load_data,
     load_dense,
 )
-from peft_sgrq.files.output import check_apart, check_not_read, check_output, check_output_folder
+from peft_sgrq.files.output import check_output
+from peft_sgrq.files.output_folder import check_output_folder, written_folder
+from peft_sgrq.files.paths_apart import check_apart, check_not_read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,9 +63,9 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.quantize:
         quantize(model, args.scheme, group_size=args.group_size)
-    output = os.path.realpath(args.output)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    with written_folder(args.output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     if args.report:
         found.save(args.report)
     print(found)

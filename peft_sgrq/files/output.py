@@ -39,14 +39,14 @@ def written(path: str | os.PathLike[str]) -> Iterator[str]:
     path = os.fspath(path)
     kind = _kind(path)
     if kind is None or stat.S_ISREG(kind):
-        with _scratch(path) as (scratch, target):
-            with _as_os_error(path):
+        with scratch_file(path) as (scratch, target):
+            with as_os_error(path):
                 yield scratch
             _put(scratch, target)
         return
     with tempfile.TemporaryDirectory(prefix="sgrq-") as folder:
         scratch = os.path.join(folder, f"output{_ending(path)}")
-        with _as_os_error(path):
+        with as_os_error(path):
             yield scratch
         _copy_into(scratch, path)
 
@@ -68,110 +68,17 @@ def check_output(path: str | os.PathLike[str], what: str = "The output") -> None
             if not _may_write(path):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             return
-        made = _make_folders(os.path.dirname(os.path.realpath(path)))
+        made = make_folders(os.path.dirname(os.path.realpath(path)))
         try:
-            with _scratch(path):
+            with scratch_file(path):
                 pass
         finally:
-            _remove_folders(made)
+            remove_folders(made)
     except OSError as error:
         raise ValueError(
             f"{what} {path!r} cannot be written ({error.strerror or error}), expected a file in a folder that can be "
             "written to; name another."
         ) from error
-
-
-def check_apart(path: str | os.PathLike[str], folder: str | os.PathLike[str], what: str = "The output") -> None:
-    """Refuses a file and a folder, both to be written, if the folder is to be where the file is.
-
-    Args:
-        path (`str` or path): The file.
-        folder (`str` or path): The folder.
-        what (`str`): What the file is, to begin the sentence with.
-    """
-    if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(path)):
-        raise ValueError(
-            f"{what} {os.fspath(path)!r} is a file to be written and the folder {os.fspath(folder)!r} is to be in its "
-            "place, expected two paths; name another."
-        )
-
-
-def check_not_read(path: str | os.PathLike[str], *sources: str | None) -> None:
-    """Refuses a file to be written if it is one that is read, or in a folder that is: it would be lost.
-
-    Args:
-        path (`str` or path): The file to be written.
-        sources (`str` or `None`): What is read: files, folders, or names of the Hub.
-    """
-    target = os.path.realpath(path)
-    for source in sources:
-        if source is None or not os.path.isfile(target) or not os.path.exists(source):
-            continue
-        if Path(target).is_relative_to(os.path.realpath(source)):
-            what = "read, too" if os.path.isfile(source) else f"a file of {source!r}, which is read"
-            raise ValueError(
-                f"The output {os.fspath(path)!r} is {what}, expected another file: what is in it would be lost; name "
-                "another, or delete it first."
-            )
-
-
-def check_output_folder(path: str | os.PathLike[str]) -> str:
-    """Refuses a path where no new folder can be made; nothing is left behind.
-
-    Args:
-        path (`str` or path): The folder to be made. It may be there if it is empty.
-
-    Returns:
-        `str`: The folder, links followed.
-
-    Raises:
-        ValueError: If it is there with something in it, is no folder, or cannot be made.
-    """
-    target = os.path.realpath(path)
-    if os.path.lexists(target) and not (os.path.isdir(target) and not os.listdir(target)):
-        raise ValueError(
-            f"The output {os.fspath(path)!r} exists already, expected a new folder; delete it, or name another one."
-        )
-    try:
-        made = _make_folders(target)
-        try:
-            with _scratch(os.path.join(target, "probe")):
-                pass
-        finally:
-            _remove_folders(made)
-    except OSError as error:
-        raise ValueError(
-            f"The output {os.fspath(path)!r} cannot be written ({error.strerror or error}), expected a folder that "
-            "can be made; name another."
-        ) from error
-    return target
-
-
-def check_merged_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
-    """Refuses a path where no folder can be made beside its place and renamed; nothing but a folder is ever replaced.
-
-    Args:
-        path (`str` or path): The folder to be made.
-        overwrite (`bool`): Whether one that is there is to be replaced.
-
-    Returns:
-        `Path`: The folder, links followed.
-
-    Raises:
-        ValueError: If it is there and not to be replaced, is no folder, or cannot be made.
-    """
-    if os.path.exists(path) and not overwrite:
-        raise ValueError(
-            f"{path} exists already, expected a folder to be made; choose another, or replace it with "
-            "`overwrite=True` (--overwrite)."
-        )
-    target = Path(os.path.realpath(path))
-    if not os.path.lexists(target):
-        check_output_folder(target)
-    elif not target.is_dir():
-        raise ValueError(f"{path} is no folder, expected one to be replaced, or none; choose another.")
-    check_output(target.parent / "probe")  # the merged folder is renamed there
-    return target
 
 
 def is_standard_output(path: str | os.PathLike[str]) -> bool:
@@ -202,7 +109,7 @@ def _kind(path: str) -> int | None:
 
 
 @contextmanager
-def _scratch(path: str) -> Iterator[tuple[str, str]]:
+def scratch_file(path: str) -> Iterator[tuple[str, str]]:
     """An empty file beside a path (elsewhere if only the file itself may be written to), and what it is to become."""
     target = os.path.realpath(path)
     there = os.path.exists(target)
@@ -254,18 +161,21 @@ def _copy_into(scratch: str, path: str) -> None:
 
 
 @contextmanager
-def _as_os_error(path: str) -> Iterator[None]:
+def as_os_error(path: str) -> Iterator[None]:
+    """While this is open, what libraries make of a file system's errors is an OSError again."""
     try:
         yield
-    except SafetensorError as error:  # what safetensors makes of a full disk
-        raise OSError(f"{path} could not be written: {error}") from error
+    except Exception as error:  # what safetensors and tokenizers make of a full disk
+        if isinstance(error, SafetensorError) or (type(error) is Exception and "os error" in str(error)):
+            raise OSError(f"{path} could not be written: {error}") from error
+        raise
 
 
 def _ending(path: str) -> str:
     return Path(path).suffix  # libraries tell formats by it
 
 
-def _make_folders(folder: str) -> list[str]:
+def make_folders(folder: str) -> list[str]:
     """Makes the folders of a path that are not there, and names them, the deepest first."""
     missing: list[str] = []
     while not os.path.lexists(folder):
@@ -275,12 +185,12 @@ def _make_folders(folder: str) -> list[str]:
         try:
             os.makedirs(missing[0], exist_ok=True)
         except OSError:
-            _remove_folders(missing)
+            remove_folders(missing)
             raise
     return missing
 
 
-def _remove_folders(folders: list[str]) -> None:
+def remove_folders(folders: list[str]) -> None:
     for folder in folders:
         with suppress(OSError):
             os.rmdir(folder)

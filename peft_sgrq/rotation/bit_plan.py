@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from peft_sgrq.files.output import written
+from peft_sgrq.files.described import read_described, write_described
 from peft_sgrq.rotation.scheme import Scheme
 
 _WORD = 32  # codes are packed into int32, row by row
@@ -94,18 +92,22 @@ class BitPlan:
         size = -1 if name in self.by_row else self.group_size
         return {"bits": self.layers[name], "group_size": size, "sym": True}
 
-    def as_dict(self) -> dict[str, Any]:
-        """Its fields, as JSON holds them."""
-        return asdict(self)
-
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes it as JSON."""
-        with written(path) as scratch, open(scratch, "w", encoding="utf-8") as file:
-            json.dump(self.as_dict(), file, indent=1)
+        """Writes it as JSON, with what compressed-tensors, AutoRound and GPTQModel are told."""
+        told = {
+            "compressed_tensors": self.quantization_config(),
+            "autoround": self.autoround(),
+            "gptqmodel": self.gptqmodel(),
+        }
+        write_described(path, "bit plan", {"plan": asdict(self), **told})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BitPlan:
-        """Reads what `save` wrote."""
-        with open(path, encoding="utf-8") as file:
-            fields: Mapping[str, Any] = json.load(file)
+        """Reads what `save` or `peft-sgrq allocate` wrote.
+
+        Raises:
+            ValueError: If the file holds no plan.
+            OSError: If there is none.
+        """
+        fields = read_described(path, "bit plan")["plan"]
         return cls(**{**fields, "curve": [tuple(point) for point in fields["curve"]]})

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
-from peft_sgrq.files.output import written
+from peft_sgrq.files.described import read_described, write_described
 from peft_sgrq.rotation.errors import RotationError
 
 
@@ -48,13 +46,16 @@ class Rotations:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes it as JSON."""
-        with written(path) as scratch, open(scratch, "w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1)
+        write_described(path, "rotations", asdict(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Rotations:
-        """Reads what `save` wrote."""
-        with open(path, encoding="utf-8") as file:
-            fields: dict[str, Any] = json.load(file)
+        """Reads what `save` or `peft-sgrq rotate` wrote.
+
+        Raises:
+            ValueError: If the file holds no rotations.
+            OSError: If there is none.
+        """
+        fields = read_described(path, "rotations")
         fields["errors"] = [RotationError(**error) for error in fields["errors"]]
         return cls(**fields)

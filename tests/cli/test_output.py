@@ -17,7 +17,8 @@ from support.saliencies import example
 
 from peft_sgrq import SGRQConfig, merge_checkpoint
 from peft_sgrq.cli import main
-from peft_sgrq.files.output import check_output, check_output_folder, written
+from peft_sgrq.files.output import check_output, written
+from peft_sgrq.files.output_folder import check_output_folder, written_folder
 from peft_sgrq.recovery.progress import ProgressFile
 from peft_sgrq.selection.report.plot import plot_report
 from peft_sgrq.selection.report.report import report_saliency
@@ -226,6 +227,26 @@ def test_files_and_folders_that_may_not_be_written_to_are_left_alone(place_for_a
     assert os.waitpid(process, 0)[1] == 0
     closed.chmod(0o755)
     assert protected.read_bytes() == b"mine" and [path.name for path in closed.iterdir()] == ["open"]
+
+
+@pytest.mark.parametrize("place", ["new", "x/y", "there", "link"])
+def test_a_folder_is_written_whole_or_not_at_all(place, tmp_path: Path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    before = sorted(tmp_path.rglob("*"))
+    for error in (KeyboardInterrupt, RuntimeError, Exception("No space left on device (os error 28)")):
+        expected = OSError if isinstance(error, Exception) else error
+        with pytest.raises(expected), written_folder(tmp_path / place) as folder:
+            (Path(folder) / "model.safetensors").write_bytes(DATA)
+            (Path(folder) / "part").mkdir()
+            raise error
+        assert sorted(tmp_path.rglob("*")) == before
+    with written_folder(tmp_path / place) as folder:
+        (Path(folder) / "part").mkdir()
+        (Path(folder) / "part" / "config.json").write_bytes(DATA)
+        (Path(folder) / "model.safetensors").write_bytes(DATA)
+    assert (tmp_path / place / "part" / "config.json").read_bytes() == DATA
+    assert not list(tmp_path.rglob(".sgrq*")) and (tmp_path / "link").is_symlink()
 
 
 def test_progress_is_kept_in_files_alone(tmp_path: Path):

@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.saliencies import example
 
+from peft_sgrq import BitPlan, Rotations
 from peft_sgrq.cli import main
+from peft_sgrq.files.paths_apart import check_not_read
+from peft_sgrq.recovery.progress import ProgressFile
 
 RECOVER = ["recover", "model", "--reference", "reference", "--data", "data.txt"]
 LOST = {  # what is read and would be written
@@ -16,6 +20,9 @@ LOST = {  # what is read and would be written
     "allocate: model": ["allocate", "model", "data.txt", "-o", "model/config.json"],
     "rotate: data": ["rotate", "model", "--data", "data.txt", "-o", "new", "--report", "data.txt"],
     "recover: reference": [*RECOVER, "-o", "new", "--progress-file", "reference/config.json"],
+    "calibrate: before the shards": ["calibrate", "model", "data.txt", "-o", "model/model.safetensors"],
+    "allocate: tokenizer": ["allocate", "model", "data.txt", "-o", "model/tokenizer.json"],
+    "calibrate: a file of the model": ["calibrate", "model", "data.txt", "-o", "model/notes.txt"],
     "inspect: itself": ["inspect", "saliency.png", "--plot", "saliency.png"],
     "inspect: saliency": ["inspect", "adapter", "--saliency", "saliency.png", "--plot", "saliency.png"],
 }
@@ -24,6 +31,8 @@ IN_PLACE = {  # of another output
     "allocate: below": ["allocate", "model", "data.txt", "-o", "new", "--checkpoint", "new/checkpoint"],
     "rotate": ["rotate", "model", "-o", "new", "--report", "new/"],
     "rotate: below": ["rotate", "model", "-o", "new/checkpoint", "--report", "new"],
+    "rotate: a file of it": ["rotate", "model", "-o", "new", "--report", "new/config.json"],
+    "allocate: a file of it": ["allocate", "model", "data.txt", "-o", "new/tokenizer.json", "--checkpoint", "new"],
     "recover": [*RECOVER, "-o", "new", "--progress-file", "new"],
     "recover: below": [*RECOVER, "-o", "new", "--progress-file", "new/progress"],
     "recover: by a link": [*RECOVER, "-o", "new", "--progress-file", "to-new"],
@@ -35,7 +44,7 @@ def place(tmp_path: Path, monkeypatch) -> Path:
     for folder in ("model", "reference", "adapter"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json").write_text("{}")
-    for name in ("model/model.safetensors", "data.txt", "saliency.png"):
+    for name in ("model/model.safetensors", "model/notes.txt", "data.txt", "saliency.png"):
         (tmp_path / name).write_text("mine")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / "adapter" / name).write_text("{}")
@@ -65,6 +74,15 @@ def test_two_outputs_are_not_to_be_in_one_place(case, place, capsys):
     error = capsys.readouterr().err
     assert "new" in error and "expected" in error
     assert content(place) == before and not (place / "new").exists()
+
+
+def test_what_an_earlier_run_left_in_a_folder_is_written_over(place):
+    example().save(place / "model" / "saliency.safetensors")
+    ProgressFile(place / "model" / "recovery.progress", {}).save()
+    Rotations(0, "W4A16", {}).save(place / "model" / "rotations.json")
+    BitPlan({"a": 4}, 64, 4.5, 1, 1, "fisher").save(place / "model" / "plan.json")
+    for name in ("saliency.safetensors", "recovery.progress", "rotations.json", "plan.json", "new.png", "new.json"):
+        check_not_read(str(place / "model" / name), str(place / "model"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from support.bases import logits, train_steps
 from support.rotated_models import assert_same, random_model, state
 from transformers import AutoModelForCausalLM
 
-from peft_sgrq import BitPlan, SGRQConfig, allocate_bits, quantize
+from peft_sgrq import BitPlan, Rotations, SGRQConfig, allocate_bits, quantize
 from peft_sgrq.passes.data import load_batches
 from peft_sgrq.rotation.bit_values import Rounding, by_fisher, by_measured_loss, by_output, mean_loss
 from peft_sgrq.rotation.quantize import quantizable_layers
@@ -212,5 +212,8 @@ def test_the_command_writes_a_plan_and_a_checkpoint(llama_dir, tmp_path):
     arguments = ["--bits", "3.6", "--checkpoint", out, "--quiet", "--max-length", "32"]
     assert main(["allocate", str(llama_dir), str(text), "-o", plan, *arguments]) == 0
     found = json.loads((tmp_path / "plan.json").read_text())
-    assert set(found) == {"plan", "compressed_tensors", "autoround", "gptqmodel"}
+    assert {"plan", "compressed_tensors", "autoround", "gptqmodel"} < set(found)
+    assert BitPlan.load(plan).layers == found["plan"]["layers"]
+    with pytest.raises(ValueError, match="expected a saved 'rotations'"):
+        Rotations.load(plan)
     assert AutoModelForCausalLM.from_pretrained(out).config.quantization_config.quant_method == "compressed-tensors"
