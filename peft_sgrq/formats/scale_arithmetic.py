@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 def inverse_or_zero(scales: torch.Tensor) -> torch.Tensor:
     """`1 / S`, and zero where a scale is zero."""
-    return torch.where(scales == 0, 0.0, 1 / scales)
+    return (1 / scales).nan_to_num(torch.nan, 0.0, 0.0)
 
 
 def rescaled_offset(
@@ -26,8 +26,10 @@ def rescaled_offset(
         original (`torch.Tensor`): The stored scales, same shape.
         moves (`torch.Tensor` or `None`): By how many steps the zero point moves, same shape.
     """
-    changed = torch.where(original == 0, offset, offset * (scales / original))
-    return changed if moves is None else torch.where(moves == 0, changed, changed + scales * moves)
+    # No `torch.where`, which takes a CPU as long as all of this. Zero is taken away from an offset, not added, lest a
+    # negative zero become another.
+    changed = offset * (scales / original).nan_to_num(1.0, 1.0, 1.0)
+    return changed if moves is None else changed - (0.0 - scales * moves)
 
 
 def gather_groups(values: torch.Tensor, units: torch.Tensor | None, count: int, size: int) -> torch.Tensor:

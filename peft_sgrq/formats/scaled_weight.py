@@ -123,6 +123,10 @@ class ScaledWeight(ScaleMatrix):
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """Sums the input over the columns of each group, `[..., K]` -> float32 `[T, groups]`."""
         columns = self.select_columns(self.computed_input(x), None)  # (T, G * g)
+        if columns.device.type == "cpu" and columns.dtype != torch.float32:
+            # A product sums in float32, too, and needs no copy in float32; its users round it to this dtype anyway.
+            ones = columns.new_ones(self.group_size, 1)
+            return (columns.reshape(-1, self.group_size) @ ones).view(len(columns), -1)
         return columns.unflatten(1, (-1, self.group_size)).sum(-1, dtype=torch.float32)
 
     def reduce_rows(self, sums: torch.Tensor) -> torch.Tensor:
@@ -141,6 +145,10 @@ class ScaledWeight(ScaleMatrix):
         return x
 
     # numbers
+
+    def read_once(self) -> ScaledWeight:
+        """The same for a few uses, between which nothing writes to it: it may keep what it reads, and is dropped."""
+        return self
 
     @classmethod
     def obstacle(cls, module: nn.Module) -> str | None:

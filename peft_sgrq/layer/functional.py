@@ -226,13 +226,13 @@ class _ZeroPointGradient(torch.autograd.Function):
         scaled_weight: ScaledWeight = ctx.scaled_weight
         dy = grads[0].reshape(-1, grads[0].shape[-1])  # (T, N)
         product = (pooled.to(dy.dtype).t() @ dy).t()  # (N, G); the few columns first is faster
-        sums = scaled_weight.reduce_rows(product.float().contiguous())  # (R, G)
+        sums = scaled_weight.reduce_rows(product.float())  # (R, G)
         ddelta = scales = None
         if ctx.needs_input_grad[2] and delta.numel():
             scales = scaled_weight.scales()  # (R, G)
             ddelta = select(scales * (ZERO_POINT_UNIT * zero_points) * sums, units, scaled_weight.unit.dim)
         changed, _ = split_zero_points(_in_effect(scaled_weight, prepared, delta, units, scales))
-        return grads[0], None, ddelta, ZERO_POINT_UNIT * changed * sums, None, None, None
+        return grads[0], None, ddelta, (ZERO_POINT_UNIT * changed).mul_(sums), None, None, None
 
 
 def scaled_linear(
@@ -259,7 +259,8 @@ def scaled_linear(
         `torch.Tensor`: `[..., out_features]`, the bias included.
     """
     fixed = None if zero_points is None else zero_points.detach()
-    prepared = scaled_weight.prepare(effective_scales(scaled_weight, delta.detach(), units, zero_points=fixed))
+    read = scaled_weight.read_once()
+    prepared = read.prepare(effective_scales(read, delta.detach(), units, zero_points=fixed))
     y = _ScaledLinear.apply(x, delta, units, scaled_weight, saved_input or SavedInput(), fixed, prepared)
     if zero_points is None:
         return y

@@ -81,7 +81,7 @@ def dequantizes_once(
         return False
     effective, _ = split_zero_points(changed)
     # Half precision has no room for small weights. A scale that became zero has left nothing of its codes.
-    return dy.dtype != torch.float16 and not bool(((effective == 0) & (scales != 0)).any())
+    return dy.dtype != torch.float16 and int(effective.count_nonzero()) >= int(scales.count_nonzero())
 
 
 def both_gradients(
@@ -109,7 +109,9 @@ def both_gradients(
         summed = group_reduce(product, gather_groups(weight, chosen, count, size), size) * select(inverse, chosen, 1)
         if shift is not None:
             shift = select(shift.view(len(shift), count, -1), chosen, 1)  # (N, n, m)
-            pooled = product.view(*shift.shape, size // shift.shape[2]).sum(-1, dtype=torch.float32)
-            summed = summed - (pooled * shift).sum(-1)
+            # What the product sums up to over some columns is that with the input summed, which is far smaller.
+            pooled = x[:, own].unflatten(1, (-1, size // shift.shape[2])).sum(-1, dtype=torch.float32)  # (T, n * m)
+            moved = (pooled.t() @ dy.float()).t().view(shift.shape)  # (N, n, m)
+            summed = summed - (moved * shift).sum(-1)
         sums.append(summed)
     return torch.cat(sums, 1)

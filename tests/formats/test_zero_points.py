@@ -19,6 +19,7 @@ import peft_sgrq
 from peft_sgrq import SGRQConfig, merge_checkpoint, verify_checkpoint
 from peft_sgrq.formats.gguf.blocks import BY_NAME
 from peft_sgrq.formats.gguf.layers import GGUFLinear
+from peft_sgrq.formats.scale_arithmetic import rescaled_offset
 from peft_sgrq.layer.functional import ZERO_POINT_UNIT
 from peft_sgrq.selection.report.report import report_adapter
 
@@ -139,6 +140,17 @@ def test_gradients_equal_float64_references(format, ratio):
         assert delta.weight.numel() == 0
     sgrq.merge()
     assert relative_error(x.grad, dy.double() @ format.weight(sgrq.base_layer).double()) < tolerance
+
+
+def test_an_offset_whose_zero_point_stays_keeps_its_bits_and_another_moves_by_the_new_scale():
+    offsets = torch.tensor([-0.0, 0.0, -0.0, 1.5, -2.0, 3.0])
+    old, new = torch.tensor([1.0, -1.0, 0.0, 0.0, 2.0, -2.0]), torch.tensor([1.0, -1.0, 0.0, 0.0, 3.0, -2.0])
+    expected = torch.tensor([-0.0, 0.0, -0.0, 1.5, -3.0, 3.0])
+    for moves in (None, torch.zeros(6), -torch.zeros(6)):
+        kept = rescaled_offset(offsets, new, old, moves)
+        assert torch.equal(kept, expected) and torch.equal(kept.signbit(), expected.signbit())
+    moved = rescaled_offset(offsets, new, old, torch.full((6,), 0.5))
+    assert torch.equal(moved, torch.tensor([0.5, -0.5, 0.0, 1.5, -1.5, 2.0]))
 
 
 def maps(format, scaled_weight):

@@ -6,6 +6,7 @@ that `W'` is the weight times `1 + delta`.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ class Factors(NamedTuple):
 
 
 class BlockScales:
-    """One scale for each block.
+    """One scale for each block. What is read of the blocks is kept, so that objects of it are for one use.
 
     Args:
         kind (`BlockType`): The type of the blocks.
@@ -52,18 +53,23 @@ class BlockScales:
         """Which bytes of a block a change of scales may change, ascending."""
         return self.kind.scale_bytes
 
-    def _halves(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        kind = self.kind
-        offset = None if kind.offset_at is None else read_half(self.blocks, kind.offset_at)
-        return read_half(self.blocks, kind.scale_at), offset
+    @cached_property
+    def _scale(self) -> torch.Tensor:
+        """`d`, float32 `[blocks, 1]`."""
+        return read_half(self.blocks, self.kind.scale_at)
+
+    @cached_property
+    def _offset(self) -> torch.Tensor | None:
+        """`m`, float32 `[blocks, 1]`."""
+        return None if self.kind.offset_at is None else read_half(self.blocks, self.kind.offset_at)
 
     def scales(self) -> torch.Tensor:
         """The scales, float32 `[N, groups]`."""
-        return read_half(self.blocks, self.kind.scale_at).view(self.rows, -1)
+        return self._scale.view(self.rows, -1)
 
     def offsets(self) -> torch.Tensor | None:
         """The stored offsets that belong to the scales, float32 `[N, groups]`; `None` in types without."""
-        offset = self._halves()[1]
+        offset = self._offset
         return None if offset is None else offset.view(self.rows, -1)
 
     def round(self, scales: torch.Tensor) -> torch.Tensor:
@@ -94,14 +100,14 @@ class BlockScales:
         if self.kind.sub is None:
             return Factors(scales, offsets)
         sub = self.kind.sub.read(self.blocks[:, self.kind.sub.at])
-        shifts = None if sub.minimums is None or offsets is None else -(offsets * sub.minimums)
-        return Factors(scales * sub.scales, shifts)
+        shifts = None if sub.minimums is None or offsets is None else -(offsets * sub.minimums.float())
+        return Factors(scales * sub.scales.float(), shifts)
 
     def unit_factors(self) -> Factors:
         """The factors at which the weight is the unit-scale values `C`: a scale of one, an offset of `M / S`."""
         scales, offsets = self.scales(), self.offsets()
         if offsets is not None:
-            offsets = torch.where(scales == 0, 0.0, offsets / scales)
+            offsets = (offsets / scales).nan_to_num_(0.0, 0.0, 0.0)  # none where a scale is zero
         return self.factors(torch.ones_like(scales), offsets)
 
     def to_codes(self, scales: torch.Tensor, factors: Factors) -> tuple[torch.Tensor, torch.Tensor | None]:

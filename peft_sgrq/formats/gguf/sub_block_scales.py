@@ -14,6 +14,8 @@ stored bytes and the scales alone, so training, merging in memory and merging on
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 
 from peft_sgrq.formats.gguf.block_scales import BlockScales, Factors, round_half
@@ -21,6 +23,9 @@ from peft_sgrq.formats.gguf.blocks import BlockType, write_half
 from peft_sgrq.formats.gguf.sub_scales import Sub, SubScales
 from peft_sgrq.formats.scale_arithmetic import rescaled_offset
 from peft_sgrq.formats.scale_matrix import split_zero_points
+
+_NEVER = 1e20  # missed this many times as much, one part in 2^40 of the largest scale is more than any error there is
+_LARGE = 1e38  # divided by this a scale rounds to zero
 
 
 class SubBlockScales(BlockScales):
@@ -50,40 +55,39 @@ class SubBlockScales(BlockScales):
         at = self._stored.at
         return sorted({*self.kind.scale_bytes, *range(at.start, at.stop)})
 
+    @cached_property
     def _sub(self) -> Sub:
         return self._stored.read(self.blocks[:, self._stored.at])
 
     def scales(self) -> torch.Tensor:
-        return (self._halves()[0] * self._sub().scales).view(self.rows, -1)
+        return (self._scale * self._sub.scales.float()).view(self.rows, -1)
 
     def offsets(self) -> torch.Tensor | None:
-        offset, minimums = self._halves()[1], self._sub().minimums
-        return None if offset is None or minimums is None else -(offset * minimums).view(self.rows, -1)
+        offset, minimums = self._offset, self._sub.minimums
+        return None if offset is None or minimums is None else -(offset * minimums.float()).view(self.rows, -1)
 
     def round(self, scales: torch.Tensor) -> torch.Tensor:
         wanted = scales.reshape(self.blocks.shape[0], -1)  # (blocks, s)
-        scale, integers = self._split_scales(wanted)
-        return (scale * integers).view(self.rows, -1)
-
-    def _split_scales(self, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        sub = self._sub().scales.float()
-        return _nearest(wanted, self._halves()[0], sub, self._stored.lowest, self._stored.highest)
+        stored = self._stored
+        scale, integers = _nearest(wanted, self._scale, self._sub.scales, stored.lowest, stored.highest)
+        return _by_block(scale, integers).view(self.rows, -1)
 
     def _split_offsets(
         self, scales: torch.Tensor, moves: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        offset, minimums = self._halves()[1], self._sub().minimums
+        """The offsets that go with other scales, without their sign, as `_nearest` returns them."""
+        offset, minimums = self._offset, self._sub.minimums
         if offset is None or minimums is None:
             return None
-        before = offset * minimums  # (blocks, s), the offset without its sign
-        scale = self._halves()[0] * self._sub().scales
+        before = offset * minimums.float()  # (blocks, s)
         opposite = None if moves is None else -moves.reshape(before.shape)
-        wanted = rescaled_offset(before, scales.reshape(before.shape), scale, opposite)
-        return _nearest(wanted, offset, minimums.float(), 0, self._stored.highest)
+        original = self.scales().view(before.shape)
+        wanted = rescaled_offset(before, scales.reshape(before.shape), original, opposite)
+        return _nearest(wanted, offset, minimums, 0, self._stored.highest)
 
     def changed_offsets(self, scales: torch.Tensor, moves: torch.Tensor | None = None) -> torch.Tensor | None:
         split = self._split_offsets(scales, moves)
-        return None if split is None else -(split[0] * split[1]).view(self.rows, -1)
+        return None if split is None else _by_block(-split[0], split[1]).view(self.rows, -1)
 
     def factors(self, scales: torch.Tensor, offsets: torch.Tensor | None) -> Factors:
         count = self.blocks.shape[0]
@@ -92,21 +96,20 @@ class SubBlockScales(BlockScales):
     def with_scales(self, scales: torch.Tensor) -> torch.Tensor:
         scales, moves = split_zero_points(scales)
         kind, blocks = self.kind, self.blocks.clone()
-        scale, integers = _exactly(
-            scales.reshape(blocks.shape[0], -1), self._halves()[0], self._stored.lowest, self._stored.highest
-        )
+        stored = self._stored
+        scale, integers = _exactly(scales.reshape(blocks.shape[0], -1), self._scale, stored.lowest, stored.highest)
         # Bytes that say the same stay: a scale of zero times any integer.
-        sub = self._sub()
+        sub = self._sub
         kept = (scales.reshape(integers.shape) == self.scales().view(integers.shape)).all(1, keepdim=True)
-        scale = torch.where(kept, self._halves()[0], scale)
+        scale = torch.where(kept, self._scale, scale)
         integers = torch.where(kept, sub.scales.float(), integers)
         write_half(blocks, kind.scale_at, scale)
         minimums = sub.minimums
         split = self._split_offsets(scales, moves)
         if split is not None and kind.offset_at is not None:
-            write_half(blocks, kind.offset_at, split[0])
-            minimums = split[1].short()
-        blocks[:, self._stored.at] = self._stored.write(Sub(integers.short(), minimums))
+            write_half(blocks, kind.offset_at, split[0].reshape(-1, 1))
+            minimums = split[1].t().short()
+        blocks[:, stored.at] = stored.write(Sub(integers.short(), minimums))
         return blocks.view(self.rows, -1)
 
 
@@ -118,57 +121,64 @@ def _nearest(
     Args:
         wanted (`torch.Tensor`): float32 `[blocks, s]`.
         base (`torch.Tensor`): The half float that is stored, float32 `[blocks, 1]`.
-        integers (`torch.Tensor`): The integers that are stored, float32 `[blocks, s]`.
+        integers (`torch.Tensor`): The integers that are stored, of any dtype, `[blocks, s]`.
         lowest, highest (`int`): What an integer may be.
 
     Returns:
-        The half floats, float32 `[blocks, 1]`, and the integers, float32 `[blocks, s]`.
+        The half floats, float32 `[1, blocks]`, and the integers, float32 `[s, blocks]`.
     """
     # Sub-blocks first from here on: what there is once a super-block meets long rows then, which is fast. So are sums
-    # and products in place of `torch.where`, whose branches a processor cannot foresee.
-    wanted, base, integers = wanted.t().contiguous(), base.t(), integers.t().contiguous()  # (s, blocks), (1, blocks)
+    # and products of floats in place of comparisons and `torch.where`, which a CPU does one number at a time.
+    wanted, base = wanted.t().contiguous(), base.t()  # (s, blocks), (1, blocks)
+    integers = integers.t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # (s, blocks)
+    largest, level, finite = _largest(wanted, integers)
+    end = highest - (level < 0) * (highest - lowest) if lowest < 0 else torch.full_like(level, highest)
+    tried = round_half((largest / torch.cat((level, end))).nan_to_num_(0.0, 0.0, 0.0))  # (2, blocks)
+    # Errors are in parts of the largest scale, lest they underflow. A scale that is to stay must not be missed.
     stays = (base * integers).eq_(wanted)
-    largest, level = _largest(wanted, integers)
-    unit = largest + (largest == 0)
-    end = highest - (level < 0) * (highest - lowest) if lowest < 0 else highest
-    best = base
-    least = _error(_missed(wanted, base, lowest, highest), unit)
-    for divisor in (level, end):
-        scale = round_half((largest / divisor).nan_to_num_(0.0, 0.0, 0.0))
-        missed = _missed(wanted, scale, lowest, highest)
-        moved = (missed * stays).abs_().amax(0, keepdim=True)  # none with the scale that is stored
-        error = _error(missed, unit)
-        better = (error < least) & (moved == 0)  # never with a scale of zero
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
-    zero = best == 0
-    found = (wanted / best.masked_fill(zero, torch.inf)).round_().clamp_(lowest, highest)
-    found += zero * integers  # bytes that say the same stay
-    # What is NaN or infinite is no number then, for checks to find it.
-    return best.reshape(-1, 1), found.add_(wanted - wanted).t().contiguous()
+    weight = stays.mul_(_NEVER).add_(1).div_(largest + (largest == 0))
+    best, least = base, _error(wanted, base, weight, lowest, highest)
+    for scale in tried.split(1):
+        error = _error(wanted, scale, weight, lowest, highest)
+        best = torch.where(error < least, scale, best)  # never a scale of zero
+        least = torch.minimum(error, least)
+    found = _multiples(wanted, best, lowest, highest)
+    found += (best == 0).float() * integers  # bytes that say the same stay
+    return best * finite, found
 
 
-def _missed(wanted: torch.Tensor, scale: torch.Tensor, lowest: int, highest: int) -> torch.Tensor:
-    """By how much the nearest multiples of a scale miss what is wanted, `[s, n]`; zero where that is NaN."""
-    missed = (wanted / scale).round_().clamp_(lowest, highest).mul_(scale).sub_(wanted)
-    return missed.nan_to_num_(0.0)  # none is missed where both are zero
+def _multiples(wanted: torch.Tensor, scale: torch.Tensor, lowest: int, highest: int) -> torch.Tensor:
+    """The integers that times a scale are nearest to what is wanted, `[s, n]`; zero where the scale is."""
+    return (wanted / (scale + (scale == 0).float() * _LARGE)).round_().clamp_(lowest, highest)
 
 
-def _largest(wanted: torch.Tensor, integers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first of the largest scales of each super-block, signs aside, and its integer; `[s, n]` to `[1, n]`."""
+def _error(wanted: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, lowest: int, highest: int) -> torch.Tensor:
+    """The squares of what the nearest multiples of a scale miss, weighted and added up, `[s, n]` to `[1, n]`."""
+    missed = _multiples(wanted, scale, lowest, highest).mul_(scale).sub_(wanted)
+    total = torch.zeros_like(scale)
+    for row in missed.mul_(weight).square_():  # one after the other: the sum has the same bits everywhere
+        total += row
+    return total
+
+
+def _by_block(scale: torch.Tensor, integers: torch.Tensor) -> torch.Tensor:
+    """The products of what `_nearest` returns, float32 `[blocks, s]`."""
+    return (scale * integers).t().contiguous()
+
+
+def _largest(wanted: torch.Tensor, integers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The largest scale of each super-block, the sign aside and the first of several, its integer, and one.
+
+    All `[1, n]`. In place of one there is NaN where a scale is NaN or infinite: that makes no number then, for checks
+    to find it.
+    """
     count = len(wanted)
     size = wanted.abs()
-    places = torch.arange(count, 0, -1, device=wanted.device).unsqueeze(1)  # (s, 1)
-    first = (size.eq_(size.amax(0, keepdim=True)) * places).amax(0, keepdim=True)
+    places = torch.arange(count, 0, -1, dtype=torch.float32, device=wanted.device).unsqueeze(1)  # (s, 1)
+    bound = size.amax(0, keepdim=True)
+    first = size.eq_(bound).mul_(places).amax(0, keepdim=True)
     place = (count - first).clamp_(max=count - 1).long()  # none is the largest where one is NaN
-    return wanted.gather(0, place), integers.gather(0, place)
-
-
-def _error(missed: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """The sum of squares, `[s, n]` to `[1, n]`, in parts of a unit, lest they underflow. Writes to `missed`."""
-    error = torch.zeros_like(unit)
-    for row in missed.div_(unit).square_():  # one after the other: the sum has the same bits everywhere
-        error += row
-    return error
+    return wanted.gather(0, place), integers.gather(0, place), (bound - bound).add_(1)
 
 
 def _exactly(made: torch.Tensor, base: torch.Tensor, lowest: int, highest: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ import torch
 
 
 class Sub(NamedTuple):
-    """Scales and minimums of the sub-blocks, int16 `[n, sub-blocks]`; `minimums` is `None` where a type has none."""
+    """Scales and minimums of the sub-blocks, integers `[n, sub-blocks]`; `None` where a type has no minimums."""
 
     scales: torch.Tensor
     minimums: torch.Tensor | None
@@ -39,7 +39,7 @@ class SubScales(NamedTuple):
 
 
 def _read_q2_k(packed: torch.Tensor) -> Sub:
-    return Sub((packed & 15).short(), (packed >> 4).short())
+    return Sub(packed & 15, packed >> 4)
 
 
 def _write_q2_k(sub: Sub) -> torch.Tensor:
@@ -50,7 +50,7 @@ def _write_q2_k(sub: Sub) -> torch.Tensor:
 def _read_q3_k(packed: torch.Tensor) -> Sub:
     low = torch.cat([packed[:, :8] & 15, packed[:, :8] >> 4], 1)
     high = torch.cat([(packed[:, 8:] >> shift) & 3 for shift in (0, 2, 4, 6)], 1)
-    return Sub((low | (high << 4)).short() - 32, None)
+    return Sub((low | (high << 4)).view(torch.int8) - 32, None)
 
 
 def _write_q3_k(sub: Sub) -> torch.Tensor:
@@ -62,10 +62,11 @@ def _write_q3_k(sub: Sub) -> torch.Tensor:
 
 
 def _read_q4_k(packed: torch.Tensor) -> Sub:
-    first, second, rest = packed[:, :4], packed[:, 4:8], packed[:, 8:12]
-    scales = torch.cat([first & 63, (rest & 15) | ((first >> 6) << 4)], 1)
-    minimums = torch.cat([second & 63, (rest >> 4) | ((second >> 6) << 4)], 1)
-    return Sub(scales.short(), minimums.short())
+    words = packed.view(torch.int32).t().contiguous()  # (3, n): four bytes at a time, blocks are multiples of that
+    first, rest = words[:2], words[2]
+    low = torch.stack([rest & 0x0F0F0F0F, (rest >> 4) & 0x0F0F0F0F])
+    both = torch.stack([first & 0x3F3F3F3F, low | ((first >> 2) & 0x30303030)], 2).view(torch.uint8)  # (2, n, 8)
+    return Sub(both[0], both[1])
 
 
 def _write_q4_k(sub: Sub) -> torch.Tensor:
@@ -77,7 +78,7 @@ def _write_q4_k(sub: Sub) -> torch.Tensor:
 
 
 def _read_q6_k(packed: torch.Tensor) -> Sub:
-    return Sub(packed.contiguous().view(torch.int8).short(), None)
+    return Sub(packed.view(torch.int8), None)
 
 
 def _write_q6_k(sub: Sub) -> torch.Tensor:
@@ -87,7 +88,7 @@ def _write_q6_k(sub: Sub) -> torch.Tensor:
 def _read_iq4_xs(packed: torch.Tensor) -> Sub:
     low = torch.stack([packed[:, 2:] & 15, packed[:, 2:] >> 4], -1).flatten(1)  # (n, 8)
     high = torch.cat([(packed[:, byte, None] >> shift) & 3 for byte in (0, 1) for shift in (0, 2, 4, 6)], 1)
-    return Sub((low | (high << 4)).short() - 32, None)
+    return Sub((low | (high << 4)).view(torch.int8) - 32, None)
 
 
 def _write_iq4_xs(sub: Sub) -> torch.Tensor:

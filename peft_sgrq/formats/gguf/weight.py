@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ class GGUFWeight(ScaledWeight):
     codes_follow: ClassVar[bool] = True
     saved_by = "`peft_sgrq.save_gguf(model, file)`"
     module: GGUFLinear
+    _read: BlockScales | None = None
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -43,7 +45,12 @@ class GGUFWeight(ScaledWeight):
 
     @property
     def _held(self) -> BlockScales:
-        return self.module.scales()
+        return self._read or self.module.scales()
+
+    def read_once(self) -> GGUFWeight:
+        weight = copy.copy(self)
+        weight._read = self.module.scales()
+        return weight
 
     def _part(self, rows: slice, blocks: slice) -> BlockScales:
         """The scales of some rows and some blocks of columns."""

@@ -78,7 +78,7 @@ class HQQWeight(ScaledWeight):
     def reduce_rows(self, sums: torch.Tensor) -> torch.Tensor:
         if self._axis == 1:
             return sums
-        return sums.view(self._shared, -1, sums.shape[1]).sum(0)  # (N / g, n): row o has the scales of row o % (N / g)
+        return sums.unflatten(0, (self._shared, -1)).sum(0)  # (N / g, n): row o has the scales of row o % (N / g)
 
     def scales(self) -> torch.Tensor:
         return self._meta["scale"].float().view(self.scales_shape)
