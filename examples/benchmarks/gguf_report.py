@@ -1,4 +1,4 @@
-"""Tables of what `gguf_table.py` and `gguf_steps.py` found.
+"""Tables of what `gguf_table.py`, `gguf_steps.py` and `gguf_memory.py` found.
 
     python examples/benchmarks/gguf_report.py docs/results/gguf-*.json
     python examples/benchmarks/gguf_report.py docs/results/gguf-*.json --update docs/gguf.md
@@ -25,7 +25,10 @@ def main() -> None:
 
 def describe(found: dict[str, Any]) -> str:
     """Markdown for what a file holds."""
-    return steps(found) if "milliseconds" in found["rows"][0] else methods(found)
+    first = found["rows"][0]
+    if "milliseconds" in first:
+        return steps(found)
+    return memory(found) if "most MB" in first else methods(found)
 
 
 def about(found: dict[str, Any]) -> str:
@@ -130,6 +133,14 @@ def steps(found: dict[str, Any]) -> str:
         f"{setting['repeats']}; each over the bare packed layer, but for the last two columns. {about(found)}\n\n"
         f"{table(rows)}"
     )
+
+
+def memory(found: dict[str, Any]) -> str:
+    """What a file takes in memory, by loader."""
+    rows = [["loaded by", "dtype", "MB in the end", "MB at the most"]]
+    rows += [[row["loader"], row["dtype"], f"{row['held MB']:.0f}", f"{row['most MB']:.0f}"] for row in found["rows"]]
+    setting = found["settings"]
+    return f"{setting['file']}, {setting['file MB']} MB, model and tokenizer. {about(found)}\n\n{table(rows)}"
 
 
 if __name__ == "__main__":

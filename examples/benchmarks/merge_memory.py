@@ -67,7 +67,7 @@ class Watch:
     """The most anonymous memory of this process while it is open, sampled."""
 
     def __enter__(self) -> Watch:
-        self.start = self.most = self._now()
+        self.start = self.most = self.now()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -81,10 +81,10 @@ class Watch:
 
     def _run(self) -> None:
         while not self._done.wait(0.005):
-            self.most = max(self.most, self._now())
+            self.most = max(self.most, self.now())
 
     @staticmethod
-    def _now() -> float:
+    def now() -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("RssAnon"))
 

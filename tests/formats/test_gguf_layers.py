@@ -10,12 +10,14 @@ import torch
 from peft import get_peft_model
 from support.ggml import ALL_TYPES, dequantize, random_blocks, some_blocks
 from support.oracle import relative_error
-from support.single_layers import delta_of, the_layer
+from support.single_layers import delta_of, kept_tensors, the_layer
 from torch import nn
 
 from peft_sgrq import SGRQConfig, keep_dense
+from peft_sgrq.formats.gguf.block_scales import BlockScales
 from peft_sgrq.formats.gguf.blocks import BY_NAME
 from peft_sgrq.formats.gguf.layers import GGUFEmbedding, GGUFHead, GGUFLinear, GGUFTiedHead
+from peft_sgrq.formats.gguf.sub_block_scales import SubBlockScales
 from peft_sgrq.formats.registry import is_quantized, resolve_weight
 
 ROWS, COLUMNS = 48, 1024
@@ -96,6 +98,21 @@ def test_gradients_are_right_where_a_changed_scale_is_zero(name, needs_dx):
     model(x).backward(dy)
     sums = (base * (dy.double().T @ x.detach().double())).view(*delta.shape, -1).sum(-1)
     assert relative_error(delta.grad, sums) < 2e-5 and relative_error(delta.grad[5], sums[5]) < 2e-5
+
+
+@pytest.mark.parametrize(("name", "ratio"), [("Q4_1", 0), ("Q4_1", 1.0), ("Q4_K", 0), ("Q4_K", 0.5), ("Q6_K", 1.0)])
+def test_a_backward_pass_takes_the_scales_that_the_forward_pass_rounded(name, ratio, monkeypatch):
+    kind, x = BY_NAME[name], torch.randn(7, COLUMNS, requires_grad=True)
+    model = adapted(packed_layer(kind), ratio=ratio, zero_points=kind.offset_at is not None).train()
+    y = model(x)
+    groups = the_layer(model).scaled_weight.scales().numel()
+    (prepared,) = (tensor for tensor in kept_tensors(y) if tensor.dim() == 3)
+    assert prepared.nbytes <= groups * (4 if kind.sub is None or kind.offset_at is None else 8)
+    for what in ("round", "changed_offsets"):
+        monkeypatch.delattr(BlockScales, what)
+        monkeypatch.delattr(SubBlockScales, what)
+    y.sum().backward()
+    assert x.grad.abs().max() > 0
 
 
 @ALL_TYPES
