@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--adapter", help="also save the adapter there, of a few MB")
     parser.add_argument("--zero_points", action="store_true", help="also train zero points, where the file has them")
     parser.add_argument("--ratio", type=float, default=1.0, help="share of the scales; 0 for zero points alone")
-    parser.add_argument("--learning_rate", type=float, default=1e-2)
+    parser.add_argument("--learning_rate", type=float, default=6e-3, help="2e-3 where zero points are trained")
     parser.add_argument("--max_steps", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--max_length", type=int, default=512)
