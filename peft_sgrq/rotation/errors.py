@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from peft_sgrq.passes.data import Batch
 from peft_sgrq.passes.running import runner
 from peft_sgrq.passes.untouched import untouched
+from peft_sgrq.rotation.attention import can_hook_attention, hooked_attention
 from peft_sgrq.rotation.fusing import has_hadamard, rotation_factory, value_seed
-from peft_sgrq.rotation.online import down_block, down_seed, hooked_attention, query_seed
+from peft_sgrq.rotation.online import down_block, down_seed, query_seed
 from peft_sgrq.rotation.roles import BlockRoles
 from peft_sgrq.rotation.rounding import quantized_activation, quantized_weight
 from peft_sgrq.rotation.scheme import Scheme
@@ -106,7 +107,7 @@ def possible(model: nn.Module, block: BlockRoles) -> dict[str, str]:
     heads = block.head_dim is not None and has_hadamard(block.head_dim)
     if heads and block.value is not None and block.output is not None:
         found["R2"] = block.output
-    if heads and block.attention is not None:
+    if heads and block.attention is not None and can_hook_attention(model):
         found["R3"] = block.attention
     if block.down is not None and down_block(model.get_submodule(block.down).in_features):  # type: ignore[arg-type]
         found["R4"] = block.down

@@ -11,9 +11,7 @@ with it, and [`load_rotated`] puts both together.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from types import MethodType
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from torch import nn
 from peft_sgrq.base.workarounds.dropped_rotations import FIELD, has_online_rotations
 from peft_sgrq.files.folder import CheckpointFolder
 from peft_sgrq.files.sources import find_folder
+from peft_sgrq.rotation.attention import hook_attention, rotate_queries_by
 from peft_sgrq.rotation.fusing import Applied, has_hadamard, rotation_factory
 from peft_sgrq.rotation.roles import BlockRoles
 
@@ -48,7 +47,7 @@ def rotate_queries(model: Any, blocks: Iterable[BlockRoles], seed: int) -> None:
     blocks = list(blocks)
     if not blocks:
         return
-    _hook_attention(model)
+    hook_attention(model)
     for head_dim in sorted({block.head_dim for block in blocks if block.head_dim is not None}):
         chosen = [block for block in blocks if block.head_dim == head_dim]
         _attach(model, "R3", query_seed(seed), query_places(chosen), head_dim)
@@ -83,8 +82,20 @@ def _attach(model: Any, name: str, seed: int, places: list[Applied], head_dim: i
     factory = rotation_factory(name, seed, places, head_dim)
     if next(model.parameters()).dtype == torch.float64:
         factory.scheme.precision = torch.float64
-    factory.apply_to_model(model, use_tqdm=False)
+    _apply(model, factory)
     _declare(model, {**_declared(model), name: factory.scheme.model_dump(mode="json")})
+
+
+def _apply(model: Any, factory: Any) -> None:
+    """What a factory's `apply_to_model` does, but for queries, where it would exchange the attention of all models."""
+    scheme = factory.scheme
+    for args in scheme.apply:
+        if args.location == "q_attn":
+            rotate_queries_by(model, factory, args)
+    others = [args for args in scheme.apply if args.location != "q_attn"]
+    factory.scheme = scheme.model_copy(update={"apply": others})
+    factory.apply_to_model(model, use_tqdm=False)
+    factory.scheme = scheme
 
 
 def _declared(model: Any) -> dict[str, Any]:
@@ -97,54 +108,6 @@ def _declare(model: Any, groups: dict[str, Any]) -> None:
     setattr(model.config, FIELD, groups)
     apply_transform_config(model, TransformConfig(config_groups={}))  # declares which matrices are one tensor
     model.transform_config = TransformConfig.model_validate({"config_groups": groups})
-
-
-def _hook_attention(model: Any) -> None:
-    """Hooks all attention modules: compressed-tensors switches the model over, also where nothing is to be rotated.
-
-    Queries are not rounded: hooked attention would round them by the arguments of the cache, which are for keys and
-    values.
-    """
-    from compressed_tensors.modeling import IMPL_ATTR, initialize_hooked_attention
-    from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
-
-    for module in model.modules():
-        if is_cached_attention_module(module):
-            initialize_hooked_attention(model, module)
-            attention = getattr(module, IMPL_ATTR)
-            attention.forward = MethodType(_attend, attention)
-
-
-def _attend(
-    self: Any,
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """What hooked attention computes behind its hooks, without rounding; the names are those that hooks bind."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    return ALL_ATTENTION_FUNCTIONS[self._original_impl](module, query, key, value, *args, **kwargs)
-
-
-@contextmanager
-def hooked_attention(model: Any) -> Iterator[None]:
-    """While this is open hooks can be put onto queries and keys; afterwards attention is as it was."""
-    spaces = ("_modules", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
-    kept = [(module.__dict__[name], dict(module.__dict__[name])) for module in model.modules() for name in spaces]
-    implementation = model.config._attn_implementation
-    try:
-        _hook_attention(model)
-        yield
-    finally:
-        for space, before in kept:
-            space.clear()
-            space.update(before)
-        if model.config._attn_implementation != implementation:
-            model.set_attn_implementation(implementation)
 
 
 def load_rotated(path: str | os.PathLike[str], **kwargs: Any) -> Any:
@@ -183,9 +146,9 @@ def load_rotated(path: str | os.PathLike[str], **kwargs: Any) -> Any:
                 "model and online places; save the model anew."
             )
     if any(args.location in _ONLINE[1:] for scheme in schemes.values() for args in scheme.apply):
-        _hook_attention(model)
+        hook_attention(model)
     for name, scheme in schemes.items():
-        TransformFactory.from_scheme(scheme, name=name).apply_to_model(model, use_tqdm=False)
+        _apply(model, TransformFactory.from_scheme(scheme, name=name))
     _declare(model, dict(groups))
     with CheckpointFolder(find_folder(path, "model", kwargs.get("revision"))) as folder:
         _read_matrices(model, folder)

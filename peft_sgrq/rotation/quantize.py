@@ -148,6 +148,10 @@ def _declare(model: Any, config: Any) -> None:
     from transformers.utils.quantization_config import CompressedTensorsConfig
 
     fields = config.model_dump(mode="json", exclude={"quant_method"})
+    # Where queries are rotated it takes attention for a layer, whose queries are rounded; the cache stands by itself.
+    fields["config_groups"] = {
+        name: group for name, group in fields["config_groups"].items() if group["weights"] is not None
+    }
     quantizer = AutoHfQuantizer.from_config(CompressedTensorsConfig(**fields), pre_quantized=True)
     quantizer.validate_environment()  # sets what its `is_trainable` asks
     if getattr(model, "config", None) is not None:

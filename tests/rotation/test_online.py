@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -33,28 +35,48 @@ def test_rotations_in_some_layers_alone_are_saved_and_loaded(tmp_path, ids):
 
 
 def test_keys_are_rounded_where_they_are_rotated_and_queries_are_not(tmp_path, monkeypatch, ids):
-    from compressed_tensors.modeling.attention import QuantizedAttentionImpl
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     model = random_model("llama with biases")
     rotate(model, rotations=["R3"])
     quantize(model, "W4A16KV4").save_pretrained(tmp_path)
-    plain = ALL_ATTENTION_FUNCTIONS[QuantizedAttentionImpl._original_impl]
+    groups = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert all("attention" not in str(group["targets"]) for group in groups.values())
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
     levels = []
 
     def record(module, query, key, value, *args, **kwargs):
         levels.append([max(len(head.unique()) for head in x.flatten(0, -2)) for x in (query, key, value)])
         return plain(module, query, key, value, *args, **kwargs)
 
-    ALL_ATTENTION_FUNCTIONS.register("recorded", record)
-    monkeypatch.setattr(QuantizedAttentionImpl, "_original_impl", "recorded")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", record)
     for one in (model, load_rotated(tmp_path).eval()):
         levels.clear()
-        monkeypatch.setattr(QuantizedAttentionImpl, "_original_impl", "recorded")
         logits(one, ids % 256)
         assert len(levels) == 2
         for query, key, value in levels:
             assert query == 16 and key < 16 and value < 16  # of 16 numbers of a head
+
+
+def test_each_model_keeps_its_own_attention_implementation(tmp_path, ids):
+    """The hooked attention of compressed-tensors is one for all models, and none for "eager"."""
+    models = {}
+    for name in ("sdpa", "eager"):
+        model = models[name] = random_model("llama with biases")
+        model.set_attn_implementation(name)
+        rotate(model, [ids % 256], rotations=["R3"], select="all", tolerance=1e-5)
+        model.save_pretrained(tmp_path / name)
+        models[f"{name}, loaded"] = load_rotated(tmp_path / name, attn_implementation=name).eval()
+    called = {name: model.model.layers[0].self_attn.config._attn_implementation for name, model in models.items()}
+    assert len(set(called.values())) == 2
+    other = torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % 256], 1) % 256
+    for model in models.values():  # with a mask of another implementation attention would not be causal
+        one, two = logits(model, ids % 256), logits(model, other)
+        torch.testing.assert_close(one[:, :-1], two[:, :-1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one, logits(models["sdpa"], ids % 256), rtol=1e-3, atol=1e-3)
+    models["sdpa"].set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="attn_implementation='eager'` when the model is loaded"):
+        logits(models["sdpa"], ids % 256)
 
 
 def test_checkpoints_without_online_rotations_load_as_ever(llama_dir, ids):
