@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import align_module_device  # type: ignore[import-untyped]
 from torch import nn
 
+from peft_sgrq.base.workarounds.dropped_rotations import refuse_dropped_rotations
 from peft_sgrq.files.hub import check_source
 from peft_sgrq.formats.registry import resolve_weight
 from peft_sgrq.formats.scaled_weight import ScaledWeight
@@ -72,6 +73,7 @@ class Reference:
             raise ValueError(
                 f"`{argument}` is the quantized model itself, expected the model it was quantized from; load that one."
             )
+        refuse_dropped_rotations(reference)
         self.model = reference
         self.run: Callable[[Batch], Any] = runner(reference)
         self.run_with_labels: Callable[[Batch], Any] = runner(reference, with_labels=True)

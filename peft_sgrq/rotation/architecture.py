@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_sgrq.base.workarounds.dropped_rotations import refuse_dropped_rotations
 from peft_sgrq.layer.base_layers import refuse_unless_dense
 from peft_sgrq.passes.chain import find_stack
 from peft_sgrq.passes.untouched import untouched
+from peft_sgrq.rotation.experts import find_experts
 from peft_sgrq.rotation.recorded_calls import Call, recorded_calls, same_tensor
 from peft_sgrq.rotation.roles import BlockRoles, NormRoles, Roles
 
@@ -34,13 +36,14 @@ def find_roles(model: nn.Module) -> Roles:
         ValueError: If a part of the model is none that a rotation of the stream can go through; the sentence names it.
     """
     refuse_unless_dense(model, "rotate")
+    refuse_dropped_rotations(model)
     embedding, head = (_embeddings(model, which) for which in ("input", "output"))
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     stack = find_stack(model, linears)
     if stack is None:
         raise ValueError("The model has no list of transformer blocks, expected a causal language model; give one.")
     hidden = int(model.get_submodule(embedding).embedding_dim)  # type: ignore[arg-type]
-    _refuse_parts(model, stack[0], embedding, head)
+    _refuse_parts(model)
     calls = _trace(model, stack[1], hidden)
     norms = _find_norms(model, calls, hidden)
     final = next((norm for norm in norms if head in norm.readers), None)
@@ -72,17 +75,18 @@ def _embeddings(model: nn.Module, which: str) -> str:
     return next(name for name, found in model.named_modules() if found is module)
 
 
-def _refuse_parts(model: nn.Module, stack: str, embedding: str, head: str) -> None:
+def _refuse_parts(model: nn.Module) -> None:
+    experts = find_experts(model)
+    if experts is not None:
+        raise ValueError(
+            f"{experts} holds the weights of several experts as one parameter, expected linear layers; a mixture of "
+            "experts cannot be rotated."
+        )
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if not own or isinstance(module, (nn.Linear, nn.Embedding)):
             continue
         kind = type(module).__name__
-        if any(parameter.dim() == 3 for parameter in own.values()):
-            raise ValueError(
-                f"{name} ({kind}) holds the weights of several experts as one parameter, expected linear layers; a "
-                "mixture of experts cannot be rotated."
-            )
         if isinstance(module, nn.LayerNorm) or (set(own) == {"weight", "bias"} and own["weight"].dim() == 1):
             raise ValueError(
                 f"{name} is a {kind}, which takes the mean away, so that a rotation before it is not one after it, "

@@ -112,5 +112,5 @@ def _refuse_unless_hooked(module: Any, args: Any) -> None:
     if implementation not in _HOOKED:  # keys would be rotated and queries not
         raise ValueError(
             f"The attention implementation was set to {implementation!r} after queries and keys were rotated, "
-            f"expected one that rotates them; give `attn_implementation={implementation!r}` when the model is loaded instead."
+            f"expected one that rotates them; give `attn_implementation={implementation!r}` when it is loaded."
         )

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from peft_sgrq.base.workarounds.dropped_rotations import refuse_dropped_rotations
 from peft_sgrq.layer.base_layers import refuse_unless_dense
+from peft_sgrq.rotation.experts import find_experts
 from peft_sgrq.rotation.rounding import weight_scales
 from peft_sgrq.rotation.scheme import FULL, Scheme, parse_scheme, require_compressed_tensors
 
@@ -27,8 +29,8 @@ def quantize(
 
     Weights are rounded to nearest, each scale clipped where the squared error of its group is least, and packed.
     Activations and the KV cache are rounded when the model runs, by scales of their own: one a token for the inputs of
-    linear layers, one a token and head for keys and values. The output head and embeddings stay. The result is
-    trained, merged and saved as any model of that format: `save_pretrained` writes a checkpoint that plain
+    linear layers, one a token and head for keys and values. Embeddings, and heads outside of the blocks, stay. The
+    result is trained, merged and saved as any model of that format: `save_pretrained` writes a checkpoint that plain
     transformers loads. Better codes than the nearest come from AutoRound or GPTQModel.
 
     With rounded activations a model's outputs depend on the shapes of its inputs, as sums in another order round to
@@ -91,13 +93,15 @@ def quantize(
 
 
 def quantizable_layers(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, nn.Linear]:
-    """The linear layers that are to be quantized, by name: all but the output head and those ignored.
+    """The linear layers that are to be quantized, by name: those of the blocks, but for those ignored.
 
     Raises:
-        ValueError: If there is none, the model is quantized, or has an adapter or experts.
+        ValueError: If there is none, one is not finite, or the model is quantized, lost its online rotations, or has
+            an adapter or experts.
     """
     refuse_unless_dense(model, "quantize")
-    experts = next((name for name, parameter in model.named_parameters() if _is_experts(model, name, parameter)), None)
+    refuse_dropped_rotations(model)
+    experts = find_experts(model)
     if experts is not None:
         raise ValueError(
             f"{experts} holds the weights of several experts, expected linear layers; quantize the model with another "
@@ -111,17 +115,20 @@ def quantizable_layers(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str
         raise ValueError(
             f"`ignore` has {unknown[0]!r}, expected names of linear layers such as {next(iter(linears))!r}."
         )
-    layers = {name: module for name, module in linears.items() if module is not head and name not in ignore}
+    stacks = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    layers = {
+        name: module
+        for name, module in linears.items()
+        if module is not head and name not in ignore and (not stacks or name.startswith(tuple(stacks)))
+    }
     if not layers:
         raise ValueError(
             "The model has no linear layers to quantize, expected some; another tool may know its layers."
         )
+    broken = next((name for name, layer in layers.items() if not bool(layer.weight.isfinite().all())), None)
+    if broken is not None:
+        raise ValueError(f"{broken} has NaN or infinite weights, expected finite ones; load the model anew.")
     return layers
-
-
-def _is_experts(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
-    owner = model.get_submodule(name.rpartition(".")[0])
-    return parameter.dim() == 3 and "Conv" not in type(owner).__name__
 
 
 def _widths(scheme: Any, group_size: int, symmetric: bool) -> tuple[Scheme, Mapping[str, int] | None]:

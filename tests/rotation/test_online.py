@@ -8,10 +8,10 @@ import pytest
 import torch
 from peft import get_peft_model
 from support.bases import logits
-from support.rotated_models import random_model
+from support.rotated_models import assert_same, random_model, state
 from transformers import AutoModelForCausalLM
 
-from peft_sgrq import SGRQConfig, load_rotated, quantize, rotate
+from peft_sgrq import SGRQConfig, allocate_bits, load_rotated, quantize, recover, rotate
 
 pytest.importorskip("compressed_tensors")
 pytestmark = pytest.mark.filterwarnings("ignore:The model has online rotations")
@@ -75,7 +75,7 @@ def test_each_model_keeps_its_own_attention_implementation(tmp_path, ids):
         torch.testing.assert_close(one[:, :-1], two[:, :-1], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(one, logits(models["sdpa"], ids % 256), rtol=1e-3, atol=1e-3)
     models["sdpa"].set_attn_implementation("eager")
-    with pytest.raises(ValueError, match="attn_implementation='eager'` when the model is loaded"):
+    with pytest.raises(ValueError, match="attn_implementation='eager'` when it is loaded"):
         logits(models["sdpa"], ids % 256)
 
 
@@ -107,10 +107,22 @@ def test_transformers_still_drops_online_rotations(tmp_path, ids):
     assert (dropped - expected).abs().max() > 0.1 * expected.abs().max()
 
 
-def test_an_adapter_on_a_model_that_lost_its_rotations_is_refused(tmp_path):
+def test_a_model_that_lost_its_rotations_is_refused_by_all_that_takes_it(tmp_path, ids):
     model = random_model("llama, tied")
     rotate(model, rotations=["R4"])
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="load_rotated"):
         get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path), SGRQConfig())
     get_peft_model(load_rotated(tmp_path), SGRQConfig())
+    quantize(model).save_pretrained(tmp_path / "quantized")
+    lost = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for use in (
+        rotate,
+        quantize,
+        lambda one: allocate_bits(one, [ids % 256], bits=5, progress=False),
+        lambda one: recover(load_rotated(tmp_path / "quantized"), one, [ids % 256], progress=False),
+    ):
+        before = state(lost)
+        with pytest.raises(ValueError, match="load_rotated"):
+            use(lost)
+        assert_same(lost, before)

@@ -117,6 +117,17 @@ def test_layers_that_are_ignored_stay():
     assert hasattr(model.model.layers[0].mlp.down_proj, "weight_packed")
 
 
+def test_the_head_of_a_classifier_stays_and_is_trained_whole(tmp_path):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = quantize(LlamaForSequenceClassification(LlamaConfig(**sizes, vocab_size=64, num_labels=3)))
+    assert hasattr(model.model.layers[0].mlp.up_proj, "weight_packed") and not hasattr(model.score, "weight_packed")
+    model.save_pretrained(tmp_path)
+    adapted = get_peft_model(LlamaForSequenceClassification.from_pretrained(tmp_path), SGRQConfig(task_type="SEQ_CLS"))
+    assert any("score" in name for name, one in adapted.named_parameters() if one.requires_grad)
+
+
 def test_zero_points_of_activations_and_cache_are_an_option(llama_dir, tmp_path, ids):
     model = AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.float32).eval()
     quantize(model, "W4A4KV4", symmetric=False).save_pretrained(tmp_path)
@@ -136,6 +147,11 @@ def test_what_cannot_be_quantized_is_refused_and_stays():
         with pytest.raises(ValueError, match=message):
             quantize(model, **settings)
         assert_same(model, before)
+    for value in (float("nan"), float("inf")):
+        model = random_model("mistral")
+        model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
+        with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj has NaN or infinite"):
+            quantize(model)
     model = quantize(random_model("mistral"))
     with pytest.raises(ValueError, match="quantized already"):
         quantize(model)

@@ -40,6 +40,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "starcoder2": ("Starcoder2", {}, "takes the mean away"),
     "opt": ("OPT", _OPT, "takes the mean away"),
     "qwen3 moe": ("Qwen3Moe", _EXPERTS, "several experts"),
+    "mixtral": ("Mixtral", {"num_local_experts": 2}, "several experts"),
+    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"]}, "is a Conv1d with the parameters"),
 }
 
 
