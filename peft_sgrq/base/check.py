@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from peft_sgrq.base.loading import loading_code
 from peft_sgrq.base.split import SPLIT, split_size
-from peft_sgrq.base.workarounds.loading_attributes import FIELDS
-from peft_sgrq.formats.loading import kernel_is_chosen, spoken
+from peft_sgrq.base.workarounds.loading_attributes import FIELD
+from peft_sgrq.config import SGRQConfig
+from peft_sgrq.formats.loading import kernel_arguments, spoken
 from peft_sgrq.formats.registry import is_quantized
 from peft_sgrq.formats.scale_matrix import ScaleMatrix
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.base_layers import named_base_layers
-
-if TYPE_CHECKING:
-    from peft_sgrq.config import SGRQConfig
 
 
 def describe_quantization(model: nn.Module, scaled_weights: Mapping[str, ScaledWeight]) -> dict[str, Any] | None:
@@ -36,11 +34,12 @@ def describe_quantization(model: nn.Module, scaled_weights: Mapping[str, ScaledW
     own: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     if own is not None:
         fields = own if isinstance(own, dict) else own.to_dict()
-        own_fields = ("quant_method", *FIELDS)
-        found |= {key: value for key, value in fields.items() if _is_json(value) and key not in own_fields}
+        found |= {
+            key: value for key, value in fields.items() if _is_json(value) and key not in ("quant_method", FIELD)
+        }
         # The layers tell the packing; the method, where it is another, is what the checkpoint is loaded by.
         method = getattr(fields.get("quant_method"), "value", fields.get("quant_method"))
-        if kernel_is_chosen({"quant_method": method}):
+        if kernel_arguments({"quant_method": method}) is not None:
             found["quant_method"] = method
     else:
         # Quantized by the library of the format itself, which has to be told what to leave alone.

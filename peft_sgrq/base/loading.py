@@ -5,15 +5,13 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from peft.utils.peft_types import TaskType
 from torch import nn
 
+from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.loading import quantization_code
-
-if TYPE_CHECKING:
-    from peft_sgrq.config import SGRQConfig
 
 # Tried in this order; a model of none of them is loaded by its own class.
 _AUTO_CLASSES = (
@@ -31,12 +29,13 @@ _AUTO_CLASSES = (
     "AutoModelForCTC",
     "AutoModel",
 )
-_OF_TASKS: dict[str, str] = {  # for adapters that do not record a class
+AUTO_CLASS_OF_TASK: dict[str, str] = {  # for adapters that do not record a class
     TaskType.CAUSAL_LM: "AutoModelForCausalLM",
     TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
     TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
     TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
     TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
+    TaskType.FEATURE_EXTRACTION: "AutoModel",
 }
 
 
@@ -139,7 +138,9 @@ def loading_code(config: SGRQConfig) -> LoadingCode:
     """The Python code that loads the base an adapter was trained on, as its config records it."""
     quantization = config.base_quantization or {}
     recorded: Mapping[str, Any] = config.auto_mapping or {}
-    cls = recorded.get("base_model_class") or _OF_TASKS.get(config.task_type or TaskType.CAUSAL_LM, "AutoModel")
+    cls = recorded.get("base_model_class") or AUTO_CLASS_OF_TASK.get(
+        config.task_type or TaskType.CAUSAL_LM, "AutoModel"
+    )
     library = str(recorded.get("parent_library") or "transformers")
     if library.startswith("transformers.") and hasattr(importlib.import_module("transformers"), cls):
         library = "transformers"  # PEFT records the file within it

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_sgrq.base.workarounds.transformers_save import drop_conversions
 from peft_sgrq.files.architecture import renamed_as_loaded
 from peft_sgrq.files.folder import CheckpointFolder
 from peft_sgrq.files.names import Names
@@ -50,7 +51,8 @@ def restore_codes(model: nn.Module, checkpoint: str | os.PathLike[str] | None = 
     config: Any = getattr(model, "config", None)
     if config is not None:
         config.quantization_config = dict(folder.quantization)
-    _drop_dequantization(model)
+    # transformers would reverse it when saving, by quantizing every matrix of the model once more.
+    drop_conversions(model, lambda operations: [type(each).__name__ for each in operations] == ["Fp8Dequantize"])
     return len(replaced)
 
 
@@ -100,13 +102,3 @@ def _restored(
             "transformers loads from it; load the model anew from that checkpoint. The model was not changed."
         )
     return layer.train(module.training)
-
-
-def _drop_dequantization(model: nn.Module) -> None:
-    # transformers would reverse it when saving, by quantizing every matrix of the model once more.
-    conversions: Any = getattr(model, "_weight_conversions", None) or []
-    model._weight_conversions = [  # type: ignore[assignment]
-        conversion
-        for conversion in conversions
-        if [type(operation).__name__ for operation in getattr(conversion, "operations", ())] != ["Fp8Dequantize"]
-    ]

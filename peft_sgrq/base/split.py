@@ -11,6 +11,7 @@ from torch import nn
 
 from peft_sgrq.base.prepare import prepare_base, writing_scales
 from peft_sgrq.base.trainable_kernels import use_trainable_kernels
+from peft_sgrq.base.workarounds.loading_attributes import quantization_configs
 from peft_sgrq.formats.registry import is_quantized, resolve_weight
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.base_layers import refuse_adapters
@@ -70,7 +71,7 @@ def split_groups(model: Model, group_size: int) -> Model:
             f"The model has no quantized layer, expected layers of a format that can be split ({SPLITTABLE}); load it "
             "quantized."
         )
-    configs = _configs(model)
+    configs = quantization_configs(model)
     for config in configs:
         _refuse_overrides(config)
 
@@ -140,12 +141,6 @@ def _warn_of_servers(scaled_weights: list[ScaledWeight], group_size: int) -> Non
 
 
 # what the model says of itself
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    holders = (getattr(model, "config", None), getattr(model, "hf_quantizer", None))
-    found = {id(config): config for holder in holders if (config := getattr(holder, "quantization_config", None))}
-    return list(found.values())
 
 
 def _fields(config: Any) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 # Of files; what ends so is no name of a repository.
@@ -43,6 +45,21 @@ def check_source(
             f"The {what} {text!r} is no {here} here and could not be had from the Hub ({reason}); give its path, or "
             "download it first with `hf download`."
         )
+
+
+@contextmanager
+def downloading(what: str, mend: str) -> Iterator[None]:
+    """Raises a ValueError if a download in it fails: that `what` could not be had, and what to give instead."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{what} could not be had from the Hub ({reason}); give the path of {mend}, or download it first with "
+            "`hf download`."
+        ) from error
 
 
 def _is_path(name: str) -> bool:

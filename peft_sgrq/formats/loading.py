@@ -27,11 +27,6 @@ _NAMES = {
 }  # by the first word of a format's name
 
 
-def kernel_is_chosen(quantization: Mapping[str, Any]) -> bool:
-    """Whether loading a quantized checkpoint of this method needs an argument that chooses the kernel."""
-    return quantization.get("quant_method") in _KERNELS
-
-
 def kernel_arguments(quantization: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
     """The config of transformers that loads a checkpoint's trainable kernel, and its arguments, if one does."""
     method = quantization.get("quant_method")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -27,7 +27,7 @@ class Geometry(NamedTuple):
 class ScaleMatrix(ABC):
     """The scales `S` of a layer with the weight `W[o, c] = C[o, c] * S[r(o), k(c)]`, wherever they are stored.
 
-    A layer in memory (`ScaledWeight`) and a layer in a checkpoint (`checkpoint.layouts.StoredWeight`) are both one, so
+    A layer in memory (`ScaledWeight`) and a layer in a checkpoint (`StoredWeight`) are both one, so
     that both are changed by the same formula and recognized by the same digest.
 
     Attributes:
@@ -41,10 +41,13 @@ class ScaleMatrix(ABC):
         is_nested (`bool` or `None`): Whether the scales are quantized themselves; `None` in formats without such.
         movable_zero_points (`bool`): Whether the format stores an offset or a zero point for each scale as a float, so
             that it can be moved by parts of a step.
+        digest_dtype (`torch.dtype` or `None`): What scales are rounded to in fingerprints, where loaders cast them, so
+            that they are those of the file; `None` if they are not cast.
     """
 
     unit: SelectableUnit = SelectableUnit.GROUP
     movable_zero_points: bool = False
+    digest_dtype: ClassVar[torch.dtype | None] = None
 
     name: str
     in_features: int
@@ -100,6 +103,7 @@ class ScaleMatrix(ABC):
     def fingerprint(self) -> str:
         """A cheap digest of the layer, `format:codes:scales`, from samples of the stored bytes."""
         codes, scales = self.fingerprint_tensors()
+        scales = scales if self.digest_dtype is None else scales.to(self.digest_dtype)
         return f"{self.name}:{_digest(codes, self.out_features, self.in_features)}:{_digest(scales)}"
 
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from peft_sgrq.formats.kernels import group_reduce
 from peft_sgrq.formats.own_forward import forward_obstacle
 from peft_sgrq.formats.scale_arithmetic import gather_groups, inverse_or_zero
-from peft_sgrq.formats.scale_matrix import ScaleMatrix
 from peft_sgrq.formats.selectable_unit import SelectableUnit
+from peft_sgrq.formats.stored_scales import StoredScales
 
 
 class WeightAndCodes(NamedTuple):
@@ -32,15 +32,12 @@ class WeightAndCodes(NamedTuple):
     shift: torch.Tensor | None
 
 
-class ScaledWeight(ScaleMatrix):
+class ScaledWeight(StoredScales):
     """One linear layer seen as codes and scales: `W[o, c] = C[o, c] * S[r(o), k(c)]`.
 
-    It owns the scales; nothing else keeps a copy of them. It holds the wrapped module and reads its tensors anew each
-    time, so the module may be moved, copied or loaded into underneath it. No method but `write_scales`,
-    `restore_scales` and `split` changes its weight.
+    No method but `write_scales`, `restore_scales` and `split` changes its weight.
 
     Attributes:
-        module (`nn.Module`): The wrapped layer.
         layer_class (`tuple[str, str]`): Where the class of its layers is and its name, if it has but one.
         quantized (`bool`): Whether the format is one of quantized weights.
         in_parts (`bool`): Whether rows of the codes and columns of the weight can be made without making all of them.
@@ -57,9 +54,6 @@ class ScaledWeight(ScaleMatrix):
     saved_by: str | None = None
     smallest_served: int = 1
     splittable: bool = False
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
 
     @classmethod
     def of(cls, module: nn.Module, group_size: int) -> ScaledWeight:
@@ -144,8 +138,6 @@ class ScaledWeight(ScaleMatrix):
         """The input the product is made with: a format that quantizes activations rounds it, others leave it alone."""
         return x
 
-    # numbers
-
     def read_once(self) -> ScaledWeight:
         """The same for a few uses, between which nothing writes to it: it may keep what it reads, and is dropped."""
         return self
@@ -156,18 +148,9 @@ class ScaledWeight(ScaleMatrix):
         return forward_obstacle(module, cls.known_class(module))
 
     @property
-    def device(self) -> torch.device:
-        """Where the weight is."""
-        return self.module.weight.device  # type: ignore[return-value]
-
-    @property
     def bias(self) -> torch.Tensor | None:
         """The bias of the layer, `[out_features]`, or `None`."""
         return self.module.bias  # type: ignore[return-value]
-
-    @abstractmethod
-    def sources(self) -> list[torch.Tensor]:
-        """The stored tensors that `prepare` and `bind` make something of, so that a change of them can be seen."""
 
     @abstractmethod
     def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -216,10 +199,6 @@ class ScaledWeight(ScaleMatrix):
             `torch.Tensor`: float32 `[N, n]`.
         """
         return group_reduce(product, self.codes_of_rows(units, product.dtype, rows), self.group_size)
-
-    def prepare(self, scales: torch.Tensor) -> torch.Tensor:
-        """Makes of float32 scales `[rows, groups]` what the kernel of `linear` takes; inference does it once."""
-        return scales
 
     @property
     def keeps_prepared(self) -> bool:
@@ -277,28 +256,6 @@ class ScaledWeight(ScaleMatrix):
     def cast_output(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The cast the format's forward pass ends with; `x` is the input before `cast_input`."""
         return y
-
-    # state
-
-    @abstractmethod
-    def write_scales(self, scales: torch.Tensor) -> Any:
-        """Replaces the stored scales, and nothing else.
-
-        Args:
-            scales (`torch.Tensor`): float32 `[rows, groups]`, or with moves of zero points `[2, rows, groups]`, as
-                `effective_scales` returns them.
-
-        Returns:
-            What `restore_scales` needs to put the replaced tensors back: the same tensors, not equal ones.
-        """
-
-    @abstractmethod
-    def restore_scales(self, stored: Any) -> Any:
-        """Puts back what `write_scales` returned, and returns what that replaced, in the same form."""
-
-    @abstractmethod
-    def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-        """Applies to what `write_scales` returned what `nn.Module.to` and the like do by `fn` to the layer itself."""
 
     def split_obstacle(self, group_size: int) -> str | None:
         """Why a splittable layer cannot have groups of a size that divides its own, as a clause; `None` if it can."""

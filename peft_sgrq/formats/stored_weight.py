@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,14 +23,18 @@ class StoredWeight(ScaleMatrix):
     Args:
         folder (`CheckpointFolder`): The checkpoint.
         prefix (`str`): What the names of the layer's tensors begin with, without the dot.
+
+    Attributes:
+        needed (`tuple[str, ...]`): Names, within the layer, of tensors that every layer of the format has.
     """
+
+    needed: ClassVar[tuple[str, ...]]
 
     def __init__(self, folder: CheckpointFolder, prefix: str) -> None:
         self.folder = folder
         self.prefix = prefix
 
     @classmethod
-    @abstractmethod
     def find(cls, folder: CheckpointFolder, prefix: str, config: SGRQConfig) -> StoredWeight | None:
         """The layer, if its tensors are those of this format.
 
@@ -42,6 +46,16 @@ class StoredWeight(ScaleMatrix):
         Raises:
             ValueError: If it is of this format but its scales cannot be tuned; a clause about the layer.
         """
+        layer = cls(folder, prefix)
+        return layer if all(map(layer.has, cls.needed)) and layer.measure(config) else None
+
+    @abstractmethod
+    def measure(self, config: SGRQConfig) -> bool:
+        """Takes the geometry from the tensors, which `find` has seen; whether they are of this format."""
+
+    def has(self, name: str) -> bool:
+        """Whether the layer has a tensor of this name."""
+        return self.key(name) in self.folder
 
     def key(self, name: str) -> str:
         """The full name of one of the layer's tensors."""

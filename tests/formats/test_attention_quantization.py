@@ -84,7 +84,7 @@ def test_compressed_tensors_still_loses_the_gradient_of_keys_and_values(llama_di
     model = get_peft_model(quantized(llama_dir, queries=False), SGRQConfig(task_type="CAUSAL_LM")).train()
     for module in model.modules():
         if hasattr(module, "kv_cache"):
-            del module.kv_cache.forward  # what `pass_attention_gradients` put there
+            del module.kv_cache.forward  # what `pass_gradients` put there
     # What still holds keys and values may get them a gradient later; further steps show that it does not.
     with pytest.raises(RuntimeError, match="No gradient reached the deltas of 4 layers"):
         for _ in range(3):

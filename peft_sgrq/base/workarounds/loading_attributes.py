@@ -16,19 +16,21 @@ from typing import Any
 
 from torch import nn
 
-FIELDS = ("backend",)
+FIELD = "backend"
+
+
+def quantization_configs(model: nn.Module) -> list[Any]:
+    """The quantization configs of a model and of its quantizer, which may be one: objects or dicts."""
+    holders = (getattr(model, "config", None), getattr(model, "hf_quantizer", None))
+    found = {id(config): config for holder in holders if (config := getattr(holder, "quantization_config", None))}
+    return list(found.values())
 
 
 def forget_loading_attributes(model: nn.Module) -> None:
     """Has the quantization config of `model` say nothing of the kernel it was loaded with."""
-    holders = (getattr(model, "config", None), getattr(model, "hf_quantizer", None))
-    for holder in holders:
-        config: Any = getattr(holder, "quantization_config", None)
+    for config in quantization_configs(model):
         if isinstance(config, dict):
-            for field in FIELDS:
-                config.pop(field, None)
-        elif config is not None and all(hasattr(config, field) for field in (*FIELDS, "bits")):
+            config.pop(FIELD, None)
+        elif hasattr(config, FIELD) and hasattr(config, "bits"):
             with suppress(TypeError, ValueError):  # a config that cannot be made of its bits keeps what it has
-                default = type(config)(bits=config.bits)
-                for field in FIELDS:
-                    setattr(config, field, getattr(default, field))
+                setattr(config, FIELD, getattr(type(config)(bits=config.bits), FIELD))

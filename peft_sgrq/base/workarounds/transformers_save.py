@@ -8,6 +8,7 @@ any more.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -15,16 +16,21 @@ from torch import nn
 
 def drop_irreversible_conversions(model: nn.Module) -> None:
     """Forgets the load-time conversions of `model` that cannot be reversed, so that `save_pretrained` works."""
+    drop_conversions(model, _is_irreversible)
+
+
+def drop_conversions(model: nn.Module, dropped: Callable[[Sequence[Any]], bool]) -> None:
+    """Forgets the load-time conversions of `model` whose operations are to be dropped: they are not reversed."""
     conversions: Any = getattr(model, "_weight_conversions", None)
     if conversions:
-        kept: Any = [conversion for conversion in conversions if _is_reversible(conversion)]
+        kept: Any = [each for each in conversions if not dropped(getattr(each, "operations", None) or ())]
         model._weight_conversions = kept
 
 
-def _is_reversible(conversion: Any) -> bool:
+def _is_irreversible(operations: Sequence[Any]) -> bool:
     try:
-        for operation in getattr(conversion, "operations", None) or ():
+        for operation in operations:
             operation.reverse_op  # noqa: B018  (a property that raises where there is none)
     except NotImplementedError:
-        return False
-    return True
+        return True
+    return False

@@ -7,6 +7,7 @@ rows, so `in_features` has to be a multiple of the block size.
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from peft_sgrq.formats.kernels import decodes_4bit, group_reduce_4bit
+from peft_sgrq.formats.scale_matrix import ScaleMatrix
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 
 _SMALLEST_BLOCK = 32
@@ -28,7 +30,46 @@ class _Stored(NamedTuple):
     compress_statistics: bool
 
 
-class Bnb4bitWeight(ScaledWeight):
+class Bnb4bitScales(ScaleMatrix):
+    """The scales of a bitsandbytes quantization state, wherever it is: float32, or nested and un-nested exactly."""
+
+    @property
+    @abstractmethod
+    def _state(self) -> Any:
+        """The `QuantState`."""
+
+    @property
+    @abstractmethod
+    def stored_codes(self) -> torch.Tensor:
+        """The packed codes."""
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def is_nested(self) -> bool | None:
+        return bool(self._state.nested)
+
+    def scales(self) -> torch.Tensor:
+        state = self._state
+        if not state.nested:
+            return state.absmax.view(self.scales_shape)
+        second = state.state2
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
+            state.absmax, second.absmax, second.code, second.blocksize, torch.float32
+        )
+        return (absmax + state.offset).view(self.scales_shape)
+
+    def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        state = self._state
+        if not state.nested:
+            return self.stored_codes, state.absmax
+        levels = (state.absmax, state.state2.absmax, state.offset)
+        return self.stored_codes, torch.cat([level.reshape(-1).contiguous().view(torch.uint8) for level in levels])
+
+
+class Bnb4bitWeight(Bnb4bitScales, ScaledWeight):
     """`bitsandbytes.nn.Linear4bit`. Scales are float32; nested ones stay so until a merge un-nests them exactly."""
 
     layer_class = ("bitsandbytes.nn", "Linear4bit")
@@ -64,19 +105,8 @@ class Bnb4bitWeight(ScaledWeight):
         return quant_state_of(self.module)
 
     @property
-    def _packed(self) -> torch.Tensor:
+    def stored_codes(self) -> torch.Tensor:
         return self.module.weight.data.view(-1, 1)  # type: ignore[operator]
-
-    @property
-    def storage_dtype(self) -> torch.dtype:
-        return torch.float32
-
-    @property
-    def is_nested(self) -> bool | None:
-        return bool(self._state.nested)
-
-    def scales(self) -> torch.Tensor:
-        return absmax_of(self._state).view(self.scales_shape)
 
     def sources(self) -> list[torch.Tensor]:
         state = self._state
@@ -85,7 +115,7 @@ class Bnb4bitWeight(ScaledWeight):
 
     @property
     def _packed_groups(self) -> torch.Tensor:
-        return self._packed.view(torch.uint8).view(*self.scales_shape, -1)  # (N, G, g / 2)
+        return self.stored_codes.view(torch.uint8).view(*self.scales_shape, -1)  # (N, G, g / 2)
 
     def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         return self.codes_of_rows(units, dtype, slice(None))
@@ -105,7 +135,7 @@ class Bnb4bitWeight(ScaledWeight):
         return super().reduce(product, units, rows)
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return self._dequantize(self._packed, self.prepare(scales), (self.out_features, self.in_features), dtype)
+        return self._dequantize(self.stored_codes, self.prepare(scales), (self.out_features, self.in_features), dtype)
 
     def dequantize_columns(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice) -> torch.Tensor:
         groups = slice(columns.start // self.group_size, columns.stop // self.group_size)
@@ -129,7 +159,7 @@ class Bnb4bitWeight(ScaledWeight):
         bias = self.bias
         return torch.ops.bitsandbytes.gemm_4bit.default(
             x,
-            self._packed,
+            self.stored_codes,
             (self.out_features, self.in_features),
             prepared,
             self.group_size,
@@ -140,7 +170,7 @@ class Bnb4bitWeight(ScaledWeight):
     def bind(self, prepared: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         gemm = torch.ops.bitsandbytes.gemm_4bit.default
         module: Any = self.module
-        packed, shape = self._packed, (self.out_features, self.in_features)
+        packed, shape = self.stored_codes, (self.out_features, self.in_features)
         size, quant_type = self.group_size, self._state.quant_type
 
         def run(x: torch.Tensor) -> torch.Tensor:
@@ -202,13 +232,10 @@ class Bnb4bitWeight(ScaledWeight):
     def split(self, group_size: int) -> None:
         module: Any = self.module
         parts = self.group_size // group_size
-        self.write_scales(absmax_of(self._state).repeat_interleave(parts))
+        self.write_scales(self.scales().repeat_interleave(parts, 1))
         self._state.blocksize = module.weight.blocksize = group_size
         if getattr(module, "quant_state", None) is not None:
             module.quant_state = self._state  # a copied layer has a state of its own there
-
-    def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return digest_tensors(self._packed, self._state)
 
     def quantization(self) -> dict[str, Any] | None:
         state = self._state
@@ -231,25 +258,6 @@ def _check_computable(dtype: torch.dtype) -> None:
             "dtype, expected one it can compute in (float32, bfloat16, float16), as its output would be arbitrary; "
             "cast the model or its input, or load it with another `bnb_4bit_compute_dtype`."
         )
-
-
-def absmax_of(state: Any) -> torch.Tensor:
-    """The scales of a bitsandbytes quantization state, float32 `[rows * groups]`; nested ones un-nested exactly."""
-    if not state.nested:
-        return state.absmax
-    second = state.state2
-    absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
-        state.absmax, second.absmax, second.code, second.blocksize, torch.float32
-    )
-    return absmax + state.offset
-
-
-def digest_tensors(packed: torch.Tensor, state: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """What identifies a 4-bit weight: its packed codes, and its scales as they are stored."""
-    if not state.nested:
-        return packed, state.absmax
-    levels = (state.absmax, state.state2.absmax, state.offset)
-    return packed, torch.cat([level.reshape(-1).contiguous().view(torch.uint8) for level in levels])
 
 
 def quant_state_of(module: nn.Module) -> Any:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from peft_sgrq.config import SGRQConfig
-from peft_sgrq.files.folder import CheckpointFolder
 from peft_sgrq.formats.selectable_unit import SelectableUnit
-from peft_sgrq.formats.stored_weight import PlainScales, StoredWeight
+from peft_sgrq.formats.stored_weight import PlainScales
 
 
 class StoredBnbInt8(PlainScales):
@@ -14,12 +13,9 @@ class StoredBnbInt8(PlainScales):
     unit = SelectableUnit.ROW
     name = "bnb-int8-row"
     scale_name = "SCB"
+    needed = ("SCB", "weight")
 
-    @classmethod
-    def find(cls, folder: CheckpointFolder, prefix: str, config: SGRQConfig) -> StoredWeight | None:
-        if f"{prefix}.SCB" not in folder or f"{prefix}.weight" not in folder:
-            return None
-        layer = cls(folder, prefix)
-        layer.out_features, layer.in_features = folder.entry(f"{prefix}.weight").shape
-        layer.group_size = layer.in_features
-        return layer
+    def measure(self, config: SGRQConfig) -> bool:
+        self.out_features, self.in_features = self.folder.entry(self.key("weight")).shape
+        self.group_size = self.in_features
+        return True

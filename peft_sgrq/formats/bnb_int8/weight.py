@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ class BnbInt8Weight(ScaledWeight):
     """`bitsandbytes.nn.Linear8bitLt`. Rows are selected; outlier decomposition works as in the base."""
 
     layer_class = ("bitsandbytes.nn", "Linear8bitLt")
+    stored_fields = ("SCB",)
+    keeps_dtype = True
     in_parts = True
     unit = SelectableUnit.ROW
 
@@ -32,28 +33,24 @@ class BnbInt8Weight(ScaledWeight):
                 "it keeps 16-bit weights (has_fp16_weights=True) and quantizes them anew at each forward pass, so it "
                 "has no stored scales; make the layer with has_fp16_weights=False"
             )
-        if self._owner is None:
+        if self.owner is None:
             raise ValueError(
                 "its weight is not quantized yet, expected int8 codes; move the model to its device first, "
                 "bitsandbytes quantizes on the way"
             )
 
     @property
-    def _owner(self) -> Any:
+    def owner(self) -> Any:
         # The scales move from the weight to the layer's state at its first forward pass.
         candidates: tuple[Any, ...] = (self.module.state, self.module.weight)
         return next((owner for owner in candidates if getattr(owner, "SCB", None) is not None), None)
-
-    @property
-    def _codes(self) -> torch.Tensor:
-        return self.module.weight.data  # type: ignore[return-value]
 
     @property
     def storage_dtype(self) -> torch.dtype:
         return torch.float32
 
     def scales(self) -> torch.Tensor:
-        owner = self._owner
+        owner = self.owner
         if owner is None:
             raise RuntimeError(
                 "An int8 layer of bitsandbytes has lost its scales, as FSDP makes it lose them (for adapters of every "
@@ -63,20 +60,21 @@ class BnbInt8Weight(ScaledWeight):
         return owner.SCB.view(self.scales_shape)
 
     def sources(self) -> list[torch.Tensor]:
-        return [self.module.weight, self._owner.SCB]
+        return [self.module.weight, *self.stored()]
 
     def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         return self.codes_of_rows(units, dtype, slice(None))
 
     def codes_of_rows(self, units: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
-        codes = self._codes[rows] if units is None else self._codes.index_select(0, units[rows])
+        codes = self.stored_codes
+        codes = codes[rows] if units is None else codes.index_select(0, units[rows])
         return codes.to(dtype) * _CODE_RANGE
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self.dequantize_columns(scales, dtype, slice(None))
 
     def dequantize_columns(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice) -> torch.Tensor:
-        return self._codes[:, columns].to(dtype, copy=True).mul_(scales * _CODE_RANGE)
+        return self.stored_codes[:, columns].to(dtype, copy=True).mul_(scales * _CODE_RANGE)
 
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
         return scales.reshape(-1)  # (N,)
@@ -93,26 +91,12 @@ class BnbInt8Weight(ScaledWeight):
 
         own: Any = self.module.state
         state = bnb.MatmulLtState()
-        state.CB, state.SCB = self._codes, prepared
+        state.CB, state.SCB = self.stored_codes, prepared
         state.has_fp16_weights = False
         state.threshold, state.use_pool = own.threshold, own.use_pool
         state.is_training = self.module.training
         bias = self.bias
-        return bnb.matmul(x, self._codes, bias=None if bias is None else bias.to(x.dtype), state=state)
-
-    def write_scales(self, scales: torch.Tensor) -> Any:
-        return self.restore_scales(self.prepare(scales).contiguous())
-
-    def restore_scales(self, stored: Any) -> Any:
-        owner = self._owner
-        replaced, owner.SCB = owner.SCB, stored
-        return replaced
-
-    def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-        return stored.to(fn(torch.empty(0, device=stored.device)).device)
-
-    def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._codes, self._owner.SCB
+        return bnb.matmul(x, state.CB, bias=None if bias is None else bias.to(x.dtype), state=state)
 
     def quantization(self) -> dict[str, Any] | None:
         return {

@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 _CLASSES = {
@@ -22,7 +23,19 @@ _CLASSES = {
 }
 
 
-def pass_attention_gradients(model: nn.Module, straight_through: Callable[..., Any]) -> None:
+class StraightThrough(torch.autograd.Function):
+    """Applies a function that rounds; the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        return fn(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0], None
+
+
+def pass_gradients(model: nn.Module) -> None:
     """Lets the gradient pass where compressed-tensors quantizes keys, values and queries; the values stay.
 
     The forward pass of such a module is bound to it anew: the library's own code, which finds a `forward_quantize`
@@ -30,7 +43,6 @@ def pass_attention_gradients(model: nn.Module, straight_through: Callable[..., A
 
     Args:
         model (`nn.Module`): The model; modules of other libraries are left alone.
-        straight_through (`Callable`): `(x, fn)` -> `fn(x)`, with the gradient of the identity.
     """
     for module_name, class_name in _CLASSES.items():
         library: Any = sys.modules.get(module_name)
@@ -39,7 +51,7 @@ def pass_attention_gradients(model: nn.Module, straight_through: Callable[..., A
         cls, quantize = getattr(library, class_name), library.forward_quantize
 
         def forward_quantize(module: Any, x: Any, *args: Any, _quantize: Any = quantize) -> Any:
-            return straight_through(x, lambda values: _quantize(module, values, *args))
+            return StraightThrough.apply(x, lambda values: _quantize(module, values, *args))
 
         own = cls.forward
         names = {**own.__globals__, "forward_quantize": forward_quantize}

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from peft_sgrq.formats.compressed_tensors.kv_cache_gradients import pass_attention_gradients
-from peft_sgrq.formats.parameter_scales import ParameterScales
+from peft_sgrq.formats.compressed_tensors.kv_cache_gradients import StraightThrough, pass_gradients
 from peft_sgrq.formats.scale_arithmetic import gather_groups
 from peft_sgrq.formats.scale_matrix import Geometry
+from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.formats.selectable_unit import SelectableUnit
+from peft_sgrq.formats.stored_scales import ParameterScales
 
 _RELOAD = "load the model anew and add the adapter before its first forward pass"
 
@@ -71,12 +72,15 @@ def geometry(
 
 
 _CODE_DTYPES = (torch.int32, torch.int8, torch.float8_e4m3fn)
+DIGEST_DTYPE = torch.bfloat16  # transformers casts scales to the dtype a model is loaded in
 
 
-class CompressedTensorsWeight(ParameterScales):
+class CompressedTensorsWeight(ParameterScales, ScaledWeight):
     """A compressed `nn.Linear`: integers of any width, or float8; scales for groups, rows, blocks or the weight."""
 
-    scale_name = "weight_scale"
+    layer_class = ("torch.nn", "Linear")
+    stored_fields = ("weight_scale",)
+    digest_dtype = DIGEST_DTYPE
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -87,9 +91,9 @@ class CompressedTensorsWeight(ParameterScales):
             )
         weights = self._scheme.weights
         shape = getattr(module, "weight_shape", None)
-        shape = tuple(self._codes.shape) if shape is None else tuple(shape.tolist())
+        shape = tuple(self.stored_codes.shape) if shape is None else tuple(shape.tolist())
         block = weights.block_structure
-        self._set_geometry(geometry(shape, self._codes, self._stored, [tuple(block)] if block else ()))
+        self._set_geometry(geometry(shape, self.stored_codes, self._stored, [tuple(block)] if block else ()))
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -99,21 +103,17 @@ class CompressedTensorsWeight(ParameterScales):
             and getattr(getattr(module, "quantization_scheme", None), "weights", None) is not None
         )
 
-    @classmethod
-    def known_class(cls, module: nn.Module) -> type[nn.Module]:
-        return nn.Linear
-
     @property
     def _scheme(self) -> Any:
         return self.module.quantization_scheme
 
     @property
-    def _codes(self) -> torch.Tensor:
+    def stored_codes(self) -> torch.Tensor:
         packed = getattr(self.module, "weight_packed", None)
         return (self.module.weight if packed is None else packed).data  # type: ignore[return-value]
 
     def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        stored, packed, count = self._stored.detach(), self._codes, self.scales_shape[1]
+        stored, packed, count = self._stored.detach(), self.stored_codes, self.scales_shape[1]
         words = packed.shape[1] // count
         # Only what is selected is unpacked, where that is whole words.
         if units is not None and self.unit is SelectableUnit.ROW:
@@ -147,24 +147,8 @@ class CompressedTensorsWeight(ParameterScales):
     def cast_output(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return _quantize_activation(self.module, y, "output")
 
-    def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return digest_tensors(self._codes, self._stored.detach())
-
     def quantization(self) -> dict[str, Any] | None:
         return {"quant_method": "compressed-tensors", "scale_dtype": str(self.storage_dtype).removeprefix("torch.")}
-
-
-def digest_tensors(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What identifies a layer: its codes, and its scales in bfloat16.
-
-    transformers casts scales to the dtype a model is loaded in; rounded to bfloat16 they are those of the file.
-    """
-    return codes, scales.to(torch.bfloat16)
-
-
-def pass_gradients(model: nn.Module) -> None:
-    """Lets gradients pass where compressed-tensors quantizes keys, values and queries; the values stay."""
-    pass_attention_gradients(model, _StraightThrough.apply)
 
 
 def keep_compressed(model: nn.Module) -> None:
@@ -228,18 +212,6 @@ def _decompress(
     return BaseCompressor.get_value_from_registry(scheme.format.value).decompress(state, scheme)["weight"]
 
 
-class _StraightThrough(torch.autograd.Function):
-    """Applies a function that rounds; the gradient passes unchanged."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        return fn(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grads[0], None
-
-
 def _quantize_activation(module: Any, x: torch.Tensor, kind: Literal["input", "output"]) -> torch.Tensor:
     scheme = module.quantization_scheme
     args = scheme.input_activations if kind == "input" else scheme.output_activations
@@ -247,4 +219,4 @@ def _quantize_activation(module: Any, x: torch.Tensor, kind: Literal["input", "o
         return x
     from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 
-    return _StraightThrough.apply(x, lambda values: forward_quantize(module, values, kind, args))
+    return StraightThrough.apply(x, lambda values: forward_quantize(module, values, kind, args))

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 
 from peft_sgrq.config import SGRQConfig
-from peft_sgrq.files.folder import CheckpointFolder
 from peft_sgrq.files.tensors import Change, Changes
 from peft_sgrq.formats.dense.weight import apply_scales, digest_tensors
 from peft_sgrq.formats.stored_weight import StoredWeight
@@ -21,21 +20,18 @@ _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clv
 class StoredDense(StoredWeight):
     """The case `S = 1`: the whole weight is written, its selected columns scaled and rounded to its dtype."""
 
-    def __init__(self, folder: CheckpointFolder, prefix: str, group_size: int) -> None:
-        super().__init__(folder, prefix)
-        self.transposed = folder.config.get("model_type") in _CONV1D_MODELS and not prefix.endswith(_LINEAR)
-        shape = folder.entry(self.key("weight")).shape
-        self.out_features, self.in_features = shape[::-1] if self.transposed else shape
-        self.group_size = min(group_size, self.in_features)
-        self.name = f"dense-{self.group_size}"
+    needed = ("weight",)
 
-    @classmethod
-    def find(cls, folder: CheckpointFolder, prefix: str, config: SGRQConfig) -> StoredWeight | None:
-        name = f"{prefix}.weight"
-        if name not in folder:
-            return None
-        entry = folder.entry(name)
-        return cls(folder, prefix, config.group_size) if entry.dtype in _FLOAT and len(entry.shape) == 2 else None
+    def measure(self, config: SGRQConfig) -> bool:
+        dtype, shape, *_ = self.folder.entry(self.key("weight"))
+        if dtype not in _FLOAT or len(shape) != 2:
+            return False
+        of_conv1d = self.folder.config.get("model_type") in _CONV1D_MODELS
+        self.transposed = of_conv1d and not self.prefix.endswith(_LINEAR)
+        self.out_features, self.in_features = reversed(shape) if self.transposed else shape
+        self.group_size = min(config.group_size, self.in_features)
+        self.name = f"dense-{self.group_size}"
+        return True
 
     @property
     def storage_dtype(self) -> torch.dtype:

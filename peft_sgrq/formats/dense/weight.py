@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,8 +25,8 @@ class DenseWeight(ScaledWeight):
     """
 
     quantized = False
-
     in_parts = True
+    stored_fields = ("weight",)
 
     def __init__(self, module: nn.Module, group_size: int) -> None:
         super().__init__(module)
@@ -77,10 +76,6 @@ class DenseWeight(ScaledWeight):
         return weight.t() if self._transposed else weight  # (N, K)
 
     @property
-    def storage_dtype(self) -> torch.dtype:
-        return self._parameter.dtype
-
-    @property
     def is_trained(self) -> bool:
         return self._parameter.requires_grad
 
@@ -90,9 +85,6 @@ class DenseWeight(ScaledWeight):
 
     def scales(self) -> torch.Tensor:
         return torch.ones(self.scales_shape, dtype=torch.float32, device=self.device)
-
-    def sources(self) -> list[torch.Tensor]:
-        return [self._parameter]
 
     def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         return self.codes_of_rows(units, dtype, slice(None))
@@ -117,18 +109,9 @@ class DenseWeight(ScaledWeight):
             return y.view(*x.shape[:-1], self.out_features)
         return F.linear(x, prepared, self.bias)
 
-    def write_scales(self, scales: torch.Tensor) -> Any:
+    def changed(self, scales: torch.Tensor) -> tuple[nn.Parameter]:
         # A new parameter, not new data in the old one: a weight tied to the embedding must not change there.
-        return self.restore_scales(nn.Parameter(self.prepare(scales), requires_grad=self._parameter.requires_grad))
-
-    def restore_scales(self, stored: Any) -> Any:
-        replaced, self.module.weight = self.module.weight, stored
-        return replaced
-
-    def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-        data = stored.data
-        converted = fn(data)
-        return stored if converted is data else nn.Parameter(converted, requires_grad=stored.requires_grad)
+        return (nn.Parameter(self.prepare(scales), requires_grad=self._parameter.requires_grad),)
 
     def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         return digest_tensors(whole(self._parameter))

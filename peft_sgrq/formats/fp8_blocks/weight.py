@@ -15,9 +15,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from peft_sgrq.formats.parameter_scales import ParameterScales
 from peft_sgrq.formats.scale_matrix import Geometry
+from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.formats.selectable_unit import SelectableUnit
+from peft_sgrq.formats.stored_scales import ParameterScales
 
 
 def geometry(codes: torch.Tensor, scales: torch.Tensor, block: Sequence[int] | None) -> Geometry:
@@ -100,15 +101,15 @@ def dequantize_blocks(codes: torch.Tensor, scales: torch.Tensor, block: Sequence
     return codes.to(torch.float32) * expanded
 
 
-class Fp8BlocksWeight(ParameterScales):
+class Fp8BlocksWeight(ParameterScales, ScaledWeight):
     """transformers' `FP8Linear`, computing by its own kernels on a GPU, and `Fp8BlockLinear`."""
 
-    scale_name = "weight_scale_inv"
+    stored_fields = ("weight_scale_inv",)
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         block: Any = module.block_size
-        self._set_geometry(geometry(self._codes, self._stored, block))
+        self._set_geometry(geometry(self.stored_codes, self._stored, block))
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -123,17 +124,13 @@ class Fp8BlocksWeight(ParameterScales):
     def known_class(cls, module: nn.Module) -> type[nn.Module]:
         return Fp8BlockLinear if isinstance(module, Fp8BlockLinear) else type(module)  # matched by its very class
 
-    @property
-    def _codes(self) -> torch.Tensor:
-        return self.module.weight.data  # type: ignore[return-value]
-
     def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return self.select_codes(self._codes.to(dtype), units)
+        return self.select_codes(self.stored_codes.to(dtype), units)
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if isinstance(self.module, Fp8BlockLinear):
             return self.module.dense_weight(scales).to(dtype)
-        return dequantize_blocks(self._codes, scales, self.module.block_size).to(dtype)  # type: ignore[arg-type]
+        return dequantize_blocks(self.stored_codes, scales, self.module.block_size).to(dtype)  # type: ignore[arg-type]
 
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
         if isinstance(self.module, Fp8BlockLinear):
@@ -149,9 +146,6 @@ class Fp8BlocksWeight(ParameterScales):
         return fp8_linear(
             x, own.weight, prepared, own.block_size, own.bias, own.activation_scale, not own._deepgemm_disabled
         )
-
-    def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._codes, self._stored.detach()
 
     def quantization(self) -> dict[str, Any] | None:
         found = {"quant_method": "fp8", "weight_block_size": list(self.module.block_size or ())}  # type: ignore[arg-type]

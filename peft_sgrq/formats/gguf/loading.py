@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from peft_sgrq.files.hub import downloading
 from peft_sgrq.formats.gguf.file import GGUFFile
 from peft_sgrq.formats.gguf.tokenizer import warn_of_tokenizer, without_tokens_beyond
 
@@ -22,7 +23,6 @@ def load_gguf(
     device_map: Any = None,
     sub_blocks: bool = True,
     revision: str | None = None,
-    auto_class: Any = None,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
     """Loads a GGUF file with its weights packed, so that their scales can be tuned, and its tokenizer.
@@ -41,7 +41,6 @@ def load_gguf(
         sub_blocks (`bool`): Whether the sub-blocks of K-quants and IQ4_XS (16 or 32 columns) have scales of their own
             to train; `False` trains one scale for each 256 columns.
         revision (`str` or `None`): Revision of the repository on the Hub.
-        auto_class (type or `None`): The Auto class of transformers; `AutoModelForCausalLM` if not given.
         **kwargs: Passed to `from_pretrained`.
 
     Returns:
@@ -71,7 +70,7 @@ def load_gguf(
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     hub = {} if revision is None else {"revision": revision}
     config = read_config(file, folder, name, **hub)  # the vocabulary is walked once for it
-    model = (auto_class or AutoModelForCausalLM).from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
         gguf_file=name,
@@ -140,13 +139,6 @@ def find_gguf(path: str | os.PathLike[str], gguf_file: str | None = None, revisi
             raise ValueError(f"{local} holds no file {gguf_file!r}, expected a .gguf file in it; check the name.")
         return local / gguf_file
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
+    with downloading(f"{str(path)!r} is no file or folder here, and {gguf_file!r}", "the file"):
         return Path(hf_hub_download(str(path), gguf_file, revision=revision))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{str(path)!r} is no file or folder here, and {gguf_file!r} could not be had from the Hub ({reason}); "
-            "give the path of the file, or download it first with `hf download`."
-        ) from error

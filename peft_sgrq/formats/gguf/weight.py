@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +22,7 @@ class GGUFWeight(ScaledWeight):
 
     in_parts: ClassVar[bool] = True
     codes_follow: ClassVar[bool] = True
+    stored_fields = ("packed",)
     saved_by = "`peft_sgrq.save_gguf(model, file)`"
     module: GGUFLinear
     _read: BlockScales | None = None
@@ -70,9 +70,6 @@ class GGUFWeight(ScaledWeight):
     @property
     def storage_dtype(self) -> torch.dtype:
         return torch.float16
-
-    def sources(self) -> list[torch.Tensor]:
-        return [self.module.packed]
 
     def scales(self) -> torch.Tensor:
         return self._held.scales()
@@ -150,15 +147,8 @@ class GGUFWeight(ScaledWeight):
         own = by_row[:, :, columns.start // size : columns.stop // size]  # (1 or 2, N, blocks of the columns, s)
         return _factors(own.reshape(len(prepared), -1, sub_blocks))
 
-    def write_scales(self, scales: torch.Tensor) -> Any:
-        return self.restore_scales(nn.Parameter(self._held.with_scales(scales), requires_grad=False))
-
-    def restore_scales(self, stored: Any) -> Any:
-        replaced, self.module.packed = self.module.packed, stored
-        return replaced
-
-    def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-        return nn.Parameter(fn(stored.data), requires_grad=False)
+    def changed(self, scales: torch.Tensor) -> tuple[nn.Parameter]:
+        return (nn.Parameter(self._held.with_scales(scales), requires_grad=False),)
 
     def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         return digest_tensors(self._held)

@@ -64,12 +64,12 @@ class HQQWeight(ScaledWeight):
         return self.module.meta
 
     @property
-    def device(self) -> torch.device:
-        return self.module.W_q.device  # type: ignore[return-value]
+    def stored_codes(self) -> torch.Tensor:
+        return self.module.W_q.data  # type: ignore[return-value]
 
     @property
-    def storage_dtype(self) -> torch.dtype:
-        return self._meta["scale"].dtype
+    def device(self) -> torch.device:
+        return self.stored_codes.device
 
     @property
     def scales_shape(self) -> tuple[int, int]:
@@ -83,8 +83,8 @@ class HQQWeight(ScaledWeight):
     def scales(self) -> torch.Tensor:
         return self._meta["scale"].float().view(self.scales_shape)
 
-    def sources(self) -> list[torch.Tensor]:
-        return [self._meta["scale"], self._meta["zero"]]
+    def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._meta["scale"], self._meta["zero"]
 
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
         scales, moves = split_zero_points(scales)
@@ -119,9 +119,8 @@ class HQQWeight(ScaledWeight):
         twin.meta = {**self._meta, **self._fields(prepared)}
         return twin.forward(x)
 
-    def write_scales(self, scales: torch.Tensor) -> Any:
-        fields = self._fields(self.prepare(scales))
-        return self.restore_scales({name: tensor.contiguous() for name, tensor in fields.items()})
+    def changed(self, scales: torch.Tensor) -> Any:
+        return {name: tensor.contiguous() for name, tensor in self._fields(self.prepare(scales)).items()}
 
     def restore_scales(self, stored: Any) -> Any:
         replaced = {name: self._meta[name] for name in stored}
@@ -151,9 +150,6 @@ class HQQWeight(ScaledWeight):
         meta["group_size"] = group_size
         if module.quant_config:  # files of older versions do not have it
             module.quant_config["weight_quant_params"]["group_size"] = group_size
-
-    def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.module.W_q.data, self._meta["scale"]  # type: ignore[return-value]
 
     def quantization(self) -> dict[str, Any] | None:
         meta = self._meta

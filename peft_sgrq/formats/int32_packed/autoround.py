@@ -24,7 +24,7 @@ _PACKAGES = ("auto_round_extension.", "auto_round_kernel.")
 class AutoRoundWeight(GPTQLayout):
     """AutoRound's `QuantLinear` on its torch kernels, 2 to 8 bits."""
 
-    family = "autoround"
+    family, method = "autoround", "auto-round"
 
     def __init__(self, module: nn.Module) -> None:
         layer: Any = module
@@ -65,6 +65,3 @@ class AutoRoundWeight(GPTQLayout):
     def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
         y, bias = self.product(x, prepared).to(x.dtype), self.bias
         return y if bias is None else (y + bias).to(x.dtype)
-
-    def quantization(self) -> dict[str, Any] | None:
-        return {"quant_method": "auto-round", **self.scale_fields()}

@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from peft_sgrq.formats.int32_packed.gptqmodel_layer import GPTQModelLayer
@@ -20,7 +18,7 @@ _HALF = (torch.float16, torch.bfloat16)
 class AWQWeight(GPTQModelLayer):
     """`gptqmodel`'s `AwqTorchLinear`: scales are cast to the dtype of the input before the weight is made."""
 
-    family = "awq"
+    family, method = "awq", "awq"
     kernel = "AwqTorchLinear"
     loading = (
         'quantization_config=AwqConfig(bits=..., backend="torch_awq"), AutoRoundConfig(backend="torch"), or '
@@ -32,10 +30,10 @@ class AWQWeight(GPTQModelLayer):
         return unpack(packed, self.bits, 1, order)[:, : self.out_features]
 
     def unpack_codes(self) -> torch.Tensor:
-        return self._unpack(self.module.qweight)  # type: ignore[arg-type]
+        return self._unpack(self.stored_codes)
 
     def unpack_columns(self, columns: torch.Tensor) -> torch.Tensor:
-        return self._unpack(self.module.qweight.index_select(0, columns))  # type: ignore[operator]
+        return self._unpack(self.stored_codes.index_select(0, columns))
 
     def unpack_zeros(self) -> torch.Tensor:
         return self._unpack(self.module.qzeros)  # type: ignore[arg-type]
@@ -52,6 +50,3 @@ class AWQWeight(GPTQModelLayer):
     def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
         y, bias = self.product(x, prepared), self.bias
         return y if bias is None else y + bias.to(x.dtype)
-
-    def quantization(self) -> dict[str, Any] | None:
-        return {"quant_method": "awq", **self.scale_fields()}

@@ -23,21 +23,17 @@ class GPTQLayout(Int32PackedWeight):
 
     smallest_served = 32  # of vLLM's Marlin kernels: 32, 64, 128 or the whole row
 
-    @property
-    def _qweight(self) -> torch.Tensor:
-        return self.module.qweight  # type: ignore[return-value]
-
     def unpack_codes(self) -> torch.Tensor:
-        return unpack(self._qweight, self.bits, 0)[: self.in_features]
+        return unpack(self.stored_codes, self.bits, 0)[: self.in_features]
 
     def unpack_columns(self, columns: torch.Tensor) -> torch.Tensor:
-        return unpack_rows(self._qweight, self.bits, columns)
+        return unpack_rows(self.stored_codes, self.bits, columns)
 
     def unpack_groups(self, units: torch.Tensor) -> torch.Tensor:
         words, rest = divmod(self.group_size * self.bits, WORD)
         if rest or self.columns.padded or not self.columns.consecutive:
             return super().unpack_groups(units)
-        packed = self._qweight.view(-1, words, self.out_features).index_select(0, units)  # (n, words, N)
+        packed = self.stored_codes.view(-1, words, self.out_features).index_select(0, units)  # (n, words, N)
         return unpack(packed.flatten(0, 1), self.bits, 0)
 
     def unpack_zeros(self) -> torch.Tensor:
@@ -47,7 +43,7 @@ class GPTQLayout(Int32PackedWeight):
 class GPTQWeight(GPTQModelLayer, GPTQLayout):
     """`gptqmodel`'s `TorchLinear`, its one GPTQ kernel that can be trained through and sees other scales at once."""
 
-    family = "gptq"
+    family, method = "gptq", "gptq"
     kernel = "TorchLinear"
     loading = (
         'quantization_config=GPTQConfig(bits=..., backend="torch"), or GPTQModel.load(..., backend=BACKEND.GPTQ_TORCH)'
@@ -83,6 +79,3 @@ class GPTQWeight(GPTQModelLayer, GPTQLayout):
     def split(self, group_size: int) -> None:
         release_copy(self.module)
         super().split(group_size)
-
-    def quantization(self) -> dict[str, Any] | None:
-        return {"quant_method": "gptq", **self.scale_fields()}

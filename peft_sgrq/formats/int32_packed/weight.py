@@ -19,16 +19,24 @@ from peft_sgrq.formats.int32_packed.columns import ColumnGroups
 from peft_sgrq.formats.scale_arithmetic import gather_groups
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 
+# Scales may be kept in float16 in the file and in bfloat16 in memory or the other way round; rounded to bfloat16 they
+# are the same. Zero points are in no digest: GPTQ's are others in the file than in memory.
+DIGEST_DTYPE = torch.bfloat16
+
 
 class Int32PackedWeight(ScaledWeight):
     """A layer with buffers `qweight`, `qzeros`, `scales` and `g_idx` or some of them.
 
     Attributes:
         bits (`int`): Bits a code.
+        family, method (`str`): The method, as fingerprints name it, and as transformers does.
     """
 
     family: str
+    method: str
     splittable = True
+    stored_fields = ("scales",)
+    digest_dtype = DIGEST_DTYPE
 
     def __init__(self, module: nn.Module, in_features: int, out_features: int, bits: int, group_size: int) -> None:
         super().__init__(module)
@@ -74,18 +82,15 @@ class Int32PackedWeight(ScaledWeight):
     # numbers
 
     @property
-    def device(self) -> torch.device:
-        return self.module.qweight.device  # type: ignore[return-value]
+    def stored_codes(self) -> torch.Tensor:
+        return self.module.qweight  # type: ignore[return-value]
 
     @property
-    def storage_dtype(self) -> torch.dtype:
-        return self._stored.dtype
+    def device(self) -> torch.device:
+        return self.stored_codes.device
 
     def scales(self) -> torch.Tensor:
         return self._stored.t().float()
-
-    def sources(self) -> list[torch.Tensor]:
-        return [self._stored]
 
     @abstractmethod
     def unpack_codes(self) -> torch.Tensor:
@@ -150,16 +155,6 @@ class Int32PackedWeight(ScaledWeight):
 
     # state
 
-    def write_scales(self, scales: torch.Tensor) -> Any:
-        return self.restore_scales(self.prepare(scales))
-
-    def restore_scales(self, stored: Any) -> Any:
-        replaced, self.module.scales = self._stored, stored
-        return replaced
-
-    def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-        return fn(stored)
-
     def split_obstacle(self, group_size: int) -> str | None:
         sizes = getattr(type(self.module), "SUPPORTS_GROUP_SIZE", None)  # GPTQModel's layers say which they load
         if sizes and group_size not in sizes:
@@ -187,24 +182,16 @@ class Int32PackedWeight(ScaledWeight):
         if hasattr(layer, "clear_weight_cache"):
             layer.clear_weight_cache()
 
-    def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return digest_tensors(self.module.qweight, self._stored)  # type: ignore[arg-type]
-
-    def scale_fields(self) -> dict[str, Any]:
-        """What every format of the family records of a layer, for `quantization`."""
+    def quantization(self) -> dict[str, Any] | None:
         dtype = str(self.storage_dtype).removeprefix("torch.")
-        return {"bits": self.bits, "group_size": self.group_size, "scale_dtype": dtype}
+        return {
+            "quant_method": self.method,
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "scale_dtype": dtype,
+        }
 
 
 def format_name(family: str, bits: int, group_size: int) -> str:
     """A format of the family as it stands in fingerprints, e.g. `"gptq-w4g128"`."""
     return f"{family}-w{bits}g{group_size}"
-
-
-def digest_tensors(qweight: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What identifies a layer: its packed codes, and its scales in bfloat16.
-
-    Scales may be kept in float16 in the file and in bfloat16 in memory or the other way round; rounded to bfloat16
-    they are the same. Zero points are left out: GPTQ's are others in the file than in memory.
-    """
-    return qweight, scales.to(torch.bfloat16)

@@ -6,7 +6,7 @@ the scale, so that `W'` is the weight times `1 + delta` (see `rescaled_offset`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class QuantoWeight(ScaledWeight):
     """`optimum.quanto.nn.QLinear` with weights alone quantized."""
 
     layer_class = ("optimum.quanto.nn", "QLinear")
+    keeps_dtype = True
     saved_by = "`save_file(model.state_dict(), file)` beside `optimum.quanto.quantization_map(model)`"
 
     def __init__(self, module: nn.Module) -> None:
@@ -57,27 +58,19 @@ class QuantoWeight(ScaledWeight):
         self.name = f"quanto-{weight.qtype.name}-{block}"
 
     @property
-    def _weight(self) -> Any:
+    def owner(self) -> Any:
         return self.module.weight
 
     @property
-    def _fields(self) -> tuple[str, ...]:
-        """The tensors of the weight that are replaced when scales change."""
+    def stored_fields(self) -> tuple[str, ...]:  # type: ignore[override]
         if not self._grouped:
             return ("_scale",)
-        return ("_scale_shift",) if type(self._weight).__name__ == _PACKED else ("_scale", "_shift")
-
-    def sources(self) -> list[torch.Tensor]:
-        return [getattr(self._weight, field) for field in self._fields]
-
-    @property
-    def storage_dtype(self) -> torch.dtype:
-        return self.sources()[0].dtype
+        return ("_scale_shift",) if type(self.owner).__name__ == _PACKED else ("_scale", "_shift")
 
     def _scales_and_offsets(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What is stored, float32 `[N, G]` each; an integer shift is a zero point and does not count."""
-        stored = self.sources()
-        if self._fields == ("_scale_shift",):
+        stored = self.stored()
+        if self.stored_fields == ("_scale_shift",):
             scales, offsets = stored[0].float().transpose(0, 1).unbind(-1)  # stored as (G, N, 2)
             return scales, offsets
         scales = stored[0].float().view(self.scales_shape)
@@ -88,11 +81,10 @@ class QuantoWeight(ScaledWeight):
     def scales(self) -> torch.Tensor:
         return self._scales_and_offsets()[0]
 
-    def _changed(self, scales: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The tensors of `_fields` for other scales, in quanto's form."""
+    def changed(self, scales: torch.Tensor) -> tuple[torch.Tensor, ...]:
         scales, moves = split_zero_points(scales)
         old, offsets = self._scales_and_offsets()
-        stored = self.sources()
+        stored = self.stored()
         if len(stored) == 1 and offsets is not None:  # `_scale_shift`: both in one tensor
             dtype = stored[0].dtype
             scales, offset = scales.to(dtype), rescaled_offset(offsets, scales, old, moves).to(dtype)
@@ -109,21 +101,21 @@ class QuantoWeight(ScaledWeight):
         return changed, shift.to(stored[1].dtype).reshape(stored[1].shape)
 
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
-        changed = self._changed(scales)
+        changed = self.changed(scales)
         return changed[0] if len(changed) == 1 else torch.stack(changed)
 
     def _with(self, prepared: torch.Tensor) -> Any:
-        fields = self._fields
+        weight, fields = self.owner, self.stored_fields
         changed = (prepared,) if len(fields) == 1 else tuple(prepared.unbind())
-        names, attributes = self._weight.__tensor_flatten__()
-        tensors = {name: getattr(self._weight, name) for name in names} | dict(zip(fields, changed, strict=True))
-        return type(self._weight).__tensor_unflatten__(tensors, attributes, None, None)
+        names, attributes = weight.__tensor_flatten__()
+        tensors = {name: getattr(weight, name) for name in names} | dict(zip(fields, changed, strict=True))
+        return type(weight).__tensor_unflatten__(tensors, attributes, None, None)
 
     def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self._with(prepared), self.bias)
 
     def _unit_values(self) -> torch.Tensor:
-        weight = self._weight
+        weight = self.owner
         if not self._grouped:
             return weight._data.float()
         if type(weight).__name__ == _PACKED:
@@ -148,27 +140,13 @@ class QuantoWeight(ScaledWeight):
         codes = self._unit_values()
         return ((codes if moves is None else codes + self._spread(moves)) * self._spread(scales)).to(dtype)
 
-    def write_scales(self, scales: torch.Tensor) -> Any:
-        return self.restore_scales(self._changed(scales))
-
-    def restore_scales(self, stored: Any) -> Any:
-        replaced = tuple(self.sources())
-        for field, tensor in zip(self._fields, stored, strict=True):
-            setattr(self._weight, field, tensor)
-        return replaced
-
-    def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-        # As quanto does with the weight: it moves, and keeps its dtype.
-        device = fn(torch.empty(0, device=stored[0].device)).device
-        return tuple(tensor.to(device) for tensor in stored)
-
     def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        codes: Any = self._weight._data
+        codes: Any = self.owner._data
         codes = getattr(codes, "_data", codes)  # packed codes are a tensor in a tensor
-        return codes, torch.cat([tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in self.sources()])
+        return codes, torch.cat([tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in self.stored()])
 
     def quantization(self) -> dict[str, Any] | None:
-        return {"quant_method": "quanto", "weights": self._weight.qtype.name}
+        return {"quant_method": "quanto", "weights": self.owner.qtype.name}
 
 
 def quantizing_code(quantization: Mapping[str, Any]) -> Code | None:

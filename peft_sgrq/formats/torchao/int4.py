@@ -7,8 +7,7 @@ kernel on the identity matrix, which holds for any packing. Only the CPU layout 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,15 +18,10 @@ from peft_sgrq.formats.scale_matrix import split_zero_points
 from peft_sgrq.formats.torchao.weight import TorchaoWeight, weight_type
 
 
-class _Plain(NamedTuple):
-    scale: torch.Tensor
-    zero_point: torch.Tensor
-
-
 class TorchaoInt4Weight(TorchaoWeight):
     """`Int4OpaqueTensor` (CPU) and `Int4TilePackedTo4dTensor` (CUDA): scales and offsets in one `[G, N, 2]` tensor."""
 
-    scale_field: ClassVar[str] = "scale_and_zero"
+    stored_fields: tuple[str, ...] = ("scale_and_zero",)
     movable_zero_points = True
 
     def __init__(self, module: nn.Module) -> None:
@@ -70,7 +64,7 @@ class TorchaoInt4Weight(TorchaoWeight):
 
     def _kernel_weight(self, stored: torch.Tensor) -> torch.Tensor:
         eye = torch.eye(self.in_features, dtype=stored.dtype, device=stored.device)
-        return F.linear(eye, self.with_scales(stored)).t()  # (N, K)
+        return F.linear(eye, self.with_parts(*self.parts(stored))).t()  # (N, K)
 
     def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         unit = torch.zeros_like(self.stored_scales)
@@ -88,6 +82,8 @@ class TorchaoInt4Weight(TorchaoWeight):
 class TorchaoInt4PlainWeight(TorchaoInt4Weight):
     """`Int4Tensor`: signed codes, two a byte, scales and offsets `[G, N]` each; its kernel (mslk) has not been run."""
 
+    stored_fields = ("scale", "zero_point")
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         if self.weight.activation_dtype != torch.bfloat16:
@@ -102,33 +98,13 @@ class TorchaoInt4PlainWeight(TorchaoInt4Weight):
 
     @property
     def stored_scales(self) -> torch.Tensor:
-        return torch.stack((self.weight.scale, self.weight.zero_point), -1)  # (G, N, 2), as in the other layouts
+        return torch.stack(self.stored(), -1)  # (G, N, 2), as in the other layouts
 
-    @property
-    def storage_dtype(self) -> torch.dtype:
-        return self.weight.scale.dtype
+    def parts(self, scales: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(part.contiguous() for part in scales.unbind(-1))
 
-    def sources(self) -> list[torch.Tensor]:
-        return [self.weight.scale, self.weight.zero_point]
-
-    def with_scales(self, stored: Any, **changes: Any) -> Any:
-        pair = stored if isinstance(stored, _Plain) else _Plain(*(part.contiguous() for part in stored.unbind(-1)))
-        names, attributes = self.weight.__tensor_flatten__()
-        tensors = {name: getattr(self.weight, name) for name in names} | pair._asdict() | changes
-        return type(self.weight).__tensor_unflatten__(tensors, attributes, self.weight.shape, self.weight.stride())
-
-    def write_scales(self, scales: torch.Tensor) -> Any:
-        return self.restore_scales(_Plain(*(part.contiguous() for part in self.prepare(scales).unbind(-1))))
-
-    def restore_scales(self, stored: Any) -> Any:
-        weight = self.weight
-        replaced = _Plain(weight.scale, weight.zero_point)
-        weight.scale, weight.zero_point = stored
-        return replaced
-
-    def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-        converted: Any = fn(self.with_scales(stored))
-        return _Plain(converted.scale, converted.zero_point)
+    def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.stored_codes, self.stored_scales
 
     def _kernel_weight(self, stored: torch.Tensor) -> torch.Tensor:
         packed = self.weight.qdata.view(torch.int8)  # (N, K / 2), the even column in the low half

@@ -65,5 +65,5 @@ class TorchaoNVFP4Weight(TorchaoWeight):
         return self.select_codes(self._unit_values(), units).to(dtype)
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        weight: Any = self.with_scales(self.prepare(scales))
+        weight: Any = self.with_parts(self.prepare(scales))
         return weight.dequantize(dtype)

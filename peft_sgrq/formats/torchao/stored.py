@@ -7,8 +7,7 @@ import json
 import torch
 
 from peft_sgrq.config import SGRQConfig
-from peft_sgrq.files.folder import CheckpointFolder
-from peft_sgrq.formats.stored_weight import PlainScales, StoredWeight
+from peft_sgrq.formats.stored_weight import PlainScales
 from peft_sgrq.formats.torchao.weight import PLAIN, geometry, rounding_name
 
 
@@ -17,21 +16,17 @@ class StoredTorchao(PlainScales):
 
     scale_name = "_weight_scale"
     code_name = "_weight_qdata"
+    needed = ("_weight_qdata",)
 
-    @classmethod
-    def find(cls, folder: CheckpointFolder, prefix: str, config: SGRQConfig) -> StoredWeight | None:
-        codes = f"{prefix}._weight_qdata"
-        if codes not in folder:
-            return None
-        described = json.loads(folder.metadata(codes).get(f"{prefix}.weight", "{}"))
+    def measure(self, config: SGRQConfig) -> bool:
+        described = json.loads(self.folder.metadata(self.key(self.code_name)).get(self.key("weight"), "{}"))
         kind = described.get("_type", "tensor without a description")
         if kind not in PLAIN:
             raise ValueError(
                 f"it is stored as torchao's {kind}, expected one of {', '.join(PLAIN)}, whose scales are a plain "
                 "matrix in the file; merge in memory with `merge_and_unload` instead"
             )
-        layer = cls(folder, prefix)
-        data, stored = described["_data"], layer.tensor("_weight_qdata")
+        data, stored = described["_data"], self.tensor(self.code_name)
         dtype = stored.dtype
         if kind == "IntxUnpackedToInt8Tensor":
             dtype = getattr(torch, data["target_dtype"]["_data"])
@@ -39,6 +34,6 @@ class StoredTorchao(PlainScales):
         if how:
             fields = how["_data"] if isinstance(how, dict) else {}
             mapping = fields.get("mapping_type", {}).get("_data", "")
-            rounding = rounding_name(f"{prefix}._weight_act_quant_scale" in folder, mapping)
-        layer._set_geometry(geometry(kind, dtype, stored.shape, data["block_size"], rounding))
-        return layer
+            rounding = rounding_name(self.has("_weight_act_quant_scale"), mapping)
+        self._set_geometry(geometry(kind, dtype, stored.shape, data["block_size"], rounding))
+        return True

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,9 +34,10 @@ def weight_type(module: nn.Module) -> str | None:
 
 
 class TorchaoWeight(ScaledWeight):
-    """What torchao's layouts have in common; `scale_field` names the tensor in the weight that holds the scales."""
+    """What torchao's layouts have in common: the scales are one tensor in the weight, or several."""
 
-    scale_field: ClassVar[str] = "scale"
+    layer_class = ("torch.nn", "Linear")
+    stored_fields: tuple[str, ...] = ("scale",)
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -47,53 +48,46 @@ class TorchaoWeight(ScaledWeight):
             )
         self.out_features, self.in_features = weight.shape
 
-    @classmethod
-    def known_class(cls, module: nn.Module) -> type[nn.Module]:
-        return nn.Linear
-
     @property
     def weight(self) -> Any:
         """The torchao tensor."""
         return self.module.weight
 
     @property
-    def stored_scales(self) -> torch.Tensor:
-        """The tensor in the weight that holds the scales, as torchao keeps it."""
-        return getattr(self.weight, self.scale_field)
+    def owner(self) -> Any:
+        return self.weight
 
-    def with_scales(self, stored: torch.Tensor, **changes: Any) -> Any:
+    @property
+    def stored_codes(self) -> torch.Tensor:
+        return self.weight.qdata
+
+    @property
+    def stored_scales(self) -> torch.Tensor:
+        """What is stored of scales, in one tensor."""
+        return self.stored()[0]
+
+    def parts(self, scales: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Such a tensor, as `prepare` makes it, in the form of `stored()`."""
+        return (scales,)
+
+    def with_parts(self, *stored: torch.Tensor) -> Any:
         """The weight with other scales in torchao's form; codes and everything else are shared, not copied."""
         weight = self.weight
         names, attributes = weight.__tensor_flatten__()
-        tensors = {name: getattr(weight, name) for name in names} | {self.scale_field: stored} | changes
+        tensors = {name: getattr(weight, name) for name in names} | dict(zip(self.stored_fields, stored, strict=True))
         return type(weight).__tensor_unflatten__(tensors, attributes, weight.shape, weight.stride())
-
-    @property
-    def storage_dtype(self) -> torch.dtype:
-        return self.stored_scales.dtype
-
-    def sources(self) -> list[torch.Tensor]:
-        return [self.stored_scales]
 
     def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
         if x.numel() == 0:  # an expert without tokens; torchao finds no largest value to quantize activations by
             return x.new_empty(*x.shape[:-1], self.out_features)
-        return F.linear(x, self.with_scales(prepared), self.bias)
+        return F.linear(x, self.with_parts(*self.parts(prepared)), self.bias)
 
-    def write_scales(self, scales: torch.Tensor) -> Any:
-        return self.restore_scales(self.prepare(scales).contiguous())
-
-    def restore_scales(self, stored: Any) -> Any:
-        replaced = self.stored_scales
-        setattr(self.weight, self.scale_field, stored)
-        return replaced
+    def changed(self, scales: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.parts(self.prepare(scales).contiguous())
 
     def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-        converted: Any = fn(self.with_scales(stored))  # what torchao makes of the scales is torchao's business
-        return getattr(converted, self.scale_field)
-
-    def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.weight.qdata, self.stored_scales
+        converted: Any = fn(self.with_parts(*stored))  # what torchao makes of the scales is torchao's business
+        return tuple(getattr(converted, field) for field in self.stored_fields)
 
     def quantization(self) -> dict[str, Any] | None:
         return {"quant_method": "torchao", "weight": self.name.removeprefix("torchao-")}

@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 from torch import nn
 
-from peft_sgrq.formats.compressed_tensors.weight import pass_gradients
+from peft_sgrq.formats.compressed_tensors.kv_cache_gradients import pass_gradients
 from peft_sgrq.formats.own_forward import forward_replaced
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.passes.data import IGNORED, Batch
