@@ -34,7 +34,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from examples.benchmarks.markdown_tables import put_between, table
-from examples.benchmarks.ranks import NON_REENTRANT, REENTRANT, Case, run, train
+from examples.benchmarks.rank_processes import run
+from examples.benchmarks.ranks import NON_REENTRANT, REENTRANT, Case, train
 
 START, END = "<!-- engines: measured -->", "<!-- /engines -->"
 PACKAGES = ("torch", "accelerate", "transformers", "trl", "peft", "bitsandbytes", "deepspeed", "peft_sgrq")

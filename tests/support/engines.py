@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.rank_processes import run as run
 from benchmarks.ranks import NON_REENTRANT as NON_REENTRANT
 from benchmarks.ranks import REENTRANT as REENTRANT
 from benchmarks.ranks import Case, load_base, logits, train
-from benchmarks.ranks import run as run
 from peft import PeftModel
 from safetensors.torch import load_file
 from support.packed_layers import packed_layer
