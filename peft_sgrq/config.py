@@ -80,39 +80,25 @@ class SGRQConfig(PeftConfig):
     # The folder of the adapter this config was loaded from.
     loaded_from: ClassVar[str | None] = None
 
-    target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Layers to adapt."})
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Layers to leave alone."}
-    )
-    ratio: float | str = field(
-        default=DEFAULT_RATIO,
-        metadata={"help": "Share of the groups trained, in (0, 1], or knee, global or layerwise."},
-    )
-    zero_points: bool = field(default=False, metadata={"help": "Also train zero points that are stored as floats."})
-    ratio_pattern: dict[str, float | str] = field(
-        default_factory=dict, metadata={"help": "Module name or pattern -> ratio, overruling `ratio`."}
-    )
-    budget: float | int | str = field(
-        default=DEFAULT_BUDGET, metadata={"help": "Of the ratios global and layerwise: a share, a number, or a size."}
-    )
-    criterion: str | None = field(default=None, metadata={"help": "How salience is measured."})
-    group_size: int = field(default=64, metadata={"help": "Columns per scale in layers that are not quantized."})
-    adapter_dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16."})
-    init_weights: bool | str = field(
-        default=True,
-        metadata={"help": "Start at zero change (True), from a saved adapter, or randomly."},
-    )
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Block indices to adapt."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train and save whole."})
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Embedding rows to train."}
-    )
-    check_learning_rate: bool = field(default=True, metadata={"help": "Warn of a learning rate that moves nothing."})
-    selection: dict[str, str] | None = field(default=None, metadata={"help": "Selected groups, written."})
-    base_fingerprint: dict[str, str] | None = field(default=None, metadata={"help": "Digests of the base, written."})
-    base_quantization: dict[str, Any] | None = field(default=None, metadata={"help": "How to load the base, written."})
-    sgrq_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the adapter format."})
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    ratio: float | str = DEFAULT_RATIO
+    zero_points: bool = False
+    ratio_pattern: dict[str, float | str] = field(default_factory=dict)
+    budget: float | int | str = DEFAULT_BUDGET
+    criterion: str | None = None
+    group_size: int = 64
+    adapter_dtype: str = "float32"
+    init_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    check_learning_rate: bool = True
+    selection: dict[str, str] | None = None
+    base_fingerprint: dict[str, str] | None = None
+    base_quantization: dict[str, Any] | None = None
+    sgrq_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         super().__post_init__()

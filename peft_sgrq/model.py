@@ -15,11 +15,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import TaskType
 from torch import nn
 
-from peft_sgrq.adapter.file import check_adapter_file
 from peft_sgrq.adapter.learning_rate import watch_learning_rate
 from peft_sgrq.adapter.renamed_layers import rename_layers, rename_tensors
 from peft_sgrq.adapter.starting_point import StartingPoint
 from peft_sgrq.adapter.state import adapter_tensors, further_names, named_for, take_over
+from peft_sgrq.adapter.stored import check_adapter_file
 from peft_sgrq.adapter.targets import (
     TASK_HEADS,
     check_modules_to_save,
@@ -30,7 +30,7 @@ from peft_sgrq.adapter.targets import (
     warn_of_fused_experts,
 )
 from peft_sgrq.adapter.training_record import note_training
-from peft_sgrq.adapter.weighted_sum import check_sum, config_of_sum, union_of_selections
+from peft_sgrq.adapter.weighted_sum import check_sum, config_of_sum
 from peft_sgrq.base.engines import check_engine, check_whole
 from peft_sgrq.base.loading import describe_class
 from peft_sgrq.base.prepare import prepare_base, writing_scales
@@ -50,8 +50,7 @@ from peft_sgrq.layer.first_gradients import FirstGradients
 from peft_sgrq.layer.linear import SGRQLinear
 from peft_sgrq.layer.masks import decode_mask
 from peft_sgrq.layer.mixed_batch import adapter_names_for, check_adapter_names
-from peft_sgrq.selection.by_weights import select_without_data
-from peft_sgrq.selection.completion import complete_config
+from peft_sgrq.selection.completion import complete_config, select_without_data
 
 logger = logging.getLogger(__name__)
 
@@ -241,10 +240,7 @@ class SGRQModel(BaseTuner):
             ValueError: If an adapter does not exist, the new name does already, or the lengths differ.
         """
         check_sum(self.peft_config, adapters, weights, adapter_name)
-        selection = union_of_selections(self.model, adapters)
-        config = config_of_sum(self.peft_config[adapters[0]], selection)
-        config.zero_points = any(self.peft_config[adapter].zero_points for adapter in adapters)
-        self.peft_config[adapter_name] = config
+        self.peft_config[adapter_name] = config_of_sum(self.model, self.peft_config, adapters)
         try:
             self.inject_adapter(self.model, adapter_name)
         except Exception:

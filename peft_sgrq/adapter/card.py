@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from peft_sgrq.base.loading import loading_code
+from peft_sgrq.config import SGRQConfig
 from peft_sgrq.files.output import written
 from peft_sgrq.formats.loading import quantization_code
-
-if TYPE_CHECKING:
-    from peft_sgrq.config import SGRQConfig
 
 _BEGIN = "<!-- written by peft_sgrq: begin -->"
 _END = "<!-- written by peft_sgrq: end -->"

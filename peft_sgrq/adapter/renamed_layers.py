@@ -79,7 +79,7 @@ def _find(absent: list[str], layers: Mapping[str, nn.Module], config: SGRQConfig
                 new = by_end.find(name, is_right)
             except ValueError:
                 continue
-        if new is not None and (_is_meta(layers[new]) or is_right(new)):
+        if new is not None and (any(tensor.is_meta for tensor in layers[new].parameters()) or is_right(new)):
             found[name] = new
     return found
 
@@ -89,10 +89,6 @@ def _scaled_weight(name: str, layers: Mapping[str, nn.Module], config: SGRQConfi
         return scaled_weight_of(name, layers[name], config.group_size)
     except ValueError:
         return None
-
-
-def _is_meta(module: nn.Module) -> bool:
-    return any(parameter.is_meta for parameter in module.parameters())
 
 
 def _by_mapping(names: list[str], mapping: Mapping[str, Any]) -> dict[str, str]:

@@ -1,15 +1,19 @@
-"""An SGRQ adapter read from its folder, without a model."""
+"""An SGRQ adapter read from its folder, without a model, and its weights file checked before its config is used."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
-from peft_sgrq.adapter.file import check_complete, read_adapter_file
 from peft_sgrq.choices import without_wrapper_names
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.files.sources import check_adapter_folder
@@ -70,8 +74,10 @@ def read_adapter(path: Path) -> StoredAdapter:
     whole: dict[str, torch.Tensor] = {}
     rows: dict[str, tuple[list[int], torch.Tensor]] = {}
     copies: dict[str, torch.Tensor] = {}
-    tensors = read_adapter_file(str(path))
-    check_complete(str(path / SAFETENSORS_WEIGHTS_NAME), config.base_fingerprint or (), tensors)
+    file = str(path / SAFETENSORS_WEIGHTS_NAME)
+    with _whole(file):
+        tensors = load_file(file)
+    _check_complete(file, config.base_fingerprint or (), tensors)
     for key, tensor in tensors.items():
         name = without_wrapper_names(key).removeprefix(_PREFIX)
         if match := _DELTA.fullmatch(name):
@@ -84,10 +90,7 @@ def read_adapter(path: Path) -> StoredAdapter:
         elif match := _COPY.fullmatch(name):
             copies[f"{match[1]}.{match[2]}"] = tensor
         elif ".lora_" in name or "sgrq_" in name:
-            raise ValueError(
-                f"{path / SAFETENSORS_WEIGHTS_NAME} holds {key!r}, expected tensors of an SGRQ adapter; save the "
-                "adapter again."
-            )
+            raise ValueError(f"{file} holds {key!r}, expected tensors of an SGRQ adapter; save the adapter again.")
         else:
             whole[name] = tensor
     return StoredAdapter(config, {name: _delta(name, part) for name, part in parts.items()}, whole, rows, copies)
@@ -120,3 +123,49 @@ def _token_indices(config: SGRQConfig, name: str) -> list[int]:
     if isinstance(indices, dict):
         return next((list(value) for key, value in indices.items() if f".{name}".endswith(f".{key}")), [])
     return list(indices or ())
+
+
+def check_adapter_file(directory: str, layers: Iterable[str]) -> None:
+    """Checks that the weights file of a local adapter is a whole safetensors file, with deltas for all its layers.
+
+    Only the header is read: it holds the size the file must have. A directory without such a file passes (it may be
+    a Hub id, or hold a config alone).
+
+    Args:
+        directory (`str`): The folder of the adapter.
+        layers (`Iterable[str]`): Names of the layers its config says it was trained on.
+
+    Raises:
+        ValueError: If the file is truncated or no safetensors file, or lacks the deltas of a layer.
+    """
+    path = os.path.join(directory, SAFETENSORS_WEIGHTS_NAME)
+    if os.path.isfile(path):
+        with _whole(path), safe_open(path, framework="pt") as file:
+            _check_complete(path, layers, file.keys())
+
+
+def _check_complete(path: str, layers: Iterable[str], keys: Iterable[str]) -> None:
+    """Refuses the file of an adapter that lacks the deltas of one of its layers.
+
+    Raises:
+        ValueError: If it does; the sentence names the first.
+    """
+    named = {without_wrapper_names(key).removeprefix("base_model.model.") for key in keys}
+    wanted = {without_wrapper_names(layer) for layer in layers}
+    missing = sorted(layer for layer in wanted if f"{layer}.sgrq_delta.weight" not in named)
+    if missing:
+        raise ValueError(
+            f"{path} is incomplete: found no deltas for {len(missing)} of the {len(wanted)} layers that the adapter's "
+            f"config names (the first: {missing[0]!r}), expected those of all; copy or download it again."
+        )
+
+
+@contextmanager
+def _whole(path: str) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is truncated or corrupt: found {os.path.getsize(path)} bytes that do not make a safetensors file "
+            f"({error}), expected the file `save_pretrained` wrote; copy or download it again."
+        ) from error

@@ -112,13 +112,10 @@ def _check_zero_points(scaled_weights: Mapping[str, ScaledWeight], config: SGRQC
     Raises:
         ValueError: If none does; the sentence says what the layers are.
     """
-    if (
-        not config.zero_points
-        or not scaled_weights
-        or any(scaled_weight.movable_zero_points for scaled_weight in scaled_weights.values())
-    ):
+    weights = scaled_weights.values()
+    if not config.zero_points or not weights or any(weight.movable_zero_points for weight in weights):
         return
-    found = ", ".join(sorted({scaled_weight.name for scaled_weight in scaled_weights.values()})[:4])
+    found = ", ".join(sorted({weight.name for weight in weights})[:4])
     raise ValueError(
         f"`zero_points` is True and the targeted layers are {found}, which store no zero points as floats, expected "
         "GGUF's Q4_1, Q5_1, Q4_K or Q5_K, HQQ, quanto's int4 or int2, or torchao's int4; leave `zero_points` out. The "
@@ -141,11 +138,13 @@ def supported_layers(model: nn.Module, config: SGRQConfig) -> set[str]:
         names = {name for name, layer in layers.items() if name and is_supported(layer) and layer is not head}
         _warn_of_own_forwards(layers)
         whole = (*TASK_HEADS.get(config.task_type or "", ()), *(config.modules_to_save or ()))
-        names = {name for name in names if not any(_is_within(name, module) for module in whole)}
+        names = {name for name in names if not any(f".{module}." in f".{name}." for module in whole)}
     if names and config.layers_to_transform is not None:
         # PEFT looks at the index of a block only where a name is matched by its end.
         names = {
-            name for name in names if check_target_module_exists(replace(config, target_modules=[_end(name)]), name)
+            name
+            for name in names
+            if check_target_module_exists(replace(config, target_modules=[name.rpartition(".")[2]]), name)
         }
     if not names:
         raise ValueError(
@@ -200,14 +199,6 @@ def warn_of_fused_experts(model: nn.Module) -> None:
         "tunes the scales of linear layers, and these are 3-D parameters that no linear layer owns. Other layers are "
         "tuned; experts that are linear layers of their own would be, too."
     )
-
-
-def _is_within(name: str, module: str) -> bool:
-    return f".{module}." in f".{name}."
-
-
-def _end(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def check_modules_to_save(model: nn.Module, config: SGRQConfig) -> None:

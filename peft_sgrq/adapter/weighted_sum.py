@@ -46,26 +46,23 @@ def check_sum(configs: Mapping[str, SGRQConfig], adapters: list[str], weights: l
             )
 
 
-def union_of_selections(model: nn.Module, adapters: list[str]) -> dict[str, str]:
-    """What any of some adapters selects: module name -> bit mask in hexadecimal."""
+def config_of_sum(model: nn.Module, configs: Mapping[str, SGRQConfig], adapters: list[str]) -> SGRQConfig:
+    """The config of an adapter that selects, layer by layer, what any of the summands does.
+
+    Args:
+        model (`nn.Module`): The model.
+        configs (`Mapping[str, SGRQConfig]`): Its adapters, by name.
+        adapters (`list[str]`): Names of the summands.
+    """
     selection: dict[str, str] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, SGRQLinear):
             units = [layer.delta(adapter).units for adapter in adapters if adapter in layer.sgrq_delta]
             if units:
                 selection[name] = encode_mask(torch.cat(units).unique(), layer.scaled_weight.selectable)
-    return selection
-
-
-def config_of_sum(first: SGRQConfig, selection: dict[str, str]) -> SGRQConfig:
-    """The config of an adapter that selects, layer by layer, what any of the summands does.
-
-    Args:
-        first (`SGRQConfig`): The config of one of them.
-        selection (`dict[str, str]`): Layer name -> mask of the union.
-    """
     return replace(
-        first,
+        configs[adapters[0]],
+        zero_points=any(configs[adapter].zero_points for adapter in adapters),
         target_modules="|".join(map(re.escape, selection)),  # a list would also match by the ends of names
         exclude_modules=None,
         layers_to_transform=None,

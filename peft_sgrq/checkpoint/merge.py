@@ -14,7 +14,7 @@ from peft_sgrq.checkpoint.gguf import find_gguf_base, plan_gguf_merge, write_ggu
 from peft_sgrq.checkpoint.plan import MergePlan, plan_merge
 from peft_sgrq.files.folder import INDEX, write_json
 from peft_sgrq.files.output_folder import check_merged_folder
-from peft_sgrq.files.sources import find_adapter, find_folder, name_of_base, other_files
+from peft_sgrq.files.sources import find_adapter, find_base, other_files
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +84,7 @@ def merge_checkpoint(
     if name is not None:
         raise ValueError(f"`name` is {name!r} and the base no GGUF file, expected one; leave it out.")
     target = checked or check_merged_folder(out, overwrite)
-    if base is None:
-        base, named_revision = name_of_base(adapter_folder)
-        revision = revision or named_revision
-    base_folder = find_folder(base, "base model", revision)
+    base_folder = find_base(base, adapter_folder, revision)
     for path, what in ((base_folder, "base"), (adapter_folder, "adapter")):
         if path.resolve().is_relative_to(target):
             raise ValueError(f"{out} holds the {what}, expected another folder: the {what} would be lost.")

@@ -83,19 +83,15 @@ def _plan(
 
 def _find_layers(folder: CheckpointFolder, names: StoredNames, stored: StoredAdapter) -> dict[str, StoredWeight]:
     layers: dict[str, StoredWeight] = {}
-    later = []
-    for name in stored.deltas:
-        try:
-            layers[name] = _find_layer(folder, names, stored, name)
-        except ValueError:
-            later.append(name)  # what is found of others may tell
-    for name in later:
-        try:
-            layers[name] = _find_layer(folder, names, stored, name)
-        except ValueError as error:
-            raise ValueError(
-                f"Layer {name!r} cannot be merged in {folder.path}: {error}. Nothing was written."
-            ) from None
+    for last in (False, True):  # what is found of others may tell
+        for name in [name for name in stored.deltas if name not in layers]:
+            try:
+                layers[name] = _find_layer(folder, names, stored, name)
+            except ValueError as error:
+                if last:
+                    raise ValueError(
+                        f"Layer {name!r} cannot be merged in {folder.path}: {error}. Nothing was written."
+                    ) from None
     return {name: layers[name] for name in stored.deltas}
 
 

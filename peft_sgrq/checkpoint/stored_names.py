@@ -4,24 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from functools import cached_property
-from typing import Any
-
-from peft.utils.peft_types import TaskType
 
 from peft_sgrq.adapter.stored import StoredAdapter
+from peft_sgrq.base.loading import AUTO_CLASS_OF_TASK
 from peft_sgrq.files import architecture
 from peft_sgrq.files.architecture import Architecture
 from peft_sgrq.files.folder import CheckpointFolder
 from peft_sgrq.files.names import Names
-
-_TASKS: dict[str, str] = {
-    TaskType.CAUSAL_LM: "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-    TaskType.SEQ_2_SEQ_LM: "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
-    TaskType.SEQ_CLS: "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-    TaskType.TOKEN_CLS: "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
-    TaskType.QUESTION_ANS: "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
-    TaskType.FEATURE_EXTRACTION: "MODEL_MAPPING_NAMES",
-}
 
 
 class StoredNames:
@@ -50,8 +39,8 @@ class StoredNames:
     def architecture(self) -> Architecture | None:
         """The model the adapter was trained on, `None` if transformers does not know it."""
         config = self._folder.config
-        own, task = config.get("architectures") or (), _task_classes(self._stored, config)
-        classes = [*self._classes, *_trained_classes(self._stored, config), *own, *task]
+        recorded, task = self._trained_classes
+        classes = [*self._classes, *recorded, *(config.get("architectures") or ()), *task]
         return architecture.build(config, classes, self._stored.deltas)
 
     def of(self, folder: CheckpointFolder) -> StoredNames:
@@ -61,8 +50,21 @@ class StoredNames:
     @property
     def trained_classes(self) -> list[str]:
         """The classes of transformers that the adapter's config says it may have been trained on."""
-        config = self._folder.config
-        return [*_trained_classes(self._stored, config), *_task_classes(self._stored, config)]
+        return [name for names in self._trained_classes for name in names]
+
+    @property
+    def _trained_classes(self) -> list[list[str]]:
+        """Those by the class it records, and those by its task."""
+        import transformers
+
+        config, found = self._stored.config, []
+        recorded = config.auto_mapping.get("base_model_class") if isinstance(config.auto_mapping, dict) else None
+        for name in (recorded, AUTO_CLASS_OF_TASK.get(config.task_type or "")):
+            # An auto class knows the class it makes of a model type, or the classes.
+            known = getattr(getattr(transformers, name or "", None), "_model_mapping", None)
+            made = name if known is None else known._model_mapping.get(self._folder.config.get("model_type"))
+            found.append([one for one in (made if isinstance(made, (list, tuple)) else [made]) if one])
+        return found
 
     @cached_property
     def in_memory(self) -> dict[str, str]:
@@ -128,25 +130,3 @@ class StoredNames:
 def layers_of(key: str) -> list[str]:
     """The names of the layers that a tensor may be of, by its own."""
     return [key.rpartition(".")[0], key.rpartition(".weight.")[0]]
-
-
-def _trained_classes(stored: StoredAdapter, config: dict[str, Any]) -> list[str]:
-    import transformers
-
-    mapping = stored.config.auto_mapping or {}
-    name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    # An auto class knows the class it makes of a model type.
-    known = getattr(getattr(transformers, name or "", None), "_model_mapping", None)
-    return _as_list(name if known is None else known._model_mapping.get(config.get("model_type")))
-
-
-def _task_classes(stored: StoredAdapter, config: dict[str, Any]) -> list[str]:
-    from transformers.models.auto import modeling_auto
-
-    task = stored.config.task_type
-    mapping = getattr(modeling_auto, _TASKS[task], {}) if task in _TASKS else {}
-    return _as_list(mapping.get(config.get("model_type")))
-
-
-def _as_list(names: Any) -> list[str]:
-    return [name for name in (names if isinstance(names, (list, tuple)) else [names]) if name]

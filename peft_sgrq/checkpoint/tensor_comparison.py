@@ -45,7 +45,8 @@ class TensorComparison:
                 if key is not None:
                     self.errors.append(f"{name} is there, expected it to be dropped (its scales are un-nested).")
             elif key is None:
-                if change is None and self._has_no_use_for(name):
+                found = self._names.architecture
+                if change is None and found is not None and found.not_loaded([name]):  # it has no use for it
                     left_out.append(name)
                 else:
                     self.errors.append(f"{name} is missing.")
@@ -54,8 +55,9 @@ class TensorComparison:
             seen.add(key)
         self.errors.extend(f"{key} is not in the base." for key in self._result if not self._is_known(key, seen))
         if left_out:
-            found = self._names.architecture
-            self.notes.append(f"Not in the merged checkpoint, as {found and found.name} has none: {_list(left_out)}.")
+            found, more = self._names.architecture, f" and {len(left_out) - 4} more" if len(left_out) > 4 else ""
+            names = ", ".join(left_out[:4]) + more
+            self.notes.append(f"Not in the merged checkpoint, as {found and found.name} has none: {names}.")
         if self._plan.brought or self._result.config.get("id2label") != self._plan.base.config.get("id2label"):
             self._check_shapes()
 
@@ -97,10 +99,6 @@ class TensorComparison:
             return names.in_memory.get(name, name)
         return names.architecture.in_memory([name])[name]
 
-    def _has_no_use_for(self, name: str) -> bool:
-        found = self._names.architecture
-        return found is not None and bool(found.not_loaded([name]))
-
     def _is_known(self, key: str, seen: set[str | None]) -> bool:
         """Whether a tensor was compared, or is held once more under the name of one that is tied to it."""
         if key in seen:
@@ -122,7 +120,3 @@ class TensorComparison:
             entry = None if key is None else self._result.entry(key)
             if entry is not None and entry.dtype in _FLOAT and entry.shape != shape and math.prod(shape):
                 self.errors.append(f"{key} has shape {entry.shape}, config.json says {shape}.")
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

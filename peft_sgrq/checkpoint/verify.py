@@ -12,7 +12,7 @@ from peft_sgrq.checkpoint.gguf import compare_gguf, find_gguf_base, plan_gguf_me
 from peft_sgrq.checkpoint.plan import MergePlan, plan_merge
 from peft_sgrq.checkpoint.tensor_comparison import TensorComparison
 from peft_sgrq.files.folder import INDEX, CheckpointFolder
-from peft_sgrq.files.sources import find_adapter, find_folder, name_of_base, other_files
+from peft_sgrq.files.sources import find_adapter, find_base, find_folder, other_files
 
 # Fields of a config that follow from the shapes of tensors.
 _SIZES = ("vocab_size", "vocab_size_per_layer_input", "num_labels", "id2label", "label2id")
@@ -71,11 +71,9 @@ def verify_checkpoint(
     if gguf_base is not None:
         gguf_plan = plan_gguf_merge(gguf_base, adapter_folder, check=check_base)
         return VerifyReport(*compare_gguf(gguf_plan, Path(merged)))
-    if base is None:
-        base, named_revision = name_of_base(adapter_folder)
-        revision = revision or named_revision
+    base_folder = find_base(base, adapter_folder, revision)
     result = CheckpointFolder(find_folder(merged, "merged model"))
-    plan = plan_merge(find_folder(base, "base model", revision), adapter_folder, check=check_base, merged=result)
+    plan = plan_merge(base_folder, adapter_folder, check=check_base, merged=result)
     with plan.base, result:
         tensors = TensorComparison(plan, result)
         tensors.run()

@@ -223,12 +223,7 @@ class WholeTensors:
                 key = name if known is None or verbatim else known.on_disk(name)
                 change = old if change is None else change
             if change is not None:
-                self._check_shape(name, change, old)
                 self._changes[key] = change._replace(beside=kept)
-
-    def _check_shape(self, name: str, change: Change, old: Change) -> None:
-        if not self._in_memory and change.shape != old.shape:
-            raise RuntimeError(f"{name} would be written with shape {change.shape}, expected {old.shape}")
 
 
 def _constant(tensor: torch.Tensor) -> Change:

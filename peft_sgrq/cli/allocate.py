@@ -8,21 +8,14 @@ from __future__ import annotations
 
 import argparse
 
-from peft_sgrq.cli.inputs import (
-    add_data_arguments,
-    add_dense_model_arguments,
-    check_sources,
-    data_options,
-    load_data,
-    load_dense,
-)
+from peft_sgrq.cli import inputs
 from peft_sgrq.files.output import check_output
 from peft_sgrq.files.output_folder import check_output_folder, written_folder
 from peft_sgrq.files.paths_apart import check_apart, check_not_read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_dense_model_arguments(parser)
+    inputs.add_dense_model_arguments(parser)
     parser.add_argument("data", metavar="DATA", help="a .txt, .jsonl, .csv or .parquet file, or a dataset of the Hub")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the JSON file to write")
     parser.add_argument("--bits", type=_bits, default=2.5, help='a weight with scales, or a size such as "3GB"')
@@ -32,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", action="store_true", help="with measured: pairs of layers, too")
     parser.add_argument("--no-fuse", action="store_true", help="let query, key and value, gate and up differ")
     parser.add_argument("--checkpoint", metavar="FOLDER", help="quantize by the plan, and save that here")
-    add_data_arguments(parser)
+    inputs.add_data_arguments(parser)
     parser.set_defaults(samples=64)
 
 
@@ -42,17 +35,17 @@ def check(args: argparse.Namespace) -> None:
     if args.checkpoint:
         check_output_folder(args.checkpoint)
         check_apart(args.output, args.checkpoint)
-    check_sources(args, model=args.model)
+    inputs.check_sources(args, model=args.model)
 
 
 def run(args: argparse.Namespace) -> int:
     from peft_sgrq.rotation.allocate_bits import allocate_bits
     from peft_sgrq.rotation.quantize import quantize
 
-    model, tokenizer = load_dense(args)
+    model, tokenizer = inputs.load_dense(args)
     plan = allocate_bits(
         model,
-        load_data(args, tokenizer),
+        inputs.load_data(args, tokenizer),
         tokenizer=tokenizer,
         bits=args.bits,
         widths=args.widths,
@@ -61,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         pairs=args.pairs,
         fuse=not args.no_fuse,
         progress=not args.quiet,
-        **data_options(args),
+        **inputs.data_options(args),
     )
     if args.checkpoint:
         quantize(model, plan)

@@ -10,22 +10,14 @@ import argparse
 import sys
 
 from peft_sgrq.choices import DEFAULT_CRITERION
+from peft_sgrq.cli import inputs
 from peft_sgrq.cli.argument_types import CRITERION_NAMES, criterion
-from peft_sgrq.cli.inputs import (
-    add_data_arguments,
-    add_model_arguments,
-    check_model,
-    check_sources,
-    data_options,
-    load_data,
-    load_model,
-)
 from peft_sgrq.files.output import check_output, is_standard_output
 from peft_sgrq.files.paths_apart import check_not_read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    inputs.add_model_arguments(parser)
     parser.add_argument("data", metavar="DATA", help="a .txt, .jsonl, .csv or .parquet file, or a dataset of the Hub")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the safetensors file to write")
     parser.add_argument(
@@ -34,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=criterion,
         help=f"how salience is measured: {CRITERION_NAMES} (default: diag)",
     )
-    add_data_arguments(parser)
+    inputs.add_data_arguments(parser)
     parser.add_argument("--original", help="for the criterion error: the model before quantization")
     parser.add_argument("--memory-limit", metavar="SIZE", help='of Hessians in models that are no chain, e.g. "4GB"')
 
@@ -42,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     check_output(args.output)
     check_not_read(args.output, args.model, args.data, args.original)
-    check_model(args)
-    check_sources(args, model=args.model, original=args.original)
+    inputs.check_model(args)
+    inputs.check_sources(args, model=args.model, original=args.original)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
     config = SGRQConfig(
         target_modules=args.target_modules, group_size=args.group_size, criterion=args.criterion, ratio=0.4
     )
-    model, tokenizer = load_model(args)
-    data = load_data(args, tokenizer)
+    model, tokenizer = inputs.load_model(args)
+    data = inputs.load_data(args, tokenizer)
     saliency = calibrate(
         model,
         config,
@@ -64,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         original=args.original,
         memory_limit=args.memory_limit,
         progress=not args.quiet,
-        **data_options(args),
+        **inputs.data_options(args),
     )
     saliency.save(args.output)
     print(

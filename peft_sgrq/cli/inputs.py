@@ -64,6 +64,14 @@ def data_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("column", "samples", "max_length", "batch_size", "seed")}
 
 
+def add_adapter_arguments(parser: argparse.ArgumentParser, merged: str) -> None:
+    """Those that name an adapter, what it is merged into, and the result, whose help is `merged`."""
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id of the adapter")
+    parser.add_argument("merged", metavar="MERGED", help=merged)
+    parser.add_argument("--base", help="folder, Hub id or .gguf file of the base; the adapter names it, too")
+    parser.add_argument("--revision", help="revision of the base on the Hub")
+
+
 def check_adapter(args: argparse.Namespace) -> None:
     """Refuses an adapter and a base that are neither here nor on the Hub."""
     check_source(args.adapter, "adapter")

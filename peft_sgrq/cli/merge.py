@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from peft_sgrq.cli.inputs import check_adapter
+from peft_sgrq.cli.inputs import add_adapter_arguments, check_adapter
 from peft_sgrq.files.output_folder import check_merged_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id of the adapter")
-    parser.add_argument("out", metavar="MERGED", help="folder to make; a file if the base is a .gguf file")
-    parser.add_argument("--base", help="folder, Hub id or .gguf file of the base; the adapter names it, too")
-    parser.add_argument("--revision", help="revision of the base on the Hub")
+    add_adapter_arguments(parser, "folder to make; a file if the base is a .gguf file")
     parser.add_argument("--overwrite", action="store_true", help="replace MERGED if it exists")
     parser.add_argument(
         "--name", help="of a .gguf file: the general.name to write into its header (default: as it is)"
@@ -22,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     check_adapter(args)
-    if not args.out.endswith(".gguf"):
-        check_merged_folder(args.out, args.overwrite)
+    if not args.merged.endswith(".gguf"):
+        check_merged_folder(args.merged, args.overwrite)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     report = merge_checkpoint(
         args.base,
         args.adapter,
-        args.out,
+        args.merged,
         revision=args.revision,
         overwrite=args.overwrite,
         check_base=not args.no_check,

@@ -12,16 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peft_sgrq.cli import inputs
 from peft_sgrq.cli.argument_types import ratio
-from peft_sgrq.cli.inputs import (
-    add_data_arguments,
-    add_model_arguments,
-    check_model,
-    check_sources,
-    data_options,
-    load_data,
-    load_model,
-)
 from peft_sgrq.files.output_folder import check_output_folder, written_folder
 from peft_sgrq.files.paths_apart import check_apart, check_not_read
 
@@ -40,11 +32,11 @@ _OPTIONS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    inputs.add_model_arguments(parser)
     parser.add_argument("--reference", required=True, help="the model before quantization: a directory or a name")
     parser.add_argument("--data", required=True, help="a .txt, .jsonl, .csv or .parquet file, or a dataset of the Hub")
     parser.add_argument("-o", "--output", required=True, metavar="ADAPTER", help="the folder to write")
-    add_data_arguments(parser)
+    inputs.add_data_arguments(parser)
     parser.add_argument(
         "--ratio", type=ratio, default=1.0, help="share of the scales trained, or knee or global (default: 1.0)"
     )
@@ -68,8 +60,8 @@ def check(args: argparse.Namespace) -> None:
                 f"The progress file {args.progress_file!r} is in the output {args.output!r}, which has to be new when "
                 "the same command goes on, expected it elsewhere; name another, or leave it out."
             )
-    check_model(args)
-    check_sources(args, model=args.model, reference=args.reference)
+    inputs.check_model(args)
+    inputs.check_sources(args, model=args.model, reference=args.reference)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -101,18 +93,18 @@ def _recover(args: argparse.Namespace, progress_file: str) -> Recovery:
     from peft_sgrq.config import SGRQConfig
     from peft_sgrq.recovery.recover import recover
 
-    model, tokenizer = load_model(args)
+    model, tokenizer = inputs.load_model(args)
     config = SGRQConfig(
         ratio=args.ratio, target_modules=args.target_modules, group_size=args.group_size, task_type="CAUSAL_LM"
     )
     return recover(
         model,
         args.reference,
-        load_data(args, tokenizer),
+        inputs.load_data(args, tokenizer),
         config,
         tokenizer,
         progress_file=progress_file,
         progress=not args.quiet,
-        **data_options(args),
+        **inputs.data_options(args),
         **{name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None},
     )

@@ -8,21 +8,14 @@ from __future__ import annotations
 
 import argparse
 
-from peft_sgrq.cli.inputs import (
-    add_data_arguments,
-    add_dense_model_arguments,
-    check_sources,
-    data_options,
-    load_data,
-    load_dense,
-)
+from peft_sgrq.cli import inputs
 from peft_sgrq.files.output import check_output
 from peft_sgrq.files.output_folder import check_output_folder, written_folder
 from peft_sgrq.files.paths_apart import check_apart, check_not_read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_dense_model_arguments(parser)
+    inputs.add_dense_model_arguments(parser)
     parser.add_argument("--data", help="to choose by error: a .txt, .jsonl, .csv or .parquet file, or a dataset")
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="the folder to write")
     parser.add_argument("--scheme", default="W4A4KV4", help="the bits to come (default: W4A4KV4)")
@@ -31,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--select", choices=("measured", "all"), help="default: measured if there is data")
     parser.add_argument("--quantize", action="store_true", help="round to nearest, and save that")
     parser.add_argument("--report", metavar="FILE", help="write what was chosen and the errors as JSON")
-    add_data_arguments(parser)
+    inputs.add_data_arguments(parser)
     parser.set_defaults(samples=16)
 
 
@@ -41,7 +34,7 @@ def check(args: argparse.Namespace) -> None:
         check_output(args.report, "The report")
         check_not_read(args.report, args.model, args.data)
         check_apart(args.report, args.output, "The report")
-    check_sources(args, model=args.model)
+    inputs.check_sources(args, model=args.model)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,16 +43,16 @@ def run(args: argparse.Namespace) -> int:
     from peft_sgrq.rotation.scheme import parse_scheme
 
     parse_scheme(args.scheme, args.group_size)
-    model, tokenizer = load_dense(args)
+    model, tokenizer = inputs.load_dense(args)
     found = rotate(
         model,
-        load_data(args, tokenizer) if args.data else None,
+        inputs.load_data(args, tokenizer) if args.data else None,
         tokenizer=tokenizer,
         scheme=args.scheme,
         rotations=args.rotations,
         select=args.select,
         group_size=args.group_size,
-        **data_options(args),
+        **inputs.data_options(args),
     )
     if args.quantize:
         quantize(model, args.scheme, group_size=args.group_size)

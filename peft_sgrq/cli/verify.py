@@ -5,17 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 
-from peft_sgrq.cli.inputs import check_adapter
+from peft_sgrq.cli.inputs import add_adapter_arguments, check_adapter
 from peft_sgrq.files.hub import check_source
 
 _SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id of the adapter")
-    parser.add_argument("merged", metavar="MERGED", help="folder, Hub id or .gguf file of the merged checkpoint")
-    parser.add_argument("--base", help="folder, Hub id or .gguf file of the base; the adapter names it, too")
-    parser.add_argument("--revision", help="revision of the base on the Hub")
+    add_adapter_arguments(parser, "folder, Hub id or .gguf file of the merged checkpoint")
     parser.add_argument("--no-check", action="store_true", help="compare even if the base is not the adapter's")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 

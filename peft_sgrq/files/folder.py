@@ -128,9 +128,8 @@ class CheckpointFolder:
                 left -= len(piece)
                 yield piece
 
-    def same_bytes(self, name: str, other: CheckpointFolder, other_name: str | None = None) -> bool:
-        """Whether a tensor has the dtype, shape and bytes of one in another checkpoint, of its name if not told."""
-        other_name = name if other_name is None else other_name
+    def same_bytes(self, name: str, other: CheckpointFolder, other_name: str) -> bool:
+        """Whether a tensor has the dtype, shape and bytes of one in another checkpoint."""
         mine, theirs = self.entry(name), other.entry(other_name)
         if mine[:2] != theirs[:2]:
             return False

@@ -68,12 +68,7 @@ def check_output(path: str | os.PathLike[str], what: str = "The output") -> None
             if not _may_write(path):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             return
-        made = make_folders(os.path.dirname(os.path.realpath(path)))
-        try:
-            with scratch_file(path):
-                pass
-        finally:
-            remove_folders(made)
+        try_file(path)
     except OSError as error:
         raise ValueError(
             f"{what} {path!r} cannot be written ({error.strerror or error}), expected a file in a folder that can be "
@@ -194,3 +189,13 @@ def remove_folders(folders: list[str]) -> None:
     for folder in folders:
         with suppress(OSError):
             os.rmdir(folder)
+
+
+def try_file(path: str) -> None:
+    """Makes a file, and the folders that its path lacks, and leaves nothing behind; an OSError if it cannot be made."""
+    made = make_folders(os.path.dirname(os.path.realpath(path)))
+    try:
+        with scratch_file(path):
+            pass
+    finally:
+        remove_folders(made)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from peft_sgrq.files.output import as_os_error, check_output, make_folders, remove_folders, scratch_file
+from peft_sgrq.files.output import as_os_error, check_output, make_folders, remove_folders, try_file
 
 
 @contextmanager
@@ -77,12 +77,7 @@ def check_output_folder(path: str | os.PathLike[str]) -> str:
             f"The output {os.fspath(path)!r} exists already, expected a new folder; delete it, or name another one."
         )
     try:
-        made = make_folders(target)
-        try:
-            with scratch_file(os.path.join(target, "probe")):
-                pass
-        finally:
-            remove_folders(made)
+        try_file(os.path.join(target, "probe"))
     except OSError as error:
         raise ValueError(
             f"The output {os.fspath(path)!r} cannot be written ({error.strerror or error}), expected a folder that "

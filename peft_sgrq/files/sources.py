@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from peft_sgrq.files.hub import check_source
+from peft_sgrq.files.hub import check_source, downloading
 
 # Weights in other forms would hold the unmerged model, or are not needed beside safetensors.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")
@@ -33,17 +33,10 @@ def find_folder(name: str | os.PathLike[str], what: str, revision: str | None = 
         raise ValueError(f"The {what} {str(name)!r} is a file, expected a folder; give the one it is in.")
     check_source(name, what, revision)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        patterns = [f"*{ending}" for ending in _OTHER_WEIGHTS if ending != ".safetensors"]
+    patterns = [f"*{ending}" for ending in _OTHER_WEIGHTS if ending != ".safetensors"]
+    with downloading(f"The {what} {str(name)!r} is no folder here and", "its folder"):
         return Path(snapshot_download(str(name), revision=revision, ignore_patterns=patterns))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"The {what} {str(name)!r} is no folder here and could not be had from the Hub ({reason}); give the path "
-            "of its folder, or download it first with `hf download`."
-        ) from error
 
 
 def find_adapter(name: str | os.PathLike[str]) -> Path:
@@ -70,17 +63,18 @@ def check_adapter_folder(folder: str | os.PathLike[str]) -> None:
         )
 
 
-def name_of_base(adapter: Path) -> tuple[str, str | None]:
-    """The base an adapter names, and the revision of it.
+def find_base(base: str | os.PathLike[str] | None, adapter: Path, revision: str | None) -> Path:
+    """The local folder of a base; see [`find_folder`]. `None` stands for the one an adapter names.
 
     Raises:
-        ValueError: If it names none.
+        ValueError: If there is none, or the adapter names none.
     """
-    config = adapter_fields(adapter)
-    name = config.get("base_model_name_or_path")
-    if not name:
+    if base is None:
+        config = adapter_fields(adapter)
+        base, revision = config.get("base_model_name_or_path"), revision or config.get("revision")
+    if not base:
         raise ValueError(f"{adapter} does not name its base; give the folder or the Hub id of the base (`--base`).")
-    return name, config.get("revision")
+    return find_folder(base, "base model", revision)
 
 
 def adapter_fields(adapter: Path) -> dict[str, Any]:

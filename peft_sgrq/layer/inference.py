@@ -41,16 +41,6 @@ class Decoder:
         self.state = state
         self.sources = [(source, *_seen(source)) for source in sources]
 
-    @classmethod
-    def of(
-        cls,
-        run: Callable[[torch.Tensor], torch.Tensor],
-        state: tuple[object, ...],
-        sources: Sequence[torch.Tensor],
-    ) -> Decoder | None:
-        """A decoder, or `None` where changes cannot be seen: tensors made in inference mode count no versions."""
-        return None if any(source.is_inference() for source in sources) else cls(run, state, sources)
-
     def is_current(self, state: tuple[object, ...], sources: Sequence[torch.Tensor]) -> bool:
         """Whether it may run, given what state and sources are now."""
         if state != self.state or len(sources) != len(self.sources):

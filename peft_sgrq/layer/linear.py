@@ -118,7 +118,9 @@ class SGRQLinear(AdaptedLayer):
                 prepared = scaled_weight.prepare(self.effective_scales(names))
                 y = scaled_weight.linear(x_cast, prepared)
             if decodes and is_one_token(self, x):  # not for some rows of a mixed batch
-                self._decoder = Decoder.of(scaled_weight.bind(prepared), *self._decoding_state())
+                state, sources = self._decoding_state()
+                if not any(source.is_inference() for source in sources):  # such count no versions
+                    self._decoder = Decoder(scaled_weight.bind(prepared), state, sources)
         if self.training and not torch.compiler.is_compiling() and x.numel():
             self._expect_gradients(names, y.grad_fn)
         y = scaled_weight.cast_output(y, x)
@@ -179,9 +181,7 @@ class SGRQLinear(AdaptedLayer):
     def check_finite(self, adapter_names: list[str] | None = None) -> None:
         """Raises a ValueError if merging the adapters (`None`: the active ones) would write NaN or infinite scales."""
         names = self._present(self.active_adapters if adapter_names is None else adapter_names)
-        for checked in dict.fromkeys(
-            [*((name,) for name in names), *([names] if names else [])]
-        ):  # each, and their sum
+        for checked in dict.fromkeys([*((name,) for name in names), names] if names else ()):  # each, and their sum
             with self.original_scales():
                 scales = self.effective_scales(checked)
             if not torch.isfinite(scales).all():

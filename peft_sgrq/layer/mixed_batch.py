@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -88,21 +87,12 @@ def adapter_names_for(
     is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     encoder = model.get_encoder() if is_encoder_decoder else None  # type: ignore[operator]
     in_encoder = set() if encoder is None else set(encoder.modules())
-    handles = [
-        layer.register_forward_pre_hook(
-            partial(_add_adapter_names, adapter_names=list(names) if layer in in_encoder else repeated),
-            with_kwargs=True,
-        )
-        for layer in layers
-    ]
-    try:
+
+    def hook(layer: nn.Module) -> Any:
+        own = list(names) if layer in in_encoder else repeated
+        return lambda module, args, kwargs: (args, {**kwargs, "adapter_names": own})
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(hook(layer), with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _add_adapter_names(
-    module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]
-) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": adapter_names}

@@ -123,7 +123,8 @@ def calibrate(
     use_trainable_kernels(model)
     scaled_weights = _targets(model, config)
     prepare_base(model)
-    saliency = Saliency({layer: _unscored(weight) for layer, weight in scaled_weights.items()}, name)
+    unscored = {layer: LayerSaliency.of(weight, torch.zeros(weight.lines)) for layer, weight in scaled_weights.items()}
+    saliency = Saliency(unscored, name)
     _check_ratio_early(config, saliency)
     batches: list[Batch] = []
     with untouched(model), tqdm(desc="Calibrating", disable=not progress or process_index() > 0) as bar:
@@ -136,7 +137,7 @@ def calibrate(
             scores = {layer: weight_scores(layer, weight, name, seed) for layer, weight in scaled_weights.items()}
         else:
             scores = _scores(model, scaled_weights, batches, chosen, original, memory_limit, saliency.tokens, bar)
-    saliency.layers = {layer: unscored.scored(scores[layer]) for layer, unscored in saliency.layers.items()}
+    saliency.layers = {layer: found.scored(scores[layer]) for layer, found in unscored.items()}
     saliency.seconds = {"data": loaded - start, "scores": time.perf_counter() - loaded}
     if config.ratio == "layerwise":
         allocated = ratios_on(model, config, batches, saliency, progress=progress)
@@ -183,10 +184,6 @@ def _scores(
             "quantization; give the model that was quantized."
         )
     return scores
-
-
-def _unscored(scaled_weight: ScaledWeight) -> LayerSaliency:
-    return LayerSaliency.of(scaled_weight, torch.zeros(scaled_weight.lines))
 
 
 def _targets(model: nn.Module, config: SGRQConfig) -> dict[str, ScaledWeight]:

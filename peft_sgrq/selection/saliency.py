@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -13,6 +12,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from peft_sgrq.choices import DEFAULT_BUDGET, DEFAULT_RATIO, Budget, Ratio, check_ratio, check_ratio_pattern
+from peft_sgrq.config import SGRQConfig
+from peft_sgrq.layer.base_layers import named_base_layers, scaled_weight_of
 from peft_sgrq.layer.masks import encode_mask
 from peft_sgrq.selection.criteria import COMPARABLE
 from peft_sgrq.selection.layer_saliency import LayerSaliency
@@ -24,9 +25,6 @@ from peft_sgrq.selection.ratio import (
     select_top,
 )
 from peft_sgrq.selection.saliency_file import read_saliency_file, write_saliency_file
-
-if TYPE_CHECKING:
-    from peft_sgrq.config import SGRQConfig
 
 
 @dataclass(eq=False)
@@ -213,8 +211,6 @@ class Saliency:
 
     def check(self, model: nn.Module) -> None:
         """Raises a ValueError if this is not the saliency of the layers of `model`, with its codes and scales."""
-        from peft_sgrq.layer.base_layers import named_base_layers, scaled_weight_of
-
         modules = dict(named_base_layers(model))
         for name, layer in self.layers.items():
             module = modules.get(name)

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from support.bases import NF4, NF4_NESTED, adapted
 
 from peft_sgrq import SGRQConfig, merge_checkpoint, verify_checkpoint
-from peft_sgrq.adapter import file as adapter_file
+from peft_sgrq.adapter import stored as adapter_file
 
 
 def _open_files(folder: Path) -> list[str]:

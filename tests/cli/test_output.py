@@ -281,7 +281,7 @@ def test_every_command_looks_at_its_output_first(output, nested, tmp_path: Path,
     for name in ("file", "null"):
         (tmp_path / name).write_bytes(b"")
     monkeypatch.setattr("peft_sgrq.files.hub.check_source", None)  # and would come next
-    monkeypatch.setattr("peft_sgrq.checkpoint.merge.find_folder", None)
+    monkeypatch.setattr("peft_sgrq.checkpoint.merge.find_base", None)
     path = str(tmp_path / output)
     commands = [
         ["calibrate", "model", "data", "-o", path],

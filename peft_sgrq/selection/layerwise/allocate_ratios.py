@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -16,18 +16,16 @@ from tqdm.auto import tqdm
 from peft_sgrq.base.prepare import prepare_base
 from peft_sgrq.base.trainable_kernels import use_trainable_kernels
 from peft_sgrq.choices import Budget, check_ratio
+from peft_sgrq.config import SGRQConfig
 from peft_sgrq.layer.base_layers import named_base_layers, refuse_adapters, scaled_weight_of
 from peft_sgrq.passes.data import Batch, load_batches
 from peft_sgrq.passes.processes import process_index
+from peft_sgrq.selection.layer_saliency import LayerSaliency
 from peft_sgrq.selection.layerwise.gains import Options, directions, estimate, halves, measure
 from peft_sgrq.selection.layerwise.knapsack import MAX_COMBINATIONS, allocate
 from peft_sgrq.selection.layerwise.probe import probing, split_rows, stack_rows
 from peft_sgrq.selection.ratio import budget_in_scales, count_selected
-
-if TYPE_CHECKING:
-    from peft_sgrq.config import SGRQConfig
-    from peft_sgrq.selection.layer_saliency import LayerSaliency
-    from peft_sgrq.selection.saliency import Saliency
+from peft_sgrq.selection.saliency import Saliency
 
 DEFAULT_RATIOS = (0.05, 0.1, 0.2, 0.4, 0.8)
 METHODS = ("fisher", "measured")

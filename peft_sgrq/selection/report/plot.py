@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from peft_sgrq.files.output import check_output, written
 from peft_sgrq.selection.ratio import knee
 from peft_sgrq.selection.report.report import Report, place, shorten
-
-if TYPE_CHECKING:
-    from peft_sgrq.selection.saliency import Saliency
+from peft_sgrq.selection.saliency import Saliency
 
 # Okabe and Ito's colours, told apart in the usual forms of colour blindness; markers tell them apart without colour.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00")
@@ -39,8 +37,9 @@ def plot_report(report: Report, path: str | os.PathLike[str], saliency: Saliency
     whole = {layer["ratio"] for layer in report.layers} | {report.facts.get("ratio")} <= {None, 1.0}
     if not whole:  # of everything there is nothing to see
         draw.append(lambda axes: _draw_ratios(figure, axes, report))
+    moved = "How far the scales moved: root mean square of the deltas, %"
     if any(layer["change"] is not None for layer in report.layers):
-        draw.append(lambda axes: _draw_changes(figure, axes, report))
+        draw.append(lambda axes: _draw_grid(figure, axes, report, "change", 100, None, moved))
     draw = draw or [lambda axes: _draw_ratios(figure, axes, report)]
     figure = _import_figure()(figsize=(9, 4.5 * len(draw)), layout="constrained")
     for axes, picture in zip(figure.subplots(len(draw), 1, squeeze=False)[:, 0], draw, strict=True):
@@ -110,16 +109,10 @@ def _draw_curves(axes: Any, report: Report, saliency: Saliency) -> None:
 
 def _draw_ratios(figure: Any, axes: Any, report: Report) -> None:
     known = all(layer["ratio"] is not None for layer in report.layers)
-    title = f"By layer: {'selected groups, %' if known else 'selected scales'}"
-    _draw_grid(
-        figure, axes, report, "ratio" if known else "scales", 100 if known else 1, 100 if known else None, title
-    )
-
-
-def _draw_changes(figure: Any, axes: Any, report: Report) -> None:
-    _draw_grid(
-        figure, axes, report, "change", 100, None, "How far the scales moved: root mean square of the deltas, %"
-    )
+    if known:
+        _draw_grid(figure, axes, report, "ratio", 100, 100, "By layer: selected groups, %")
+    else:
+        _draw_grid(figure, axes, report, "scales", 1, None, "By layer: selected scales")
 
 
 def _draw_grid(
