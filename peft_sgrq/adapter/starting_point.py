@@ -70,12 +70,8 @@ class StartingPoint:
         selection = dict(config.selection or {})
         for name, delta in self._deltas.items():
             scaled_weight = scaled_weights[name]
-            expected = scaled_weight.delta_shape(len(delta.units))
-            last = int(delta.units[-1]) if len(delta.units) else -1
-            fits = tuple(delta.values.shape) == expected and last < scaled_weight.selectable
-            if scaled_weight.quantization() is None:
-                fits = fits and config.group_size == self._config.group_size
-            if not fits:
+            same_groups = scaled_weight.quantized or config.group_size == self._config.group_size
+            if not (delta.fits(scaled_weight) and same_groups):
                 raise ValueError(
                     f"The adapter {self._source!r} of `init_weights` has {tuple(delta.values.shape)} deltas for "
                     f"layer {name!r}, found {scaled_weight.selectable} groups to select from there and a group size "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from peft.config import PeftConfig
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from peft_sgrq.choices import without_wrapper_names
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.files.sources import check_adapter_folder
+from peft_sgrq.formats.scale_matrix import ScaleMatrix
 from peft_sgrq.layer.masks import unpack_mask
 
 _PREFIX = "base_model.model."
@@ -32,6 +34,11 @@ class StoredDelta(NamedTuple):
     values: torch.Tensor
     units: torch.Tensor
     zero_points: torch.Tensor | None = None
+
+    def fits(self, layer: ScaleMatrix) -> bool:
+        """Whether a layer has these units, and as many scales of each."""
+        last = int(self.units[-1]) if len(self.units) else -1  # none where zero points alone are trained
+        return last < layer.selectable and tuple(self.values.shape) == layer.delta_shape(len(self.units))
 
 
 class StoredAdapter(NamedTuple):
@@ -61,8 +68,6 @@ def read_adapter(path: Path) -> StoredAdapter:
         ValueError: If the folder holds no SGRQ adapter in safetensors, or the file is truncated, holds NaN, or holds
             tensors no SGRQ adapter has.
     """
-    from peft import PeftConfig
-
     check_adapter_folder(path)
     config = PeftConfig.from_pretrained(str(path))
     if not isinstance(config, SGRQConfig):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+import transformers
 from peft.utils.peft_types import TaskType
 from torch import nn
 
 from peft_sgrq.config import SGRQConfig
+from peft_sgrq.formats.code import Code
 from peft_sgrq.formats.loading import quantization_code
 
 # Tried in this order; a model of none of them is loaded by its own class.
@@ -39,31 +40,6 @@ AUTO_CLASS_OF_TASK: dict[str, str] = {  # for adapters that do not record a clas
 }
 
 
-class LoadingCode(NamedTuple):
-    """Python code that loads a base.
-
-    Attributes:
-        imports (`list[str]`): Lines that import what the rest names.
-        expression (`str`): Loads the model.
-        statements (`list[str]`): What is to be done with it then; it is named `base` in them.
-    """
-
-    imports: list[str]
-    expression: str
-    statements: list[str]
-
-    def block(self) -> str:
-        """Lines that set `base`, imports first."""
-        return "\n".join([*self.imports, "", f"base = {self.expression}", *self.statements])
-
-    def clause(self) -> str:
-        """The same within a sentence, after "load the base with"; names of transformers are not imported."""
-        others = [line for line in self.imports if not line.startswith("from transformers ")]
-        if not self.statements:
-            return self.expression
-        return f"{self.expression} as `base`, and then run `{'; '.join([*others, *self.statements])}`"
-
-
 def describe_class(model: nn.Module) -> dict[str, Any] | None:
     """The class that loads a model, in the form of PEFT's `auto_mapping`.
 
@@ -83,7 +59,7 @@ def describe_class(model: nn.Module) -> dict[str, Any] | None:
             (key for key, value in (getattr(config, "auto_map", None) or {}).items() if _names(value, cls)), ""
         )
         return _described(auto, "transformers", arguments | {"trust_remote_code": True}) if auto else None
-    if not _is_in_transformers(cls):
+    if not (cls.__module__.startswith("transformers.") and getattr(transformers, cls.__name__, None) == cls):
         return _described(cls.__name__, cls.__module__, arguments)
     return _described(_auto_class(cls, model) or cls.__name__, "transformers", arguments)
 
@@ -99,20 +75,12 @@ def _loads(cls: type) -> bool:
     return named is cls and cls.__module__ != "__main__" and hasattr(cls, "from_pretrained")
 
 
-def _is_in_transformers(cls: type) -> bool:
-    import transformers
-
-    return cls.__module__.startswith("transformers.") and getattr(transformers, cls.__name__, None) is cls
-
-
 def _names(value: Any, cls: type) -> bool:
     return isinstance(value, str) and value.rpartition(".")[2] == cls.__name__
 
 
 def _auto_class(cls: type, model: Any) -> str | None:
     """The auto class that makes a model of this class of its checkpoint."""
-    import transformers
-
     if _checkpoint_type(model) not in (None, model.config.model_type):
         return None  # a part of it, as the language model of a vision-language model is
     for name in _AUTO_CLASSES:
@@ -124,17 +92,15 @@ def _auto_class(cls: type, model: Any) -> str | None:
 
 def _checkpoint_type(model: Any) -> str | None:
     """The `model_type` in the checkpoint a model was loaded from; `None` if it cannot be told without the Hub."""
-    from transformers import PretrainedConfig
-
     name = getattr(model, "name_or_path", "")
     try:
-        fields, _ = PretrainedConfig.get_config_dict(name, local_files_only=True) if name else ({}, {})
+        fields, _ = transformers.PretrainedConfig.get_config_dict(name, local_files_only=True) if name else ({}, {})
     except (OSError, ValueError):
         return None
     return fields.get("model_type")
 
 
-def loading_code(config: SGRQConfig) -> LoadingCode:
+def loading_code(config: SGRQConfig) -> Code:
     """The Python code that loads the base an adapter was trained on, as its config records it."""
     quantization = config.base_quantization or {}
     recorded: Mapping[str, Any] = config.auto_mapping or {}
@@ -142,7 +108,7 @@ def loading_code(config: SGRQConfig) -> LoadingCode:
         config.task_type or TaskType.CAUSAL_LM, "AutoModel"
     )
     library = str(recorded.get("parent_library") or "transformers")
-    if library.startswith("transformers.") and hasattr(importlib.import_module("transformers"), cls):
+    if library.startswith("transformers.") and hasattr(transformers, cls):
         library = "transformers"  # PEFT records the file within it
     path = repr(config.base_model_name_or_path or "the base model")
     quantized = quantization_code(quantization)
@@ -153,13 +119,9 @@ def loading_code(config: SGRQConfig) -> LoadingCode:
         "revision": config.revision,
     }
     arguments = [f"{key}={value!r}" for key, value in fields.items() if value is not None]
-    if quantized.argument:
-        arguments.append(f"quantization_config={quantized.argument}")
+    if quantized.expression:
+        arguments.append(f"quantization_config={quantized.expression}")
     names: dict[str, set[str]] = {library: {cls}}
     for source, imported in quantized.names.items():
         names.setdefault(source, set()).update(imported)
-    return LoadingCode(
-        imports=[f"from {source} import {', '.join(sorted(imported))}" for source, imported in sorted(names.items())],
-        expression=f"{cls}.from_pretrained({', '.join([path, *arguments])})",
-        statements=quantized.statements,
-    )
+    return Code(names, f"{cls}.from_pretrained({', '.join([path, *arguments])})", quantized.statements)

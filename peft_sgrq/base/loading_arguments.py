@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 
 from peft_sgrq.base.precision import fast_dtype
 from peft_sgrq.base.trainable_kernels import kernel_config
@@ -25,9 +26,7 @@ def loading_arguments(model: str, **kwargs: Any) -> dict[str, Any]:
         `dict[str, Any]`: `dtype`: that of the checkpoint (`"auto"`) where it is fast, or where its format cannot do
         with another; and `quantization_config`, if the format's kernel is chosen at loading.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model, **kwargs)
+    config = transformers.AutoConfig.from_pretrained(model, **kwargs)
     quantization = getattr(config, "quantization_config", None) or {}
     fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
     found: dict[str, Any] = {"dtype": "auto"}

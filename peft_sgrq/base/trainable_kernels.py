@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import transformers
 from torch import nn
 
 from peft_sgrq.formats.loading import kernel_arguments, quantization_code
@@ -31,8 +32,6 @@ def kernel_config(quantization: Mapping[str, Any]) -> Any:
     Returns:
         A config of transformers, or `None` for a format whose kernel is not chosen at loading.
     """
-    import transformers
-
     found = kernel_arguments(quantization)
     return None if found is None else getattr(transformers, found[0])(**found[1])
 

@@ -11,6 +11,8 @@ import copy
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+import transformers
+
 from peft_sgrq.checkpoint.quantization_fields import reading_fields, without_empty
 
 # What transformers writes anew whenever it saves.
@@ -131,8 +133,6 @@ def _short(value: Any) -> str:
 
 def _in_full(*configs: dict[str, Any]) -> list[dict[str, Any]]:
     """Configs with all fields their class has, if transformers knows it: versions differ in which ones they save."""
-    import transformers
-
     full = []
     for config in configs:
         # How codes are read is compared as it stands.

@@ -164,9 +164,7 @@ def changed_scales(name: str, layer: ScaleMatrix, delta: StoredDelta) -> Callabl
     count = len(delta.units)
     shape = tuple(delta.values.shape)
     moves = delta.zero_points
-    last = int(delta.units[-1]) if count else -1  # none are selected where zero points alone are trained
-    fits = last < layer.selectable and shape == layer.delta_shape(count)
-    if not fits:
+    if not delta.fits(layer):
         raise ValueError(
             f"The deltas of layer {name!r} have shape {shape} for {count} selected groups, expected "
             f"{layer.delta_shape(count)} for a layer of {layer.name} with {layer.selectable} of them; the adapter was "

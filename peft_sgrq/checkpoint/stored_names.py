@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from functools import cached_property
 
+import transformers
+
 from peft_sgrq.adapter.stored import StoredAdapter
 from peft_sgrq.base.loading import AUTO_CLASS_OF_TASK
 from peft_sgrq.files import architecture
@@ -55,8 +57,6 @@ class StoredNames:
     @property
     def _trained_classes(self) -> list[list[str]]:
         """Those by the class it records, and those by its task."""
-        import transformers
-
         config, found = self._stored.config, []
         recorded = config.auto_mapping.get("base_model_class") if isinstance(config.auto_mapping, dict) else None
         for name in (recorded, AUTO_CLASS_OF_TASK.get(config.task_type or "")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from peft_sgrq.files.hub import check_source
@@ -147,8 +148,6 @@ def load_dense(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def load_data(args: argparse.Namespace, tokenizer: Any) -> Any:
     """A text file as pieces of `--max-length` tokens, any other file or name as a dataset."""
-    from pathlib import Path
-
     from datasets import load_dataset  # type: ignore[import-untyped]
 
     path = Path(args.data)

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
+import transformers
 
 logger = logging.getLogger(__name__)
 
@@ -151,8 +152,6 @@ def build(config: Mapping[str, Any], classes: Iterable[str], names: Collection[s
 
 
 def _build(config: Mapping[str, Any], class_name: str) -> Architecture | None:
-    import transformers
-
     model_class: Any = getattr(transformers, class_name, None)
     if model_class is None or not isinstance(model_class, type):
         return None

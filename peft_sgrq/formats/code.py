@@ -1,4 +1,4 @@
-"""Python code that quantizes a model while or after it is loaded."""
+"""Python code that loads a model, or quantizes it while or after it is loaded."""
 
 from __future__ import annotations
 
@@ -12,18 +12,34 @@ class Code:
 
     Attributes:
         names (`Mapping[str, set[str]]`): Library -> the names imported from it.
-        argument (`str`): The `quantization_config` of `from_pretrained`, if there is one.
+        expression (`str`): What loads the model; or the `quantization_config` of `from_pretrained`, if there is one.
         statements (`list[str]`): What is to be done with the loaded model, named `base`.
     """
 
     names: Mapping[str, set[str]] = field(default_factory=dict)
-    argument: str = ""
+    expression: str = ""
     statements: list[str] = field(default_factory=list)
 
     def then(self, names: Mapping[str, set[str]], statement: str) -> Code:
         """This code and one more statement, with what it imports."""
         merged = {key: self.names.get(key, set()) | names.get(key, set()) for key in (*self.names, *names)}
-        return Code(merged, self.argument, [*self.statements, statement])
+        return Code(merged, self.expression, [*self.statements, statement])
 
     def __str__(self) -> str:
-        return self.argument or "; ".join(self.statements)
+        return self.expression or "; ".join(self.statements)
+
+    @property
+    def imports(self) -> list[str]:
+        """Lines that import what the rest names."""
+        return [f"from {library} import {', '.join(sorted(names))}" for library, names in sorted(self.names.items())]
+
+    def block(self) -> str:
+        """Lines that set `base`, imports first."""
+        return "\n".join([*self.imports, "", f"base = {self.expression}", *self.statements])
+
+    def clause(self) -> str:
+        """The same within a sentence, after "load the base with"; names of transformers are not imported."""
+        others = [line for line in self.imports if not line.startswith("from transformers ")]
+        if not self.statements:
+            return self.expression
+        return f"{self.expression} as `base`, and then run `{'; '.join([*others, *self.statements])}`"

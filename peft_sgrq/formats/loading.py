@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import transformers
+
 from peft_sgrq.formats.code import Code
 from peft_sgrq.formats.registry import quantizing_code
 
@@ -67,13 +69,11 @@ def quantization_code(quantization: Mapping[str, Any]) -> Code:
 
 def _config_code(method: str, quantization: Mapping[str, Any]) -> Code:
     """transformers' quantization config, with the fields that are not what they are by default."""
-    from transformers import BitsAndBytesConfig, QuantoConfig, TorchAoConfig
-
     if method == "torchao":
-        given = set(inspect.signature(TorchAoConfig).parameters)
+        given = set(inspect.signature(transformers.TorchAoConfig).parameters)
         fields = {key: value for key, value in quantization.items() if key in given and value}
         return Code({"transformers": {"TorchAoConfig"}}, f"TorchAoConfig.from_dict({fields!r})")
-    cls: Any = {"bitsandbytes": BitsAndBytesConfig, "quanto": QuantoConfig}.get(method)
+    cls: Any = {"bitsandbytes": transformers.BitsAndBytesConfig, "quanto": transformers.QuantoConfig}.get(method)
     if cls is None:
         return Code()
     known, default = list(inspect.signature(cls).parameters), cls().to_dict()

@@ -104,8 +104,6 @@ class ParameterScales(StoredScales):
     """A layer whose scales are one `nn.Parameter`, in any shape that has `rows x groups` numbers.
 
     A merge replaces the parameter, not its data, so that `restore_scales` puts the very same one back.
-
-    `stored_fields` is the name of that parameter.
     """
 
     @property

@@ -103,7 +103,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         adapter_name: str,
         config: SGRQConfig,
         units: torch.Tensor,
-        inference_mode: bool = False,
     ) -> None:
         """Adds an adapter, or replaces the one of that name.
 
@@ -111,7 +110,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             adapter_name (`str`): Its name.
             config (`SGRQConfig`): Its config; the group size must be that of the layer's other adapters.
             units (`torch.Tensor`): The units it selects, int64 `[n]`, ascending.
-            inference_mode (`bool`): Whether it starts frozen.
         """
         scaled_weight = self.scaled_weight
         shape = scaled_weight.delta_shape(len(units))
@@ -124,7 +122,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             self.sgrq_zero_points[adapter_name] = Delta(
                 scaled_weight.scales_shape, everything, count, dtype, zero, device
             )
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.set_adapter(self.active_adapters)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         self._forget_all()

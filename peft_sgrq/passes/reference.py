@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
 from accelerate.utils import align_module_device  # type: ignore[import-untyped]
 from torch import nn
 
@@ -110,12 +111,10 @@ def read_config(path: str, argument: str = "reference") -> Any:
     Raises:
         ValueError: If it cannot be read, or is that of a quantized model.
     """
-    from transformers import AutoConfig
-
     check_source(path, argument)
     title = _title(argument)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{title} {path!r} could not be read ({str(error).strip().splitlines()[0]}), expected the folder of "
@@ -235,10 +234,8 @@ def check_tokenizer(tokenizer: Any, reference: Any) -> None:
     """A ValueError if the reference is a checkpoint with a tokenizer that gives tokens other numbers."""
     if tokenizer is None or not isinstance(reference, (str, os.PathLike)):
         return
-    from transformers import AutoTokenizer
-
     try:
-        found = AutoTokenizer.from_pretrained(os.fspath(reference)).get_vocab()
+        found = transformers.AutoTokenizer.from_pretrained(os.fspath(reference)).get_vocab()
         expected = tokenizer.get_vocab()
     except (AttributeError, NotImplementedError, OSError, ValueError):
         return  # there is none, or it has no list of tokens

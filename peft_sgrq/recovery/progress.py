@@ -92,7 +92,7 @@ class ProgressFile:
     Of several processes the first reads and writes the file, and the others take over what it has read.
 
     Args:
-        path (`str`, path or `None`): The file; `None` keeps nothing.
+        path (`str`, path or `None`): The file, which `check_progress_file` has passed; `None` keeps nothing.
         made_with (`Mapping[str, Any]`): JSON values that decide the result. A file made with others is refused.
 
     Attributes:
@@ -111,15 +111,9 @@ class ProgressFile:
         self._path = None if path is None else os.fspath(path)
         self._made_with = made_with
         with together():
-            if self._path is not None and process_index() == 0:
-                self._prepare(self._path)
+            if self._path is not None and process_index() == 0 and os.path.exists(self._path):
+                self._read(self._path)
         self.blocks, self.deltas, self.pulls = from_first((self.blocks, self.deltas, self.pulls))
-
-    def _prepare(self, path: str) -> None:
-        check_progress_file(path)
-        os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
-        if os.path.exists(path):
-            self._read(path)
 
     def _read(self, path: str) -> None:
         try:

@@ -67,12 +67,8 @@ def diag(layer: LayerStatistics) -> torch.Tensor:
 
 
 def error(layer: LayerStatistics) -> torch.Tensor:
-    if layer.original is None:
-        raise ValueError(
-            f"The criterion 'error' compares with the weights before quantization, found none for {layer.name!r}; "
-            "give the model or checkpoint that was quantized as `original`."
-        )
-    return (layer.weight - layer.original).square() * layer.inputs.diagonal.float()  # (N, K)
+    before: torch.Tensor = layer.original  # type: ignore[assignment]  # `calibrate` refuses to be without
+    return (layer.weight - before).square() * layer.inputs.diagonal.float()  # (N, K)
 
 
 def fisher(weight: torch.Tensor, gradient: torch.Tensor, scaled_weight: ScaledWeight) -> torch.Tensor:

@@ -58,16 +58,7 @@ def _reduce_4bit_kernel(  # type: ignore[no-untyped-def]
 
 
 def group_reduce(product: torch.Tensor, codes: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Sums `product * codes` over the columns of each group.
-
-    Args:
-        product (`torch.Tensor`): `[N, n * group_size]`.
-        codes (`torch.Tensor`): Unit-scale values, same shape.
-        group_size (`int`): Columns per group, any number.
-
-    Returns:
-        `torch.Tensor`: float32 `[N, n]`.
-    """
+    """What `kernels.group_reduce` describes, for groups of any size."""
     product, codes = product.contiguous(), codes.contiguous()
     sums = product.new_empty(product.shape[0], product.shape[1] // group_size, dtype=torch.float32)
     width = triton.next_power_of_2(group_size)
@@ -82,17 +73,7 @@ def group_reduce(product: torch.Tensor, codes: torch.Tensor, group_size: int) ->
 def group_reduce_4bit(
     product: torch.Tensor, packed: torch.Tensor, units: torch.Tensor | None, table: torch.Tensor
 ) -> torch.Tensor:
-    """Sums `product * codes` over the columns of each group, the codes decoded from two to a byte on the way.
-
-    Args:
-        product (`torch.Tensor`): `[N, n * group_size]`; the group size is a power of two.
-        packed (`torch.Tensor`): Codes of all groups, uint8 `[N, G, group_size / 2]`, the high half of a byte first.
-        units (`torch.Tensor` or `None`): The selected groups, int64 `[n]`; `None` for all.
-        table (`torch.Tensor`): The value of each code, float32 `[16]`.
-
-    Returns:
-        `torch.Tensor`: float32 `[N, n]`.
-    """
+    """What `kernels.group_reduce_4bit` describes."""
     product, packed = product.contiguous(), packed.contiguous()
     rows, count, half = packed.shape
     selected = count if units is None else units.shape[0]
