@@ -89,13 +89,13 @@ def compare(file: str, expected: Any, found: Any, free: Collection[str] = ()) ->
         if expected != found:
             differences.errors.append(f"{file} differs from the file of the base.")
         return differences
+    free_here = _OF_CALLS if file in _OF_TOKENIZERS else set()
     if file == "config.json":
-        fields, others = _in_full(expected, found)
-        _compare_fields(file, "", fields, others, _NOT_OF_WEIGHTS | _SPECIAL_TOKENS | {*free}, differences)
+        expected, found = _in_full(expected, found)
+        free_here = _NOT_OF_WEIGHTS | _SPECIAL_TOKENS | {*free}
     elif file == "generation_config.json":
-        _compare_fields(file, "", expected, found, {*expected, *found}, differences)
-    else:
-        _compare_fields(file, "", expected, found, _OF_CALLS if file in _OF_TOKENIZERS else set(), differences)
+        free_here = {*expected, *found}
+    _compare_fields(file, "", expected, found, free_here, differences)
     return differences
 
 

@@ -65,12 +65,9 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(file.as_dict(), indent=1) if args.json else describe_file(file))
         return 0
     if args.plot:
-        from peft_sgrq.selection.report.plot import check_picture
+        from peft_sgrq.selection.report.plot import check_picture, plot_report
 
-        try:
-            check_picture(args.plot)
-        except ImportError as error:
-            raise ValueError(str(error)) from error
+        check_picture(args.plot)
     from peft_sgrq.selection.report.report import report_adapter, report_saliency
     from peft_sgrq.selection.saliency import Saliency
 
@@ -82,16 +79,13 @@ def run(args: argparse.Namespace) -> int:
             f"--ratio is {args.ratio!r} and {args.path} an adapter, whose ratios are what they are, expected a "
             "saliency file; leave --ratio out."
         )
-    saliency: Saliency | None
-    if saliency_file:
-        saliency = Saliency.load(args.path)
+    path = args.path if saliency_file else args.saliency
+    saliency = Saliency.load(path) if path else None
+    if saliency_file and saliency is not None:
         report = report_saliency(saliency, args.ratio or "knee", args.budget)
     else:
-        saliency = Saliency.load(args.saliency) if args.saliency else None
         report = report_adapter(args.path, saliency)
     if args.plot:
-        from peft_sgrq.selection.report.plot import plot_report
-
         plot_report(report, args.plot, saliency)
     found = {**report.facts, "layers": report.layers, "sizes": report.sizes}
     text = json.dumps(found, indent=1) if args.json else describe(report)

@@ -7,21 +7,13 @@ the first of them. A layer that trains some of its groups saves their columns.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch.utils.weak import TensorWeakRef
 
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 
-
-class _Cast(NamedTuple):
-    source: TensorWeakRef
-    state: tuple[object, ...]
-    rows: TensorWeakRef
-
-
-_last_cast: _Cast | None = None  # of the last input that was cast; weak, so the graph alone keeps tensors
+# The last input that was cast, what it was, and the cast; weak, so the graph alone keeps tensors.
+_last_cast: tuple[TensorWeakRef, tuple[object, ...], TensorWeakRef] | None = None
 
 
 class SavedInput:
@@ -64,11 +56,11 @@ class SavedInput:
         if source is None or torch.compiler.is_compiling() or source.is_inference():
             return rows.to(dtype)
         state = (source._version, source.data_ptr(), source.shape, source.stride(), rows.dtype, dtype)
-        last = _last_cast
-        if last is not None and last.source() is source and last.state == state:
-            kept = last.rows()
+        if _last_cast is not None:
+            last, last_state, cast = _last_cast
+            kept = cast() if last() is source and last_state == state else None
             if kept is not None:
                 return kept
         kept = rows.to(dtype)
-        _last_cast = _Cast(TensorWeakRef(source), state, TensorWeakRef(kept))
+        _last_cast = TensorWeakRef(source), state, TensorWeakRef(kept)
         return kept

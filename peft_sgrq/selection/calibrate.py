@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -137,7 +138,7 @@ def calibrate(
             scores = {layer: weight_scores(layer, weight, name, seed) for layer, weight in scaled_weights.items()}
         else:
             scores = _scores(model, scaled_weights, batches, chosen, original, memory_limit, saliency.tokens, bar)
-    saliency.layers = {layer: found.scored(scores[layer]) for layer, found in unscored.items()}
+    saliency.layers = {layer: replace(found, scores=scores[layer]) for layer, found in unscored.items()}
     saliency.seconds = {"data": loaded - start, "scores": time.perf_counter() - loaded}
     if config.ratio == "layerwise":
         allocated = ratios_on(model, config, batches, saliency, progress=progress)

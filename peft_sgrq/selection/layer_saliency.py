@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -34,22 +34,19 @@ class LayerSaliency:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "unit", SelectableUnit(self.unit))  # its word will do, as files have it
+        object.__setattr__(self, "scores", self.scores.detach().to("cpu", torch.float32).contiguous())
 
     @classmethod
     def of(cls, scaled_weight: ScaledWeight, scores: torch.Tensor, fingerprint: str | None = None) -> LayerSaliency:
         """The saliency of a layer from `scores` as the attribute of that name has them, on any device."""
         return cls(
-            scores=scores.detach().to("cpu", torch.float32).contiguous(),
+            scores=scores,
             shape=(scaled_weight.out_features, scaled_weight.in_features),
             unit=scaled_weight.unit,
             group_size=scaled_weight.group_size,
             fingerprint=scaled_weight.fingerprint() if fingerprint is None else fingerprint,
             column_groups=_groups_of_columns(scaled_weight),
         )
-
-    def scored(self, scores: torch.Tensor) -> LayerSaliency:
-        """The same layer with other scores."""
-        return replace(self, scores=scores.detach().to("cpu", torch.float32).contiguous())
 
     @property
     def selectable(self) -> int:

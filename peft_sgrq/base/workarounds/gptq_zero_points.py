@@ -41,28 +41,23 @@ def _checkpoint_format(model: nn.Module) -> str | None:
     return str(getattr(name, "value", name)) if fields.get("quant_method") == "gptq" else None
 
 
-def _hand_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+def _hand_out(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     key = prefix + "qzeros"
     # GPTQModel's own way of saving has turned them back already.
-    if key in state_dict and _format(module) == 2:
+    if key in state_dict and module.qzero_format() == 2:
         from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
 
         state_dict[key] = _converted(module, state_dict[key], convert_gptq_v2_to_v1_format_module, module)
 
 
-def _take_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+def _take_in(module: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     key = prefix + "qzeros"
-    if key in state_dict and _format(module) == 2:
+    if key in state_dict and module.qzero_format() == 2:
         from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 
-        layer: Any = module
         state_dict[key] = _converted(
-            module, state_dict[key], convert_gptq_v1_to_v2_format_module, layer.bits, layer.pack_dtype
+            module, state_dict[key], convert_gptq_v1_to_v2_format_module, module.bits, module.pack_dtype
         )
-
-
-def _format(module: Any) -> int:
-    return module.qzero_format()
 
 
 def _converted(module: Any, zeros: torch.Tensor, convert: Callable[..., Any], *args: Any) -> torch.Tensor:

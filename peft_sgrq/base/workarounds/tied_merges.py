@@ -12,7 +12,7 @@ this is not needed any more.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,32 +39,16 @@ def separate_rows(model: nn.Module) -> None:
 
 @contextmanager
 def merging_ties(model: nn.Module) -> Iterator[None]:
-    """While this is open an adapter is merged; tied weights that differ then get tensors of their own."""
-    groups, tied = _ties(model), bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
-    separate_rows(model)
-    yield
-    _separate_untied(model, groups.values(), tied)
-
-
-def _ties(model: nn.Module) -> dict[str, set[str]]:
-    """The tied weights of a model of transformers: one of them -> all of them."""
-    groups: dict[str, set[str]] = {}
+    """While this is open an adapter is merged; weights that differ then get tensors of their own, and are saved."""
+    groups: dict[str, set[str]] = {}  # one of some tied weights -> all of them
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         groups.setdefault(source, {source}).add(target)
-    return groups
-
-
-def _separate_untied(model: nn.Module, groups: Iterable[set[str]], tied_before: bool) -> None:
-    """After merging: has every weight saved that is not what it was tied to any more.
-
-    Args:
-        model (`nn.Module`): The merged model, without adapters.
-        groups (`Iterable[set[str]]`): What `_ties` said before.
-        tied_before (`bool`): What `tie_word_embeddings` in its config said before.
-    """
     config: Any = getattr(model, "config", None)
+    tied_before = bool(getattr(config, "tie_word_embeddings", False))
+    separate_rows(model)
+    yield
     all_untied = tied_before and not getattr(config, "tie_word_embeddings", False)
-    for group in groups:
+    for group in groups.values():
         weights = {name: model.get_parameter(name) for name in sorted(group)}
         if not all_untied and len({id(weight) for weight in weights.values()}) == 1:
             continue
