@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from support.bases import INT8, NF4, NF4_NESTED, Base, adapted, logits, train_steps
+from support.bases import INT8, NF4, NF4_NESTED, Base, logits, train_steps
 from support.rounded_models import deltas, full, recovered, rounded, sequences
 from torch.nn import functional as F
 from transformers.masking_utils import create_causal_mask
@@ -297,8 +297,3 @@ def test_the_merged_base_is_one_to_tune(llama_dir: Path, ids):
     assert torch.equal(logits(model, ids), expected)
     losses = train_steps(model, ids)
     assert losses[-1] < losses[0]
-
-
-def test_a_model_with_an_adapter_is_refused(llama_dir: Path):
-    with pytest.raises(ValueError, match="recover before `get_peft_model`"):
-        recovered(llama_dir, adapted(NF4, llama_dir))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.bases import INT8, byte_tokenizer, save_small_llama
+from support.bases import INT8, NF4, adapted, byte_tokenizer, save_small_llama
 from support.rounded_models import deltas, full, recovered, rounded, sequences
 from torch import nn
 from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, LlamaForCausalLM
@@ -279,3 +279,8 @@ def test_a_model_without_weights_is_refused(llama_dir: Path):
         model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match="on the meta device"):
         recovered(llama_dir, model)
+
+
+def test_a_model_with_an_adapter_is_refused(llama_dir: Path):
+    with pytest.raises(ValueError, match="recover before `get_peft_model`"):
+        recovered(llama_dir, adapted(NF4, llama_dir))
