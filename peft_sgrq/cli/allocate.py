@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 
 from peft_sgrq.cli import inputs
+from peft_sgrq.cli.argument_types import number
 from peft_sgrq.files.output import check_output
 from peft_sgrq.files.output_folder import check_output_folder, written_folder
 from peft_sgrq.files.paths_apart import check_apart, check_not_read
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inputs.add_dense_model_arguments(parser)
     parser.add_argument("data", metavar="DATA", help="a .txt, .jsonl, .csv or .parquet file, or a dataset of the Hub")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the JSON file to write")
-    parser.add_argument("--bits", type=_bits, default=2.5, help='a weight with scales, or a size such as "3GB"')
+    parser.add_argument("--bits", type=number, default=2.5, help='a weight with scales, or a size such as "3GB"')
     parser.add_argument("--widths", type=int, nargs="+", default=[2, 3, 4], help="to choose from (default: 2 3 4)")
     parser.add_argument("--group-size", type=int, default=64, help="columns that share a scale (default: 64)")
     parser.add_argument("--criterion", default="fisher", help="fisher, measured or output (default: fisher)")
@@ -64,10 +65,3 @@ def run(args: argparse.Namespace) -> int:
     plan.save(args.output)
     print(plan.table())
     return 0
-
-
-def _bits(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import TypeVar
 
-from peft_sgrq.choices import CRITERIA, NAMED_RATIOS, check_budget, check_criterion, check_ratio
+from peft_sgrq.choices import CRITERIA, NAMED_RATIOS, check_budget, check_ratio
 
 T = TypeVar("T")
 _SIZE = re.compile(r"\d+(\.\d+)? *[KMGT]i?B", re.IGNORECASE)  # the rest of the check needs accelerate
@@ -17,14 +17,14 @@ CRITERION_NAMES = " or ".join([", ".join(CRITERIA[:-1]), CRITERIA[-1]])
 
 def ratio(text: str) -> float | str:
     """A number in (0, 1], or the name of a ratio."""
-    return _checked(_number(text) if text not in NAMED_RATIOS else text, check_ratio)
+    return _checked(number(text) if text not in NAMED_RATIOS else text, check_ratio)
 
 
 def criterion(text: str) -> str:
     """The name of a criterion."""
     if text not in CRITERIA:  # a config may name a function of the user's; a command cannot have one
         raise argparse.ArgumentTypeError(f"{text!r}, expected one of {CRITERION_NAMES}")
-    return _checked(text, check_criterion)
+    return text
 
 
 def budget(text: str) -> float | int | str:
@@ -34,10 +34,11 @@ def budget(text: str) -> float | int | str:
     try:
         return _checked(int(text), check_budget)
     except ValueError:
-        return _checked(_number(text), check_budget)
+        return _checked(number(text), check_budget)
 
 
-def _number(text: str) -> float | str:
+def number(text: str) -> float | str:
+    """A number; what is none stays as it is, to be refused or to be a size."""
     try:
         return float(text)
     except ValueError:
