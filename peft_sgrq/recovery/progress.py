@@ -111,8 +111,10 @@ class ProgressFile:
         self._path = None if path is None else os.fspath(path)
         self._made_with = made_with
         with together():
-            if self._path is not None and process_index() == 0 and os.path.exists(self._path):
-                self._read(self._path)
+            if self._path is not None and process_index() == 0:
+                os.makedirs(os.path.dirname(os.path.realpath(self._path)), exist_ok=True)
+                if os.path.exists(self._path):
+                    self._read(self._path)
         self.blocks, self.deltas, self.pulls = from_first((self.blocks, self.deltas, self.pulls))
 
     def _read(self, path: str) -> None:

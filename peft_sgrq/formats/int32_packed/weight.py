@@ -184,12 +184,7 @@ class Int32PackedWeight(ScaledWeight):
 
     def quantization(self) -> dict[str, Any] | None:
         dtype = str(self.storage_dtype).removeprefix("torch.")
-        return {
-            "quant_method": self.method,
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "scale_dtype": dtype,
-        }
+        return {"quant_method": self.method, "bits": self.bits, "group_size": self.group_size, "scale_dtype": dtype}
 
 
 def format_name(family: str, bits: int, group_size: int) -> str:
