@@ -1,14 +1,13 @@
 """Adapters of a model whose layers had other names when they were trained.
 
 transformers renames the modules of an architecture now and then, and maps the names of its checkpoints; PEFT maps
-those of an adapter's tensors (`_checkpoint_conversion_mapping`, or `key_mapping=` of `from_pretrained`). The layers
-that an SGRQ adapter's config names go the same way. So they do where something (activation checkpointing, FSDP) has
-wrapped parts of the model, and put a name of its own into those within.
+those of an adapter's tensors (`key_mapping=` of `from_pretrained`). The layers that an SGRQ adapter's config names go
+the same way. So they do where something (activation checkpointing, FSDP) has wrapped parts of the model, and put a
+name of its own into those within.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,7 +58,6 @@ def rename_layers(config: SGRQConfig, model: nn.Module) -> dict[str, str]:
 
 
 def _find(absent: list[str], layers: Mapping[str, nn.Module], config: SGRQConfig, model: nn.Module) -> dict[str, str]:
-    by_class = _by_mapping(absent, getattr(model, "_checkpoint_conversion_mapping", None) or {})
     by_transformers = renamed_as_loaded(model, [f"{name}.weight" for name in absent])
     by_end = Names(layers)
     by_wrapper = {without_wrapper_names(name): name for name in layers}
@@ -71,8 +69,8 @@ def _find(absent: list[str], layers: Mapping[str, nn.Module], config: SGRQConfig
             scaled_weight = _scaled_weight(other, layers, config)
             return scaled_weight is not None and (expected is None or scaled_weight.fingerprint() == expected)
 
-        renamed = (by_class[name], by_transformers[f"{name}.weight"].removesuffix(".weight"))
-        likely = [*renamed, *(by_wrapper.get(other, other) for other in (name, *renamed))]
+        renamed = by_transformers[f"{name}.weight"].removesuffix(".weight")
+        likely = (renamed, *(by_wrapper.get(other, other) for other in (name, renamed)))
         new = next((other for other in likely if other in layers), None)
         if new is None and expected is not None:
             try:
@@ -89,15 +87,6 @@ def _scaled_weight(name: str, layers: Mapping[str, nn.Module], config: SGRQConfi
         return scaled_weight_of(name, layers[name], config.group_size)
     except ValueError:
         return None
-
-
-def _by_mapping(names: list[str], mapping: Mapping[str, Any]) -> dict[str, str]:
-    """Names changed as PEFT does it: by the first pattern that matches."""
-    changed = {}
-    for name in names:
-        results = (re.subn(pattern, str(replacement), name) for pattern, replacement in mapping.items())
-        changed[name] = next((new for new, count in results if count), name)
-    return changed
 
 
 def rename_tensors(tensors: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
