@@ -192,7 +192,7 @@ def remove_folders(folders: list[str]) -> None:
 
 
 def try_file(path: str) -> None:
-    """Makes a file, and the folders that its path lacks, and leaves nothing behind; an OSError if it cannot be made."""
+    """Makes a file, and the folders that its path lacks, and leaves nothing behind; an OSError if it cannot."""
     made = make_folders(os.path.dirname(os.path.realpath(path)))
     try:
         with scratch_file(path):
