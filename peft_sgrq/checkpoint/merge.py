@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import shutil
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 from peft_sgrq.checkpoint.gguf import find_gguf_base, plan_gguf_merge, write_gguf_merge
 from peft_sgrq.checkpoint.plan import MergePlan, plan_merge
 from peft_sgrq.files.folder import INDEX, write_json
-from peft_sgrq.files.output_folder import check_merged_folder
+from peft_sgrq.files.output_folder import check_merged_folder, written_folder
 from peft_sgrq.files.sources import find_adapter, find_base, other_files
 
 logger = logging.getLogger(__name__)
@@ -97,39 +95,18 @@ def _write(plan: MergePlan, out: Path) -> MergeReport:
     base = plan.base
     carried, left = other_files(base.path, {*base.shards, INDEX})
     carried = [path for path in carried if not (base.path / path).resolve().is_relative_to(out.resolve())]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(plan, out.parent)
-    scratch = out.parent / f"{out.name}.tmp-{secrets.token_hex(4)}"
-    scratch.mkdir()  # with the permissions of a folder made by hand, unlike a folder of tempfile
-    try:
+    with written_folder(out, overwrite=True) as folder:
+        scratch = Path(folder)
+        _check_space(plan, out.parent)
         for path in carried:
             (scratch / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(base.path / path, scratch / path)
         if plan.config is not None:
             write_json(scratch / "config.json", plan.config)
         changed = base.write(scratch, plan.changes)
-        _rename(scratch, out)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
     if left:
         logger.warning("Not carried over, as they hold other weights: %s.", ", ".join(map(str, left)))
     return MergeReport(out, len(plan.layers), changed, [path.as_posix() for path in left])
-
-
-def _rename(scratch: Path, out: Path) -> None:
-    if not out.exists():
-        os.rename(scratch, out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f"{out.name}.old-", dir=out.parent))
-    os.rename(out, old / out.name)
-    try:
-        os.rename(scratch, out)
-    except BaseException:
-        os.rename(old / out.name, out)
-        old.rmdir()
-        raise
-    shutil.rmtree(old)
 
 
 def _check_space(plan: MergePlan, place: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +14,16 @@ from peft_sgrq.files.output import as_os_error, check_output, make_folders, remo
 
 
 @contextmanager
-def written_folder(path: str | os.PathLike[str]) -> Iterator[str]:
+def written_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[str]:
     """Gives an empty folder to write to; what is in it at the end comes to be at `path`.
 
-    If the body raises, or is interrupted, nothing is there. It is written beside its place and renamed. An empty
-    folder that is there already may be a mounted one, which cannot be: it is written in it, and moved up.
+    If the body raises, or is interrupted, what was there is there, or nothing. It is written beside its place and
+    renamed. An empty folder that is there already may be a mounted one, which cannot be: it is written in it, and
+    moved up.
 
     Args:
         path (`str` or path): A folder to be made, or an empty one; links are followed.
+        overwrite (`bool`): Whether a folder that is there is replaced.
 
     Raises:
         OSError: If it cannot be written to.
@@ -28,19 +31,35 @@ def written_folder(path: str | os.PathLike[str]) -> Iterator[str]:
     target = os.path.realpath(path)
     there = os.path.isdir(target)
     made = [] if there else make_folders(os.path.dirname(target))
-    scratch = os.path.join(target if there else os.path.dirname(target), f".sgrq-{secrets.token_hex(6)}")
+    place = target if there and not overwrite else os.path.dirname(target)
+    scratch = os.path.join(place, f".sgrq-{secrets.token_hex(6)}")
     try:
         os.mkdir(scratch)  # with the permissions of a folder made by hand, unlike a folder of tempfile
         with as_os_error(os.fspath(path)):
             yield scratch
-        if there:
-            _move_up(scratch, target)
-        else:
+        if not there:
             os.rename(scratch, target)
+        elif overwrite:
+            _replace(scratch, target)
+        else:
+            _move_up(scratch, target)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         remove_folders(made)
         raise
+
+
+def _replace(scratch: str, target: str) -> None:
+    aside = tempfile.mkdtemp(prefix=f"{os.path.basename(target)}.old-", dir=os.path.dirname(target))
+    old = os.path.join(aside, os.path.basename(target))
+    os.rename(target, old)
+    try:
+        os.rename(scratch, target)
+    except BaseException:
+        os.rename(old, target)
+        os.rmdir(aside)
+        raise
+    shutil.rmtree(aside)
 
 
 def _move_up(scratch: str, target: str) -> None:

@@ -92,7 +92,7 @@ class ProgressFile:
     Of several processes the first reads and writes the file, and the others take over what it has read.
 
     Args:
-        path (`str`, path or `None`): The file, which `check_progress_file` has passed; `None` keeps nothing.
+        path (`str`, path or `None`): The file; `None` keeps nothing.
         made_with (`Mapping[str, Any]`): JSON values that decide the result. A file made with others is refused.
 
     Attributes:
@@ -112,6 +112,7 @@ class ProgressFile:
         self._made_with = made_with
         with together():
             if self._path is not None and process_index() == 0:
+                check_progress_file(self._path)
                 os.makedirs(os.path.dirname(os.path.realpath(self._path)), exist_ok=True)
                 if os.path.exists(self._path):
                     self._read(self._path)

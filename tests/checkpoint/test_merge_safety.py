@@ -121,7 +121,7 @@ def test_a_failed_rename_brings_the_old_folder_back(nested, tmp_path, monkeypatc
     rename = os.rename
 
     def failing(source: Any, target: Any) -> None:
-        if ".tmp-" in str(source):
+        if ".sgrq-" in str(source):
             raise OSError("no rename")
         rename(source, target)
 
