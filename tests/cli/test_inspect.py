@@ -49,6 +49,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    capsys.readouterr()  # what libraries printed while they were imported before
     assert main(["inspect", *map(str, arguments)]) == 0
     return capsys.readouterr().out
 
