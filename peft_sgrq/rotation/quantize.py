@@ -11,7 +11,7 @@ from peft_sgrq.base.workarounds.dropped_rotations import refuse_dropped_rotation
 from peft_sgrq.layer.base_layers import refuse_unless_dense
 from peft_sgrq.rotation.experts import find_experts
 from peft_sgrq.rotation.rounding import weight_scales
-from peft_sgrq.rotation.scheme import FULL, Scheme, parse_scheme, require_compressed_tensors
+from peft_sgrq.rotation.scheme import FULL, WIDTHS, Scheme, parse_scheme, require_compressed_tensors
 
 if TYPE_CHECKING:
     from peft_sgrq.rotation.bit_plan import BitPlan
@@ -110,6 +110,10 @@ def quantizable_layers(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str
     getter: Any = getattr(model, "get_output_embeddings", None)
     head = getter() if getter is not None else None
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if isinstance(ignore, str):
+        raise TypeError(
+            f"`ignore` is the string {ignore!r}, expected names of linear layers in a list; put it in one."
+        )
     unknown = sorted(set(ignore) - set(linears))
     if unknown:
         raise ValueError(
@@ -133,7 +137,13 @@ def quantizable_layers(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str
 
 def _widths(scheme: Any, group_size: int, symmetric: bool) -> tuple[Scheme, Mapping[str, int] | None]:
     if hasattr(scheme, "layers") and hasattr(scheme, "quantization_config"):  # a plan, which says all
-        return Scheme(max(scheme.layers.values()), group_size=scheme.group_size), scheme.layers
+        wrong = next((name for name, width in scheme.layers.items() if width not in WIDTHS), None)
+        if wrong is not None:
+            raise ValueError(
+                f"The plan gives {wrong} {scheme.layers[wrong]!r} bits, expected {WIDTHS[0]} to {WIDTHS[-1]}; correct "
+                "it, or allocate bits anew."
+            )
+        return parse_scheme(f"W{max(scheme.layers.values())}A{FULL}", scheme.group_size), scheme.layers
     return parse_scheme(scheme, group_size, symmetric), None
 
 

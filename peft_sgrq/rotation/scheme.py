@@ -123,6 +123,8 @@ def parse_scheme(scheme: str | Scheme, group_size: int = 64, symmetric: bool = T
         raise TypeError(f"`scheme` is a {type(scheme).__name__}, expected a name such as 'W4A8KV8'.")
     if not isinstance(group_size, int) or isinstance(group_size, bool) or group_size < 1:
         raise ValueError(f"`group_size` is {group_size!r}, expected a positive whole number; 64 and 128 are usual.")
+    if not isinstance(symmetric, bool):
+        raise TypeError(f"`symmetric` is {symmetric!r}, expected True or False.")
     match = _NAME.fullmatch(scheme.upper())
     if match is None:
         raise ValueError(

@@ -11,7 +11,8 @@ from support.rotated_models import assert_same, random_model, state
 from transformers import AutoModelForCausalLM
 
 import peft_sgrq
-from peft_sgrq import SGRQConfig, quantize, rotate
+from peft_sgrq import BitPlan, SGRQConfig, quantize, rotate
+from peft_sgrq.rotation.quantize import quantizable_layers
 from peft_sgrq.rotation.rounding import quantized_weight
 from peft_sgrq.rotation.scheme import Scheme, parse_scheme
 
@@ -146,6 +147,16 @@ def test_what_cannot_be_quantized_is_refused_and_stays():
         before = state(model)
         with pytest.raises(ValueError, match=message):
             quantize(model, **settings)
+        assert_same(model, before)
+    model = random_model("mistral")
+    before = state(model)
+    for scheme, settings, error, message in (
+        ("W4A16", {"ignore": "lm_head"}, TypeError, "in a list"),
+        ("W4A16", {"symmetric": None}, TypeError, "True or False"),
+        (BitPlan(dict.fromkeys(quantizable_layers(model), 9), 64, 9, 1, 1, "fisher"), {}, ValueError, "2 to 8"),
+    ):
+        with pytest.raises(error, match=message):
+            quantize(model, scheme, **settings)
         assert_same(model, before)
     for value in (float("nan"), float("inf")):
         model = random_model("mistral")
