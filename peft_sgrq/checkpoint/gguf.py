@@ -12,6 +12,7 @@ import torch
 
 from peft_sgrq.adapter.stored import StoredAdapter, read_adapter
 from peft_sgrq.checkpoint.plan import changed_scales, check_fingerprints
+from peft_sgrq.files.gguf_names import is_gguf
 from peft_sgrq.files.names import Names
 from peft_sgrq.files.sources import adapter_fields
 from peft_sgrq.formats.gguf.file import GGUFFile
@@ -46,7 +47,7 @@ def find_gguf_base(base: str | os.PathLike[str] | None, adapter: Path, revision:
     fields = adapter_fields(adapter)
     quantization = fields.get("base_quantization") or {}
     named = quantization.get("gguf_file") if quantization.get("quant_method") == "gguf" else None
-    if base is not None and (Path(base).suffix == ".gguf" or Path(base).is_file()):
+    if base is not None and (is_gguf(base) or Path(base).is_file()):
         return find_gguf(base)
     if named is None:
         return None
@@ -129,14 +130,14 @@ def _check_tokenizer(file: GGUFFile, stored: StoredAdapter) -> None:
         )
 
 
-def write_gguf_merge(plan: GGUFMergePlan, out: Path, overwrite: bool, name: str | None) -> int:
+def write_gguf_merge(plan: GGUFMergePlan, out: str, overwrite: bool, name: str | None) -> int:
     """Writes the merged file.
 
     Returns:
         `int`: How many bytes are others than in the base.
     """
     check_target(out, plan.file, overwrite)
-    return write_file(plan.file, out, plan.makers, name)
+    return write_file(plan.file, Path(out), plan.makers, name)
 
 
 def compare_gguf(plan: GGUFMergePlan, merged: Path) -> tuple[int, int, list[str], list[str]]:

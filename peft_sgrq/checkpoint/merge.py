@@ -11,6 +11,7 @@ from typing import NamedTuple
 from peft_sgrq.checkpoint.gguf import find_gguf_base, plan_gguf_merge, write_gguf_merge
 from peft_sgrq.checkpoint.plan import MergePlan, plan_merge
 from peft_sgrq.files.folder import INDEX, write_json
+from peft_sgrq.files.gguf_names import makes_gguf
 from peft_sgrq.files.output_folder import check_merged_folder, written_folder
 from peft_sgrq.files.sources import find_adapter, find_base, other_files
 
@@ -72,13 +73,13 @@ def merge_checkpoint(
         >>> merge_checkpoint("unsloth/Llama-3.2-1B-Instruct-bnb-4bit", "llama-sgrq", "llama-merged")
         ```
     """
-    out = Path(out)
-    checked = None if out.suffix == ".gguf" else check_merged_folder(out, overwrite)  # before anything is read
+    given, out = os.fspath(out), Path(out)
+    checked = None if makes_gguf(given, base) else check_merged_folder(out, overwrite)  # before anything is read
     adapter_folder = find_adapter(adapter)
     gguf_base = find_gguf_base(base, adapter_folder, revision)
     if gguf_base is not None:
         gguf_plan = plan_gguf_merge(gguf_base, adapter_folder, check=check_base)
-        return MergeReport(out, len(gguf_plan.weights), write_gguf_merge(gguf_plan, out, overwrite, name), [])
+        return MergeReport(out, len(gguf_plan.weights), write_gguf_merge(gguf_plan, given, overwrite, name), [])
     if name is not None:
         raise ValueError(f"`name` is {name!r} and the base no GGUF file, expected one; leave it out.")
     target = checked or check_merged_folder(out, overwrite)
@@ -114,6 +115,6 @@ def _check_space(plan: MergePlan, place: Path) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise ValueError(
-            f"{place} has {free / 1e9:.1f} GB free, expected at least {needed / 1e9:.1f} GB for the merged "
+            f"{place} has {free / 1e6:,.1f} MB free, expected at least {needed / 1e6:,.1f} MB for the merged "
             "checkpoint; choose another disk. Nothing was written."
         )

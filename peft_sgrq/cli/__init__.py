@@ -52,8 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout:
             sys.stdout.flush()
     except BrokenPipeError:  # by `| head`, which has what it wants
-        _leave_closed_pipes()
+        _leave_broken_outputs()
         return _BY_SIGNAL + 13  # SIGPIPE, as a shell tells it
+    except OSError as error:  # no space where the output is led to
+        print(f"peft-sgrq: error: what is printed could not be written: {error.strerror or error}", file=sys.stderr)
+        _leave_broken_outputs()
+        return 2
     return status
 
 
@@ -76,9 +80,13 @@ def _run(argv: Sequence[str] | None) -> int:
             raise
         print("peft-sgrq: interrupted", file=sys.stderr)
         return _BY_SIGNAL + 2  # SIGINT
-    except BrokenPipeError:
-        raise
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) or (error.errno is not None and error.filename is None):
+            raise  # of what is printed: all files are named
+        spelled = error if error.filename is None else f"{error.filename}: {error.strerror}"
+        print(f"peft-sgrq: error: {spelled}", file=sys.stderr)
+        return 2
+    except (ValueError, TypeError, ImportError) as error:
         print(f"peft-sgrq: error: {error}", file=sys.stderr)
         return 2
 
@@ -90,12 +98,12 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # to choose a kernel
 
 
-def _leave_closed_pipes() -> None:
-    """Has what is still to be printed into a pipe that nobody reads go nowhere, or Python complains when it ends."""
+def _leave_broken_outputs() -> None:
+    """Has what is still to be printed where nothing can be written go nowhere, or Python complains when it ends."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         except (AttributeError, ValueError):  # there is none, or it is closed
             pass

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from peft_sgrq.files.gguf_names import is_gguf
 from peft_sgrq.files.hub import check_source
 from peft_sgrq.files.sources import check_adapter_folder
 
@@ -105,7 +106,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     from peft_sgrq.base.loading_arguments import loading_arguments
     from peft_sgrq.base.precision import compute_in, describe_dtype, fast_dtype
 
-    if args.model.endswith(".gguf"):
+    if is_gguf(args.model):
         from peft_sgrq.formats.gguf.loading import load_gguf
 
         if args.quantize:

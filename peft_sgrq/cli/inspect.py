@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_sgrq.choices import DEFAULT_BUDGET
 from peft_sgrq.cli.argument_types import budget, ratio
+from peft_sgrq.files.gguf_names import is_gguf
 from peft_sgrq.files.hub import check_source
 from peft_sgrq.files.output import is_standard_output
 from peft_sgrq.files.paths_apart import check_not_read
@@ -46,7 +47,7 @@ def check(args: argparse.Namespace) -> None:
     check_source(args.path, "adapter or saliency file")
     if os.path.isdir(args.path):
         check_adapter_folder(args.path)
-    if args.path.endswith(".gguf"):
+    if is_gguf(args.path):
         given = [name for name in ("ratio", "saliency", "plot") if getattr(args, name) is not None]
         if given:
             raise ValueError(
@@ -58,7 +59,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.path.endswith(".gguf"):
+    if is_gguf(args.path):
         from peft_sgrq.formats.gguf.report import report_file
 
         file = report_file(args.path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from peft_sgrq.cli.inputs import add_adapter_arguments, check_adapter
+from peft_sgrq.files.gguf_names import makes_gguf
 from peft_sgrq.files.output_folder import check_merged_folder
 
 
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     check_adapter(args)
-    if not args.merged.endswith(".gguf"):
+    if not makes_gguf(args.merged, args.base):
         check_merged_folder(args.merged, args.overwrite)
 
 

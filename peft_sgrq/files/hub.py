@@ -37,6 +37,8 @@ def check_source(
         return
     text = os.fspath(name)
     here = "folder" if kind == "model" else "file or folder"
+    if text.lower().endswith(_ENDINGS):
+        raise ValueError(f"The {what} {text!r} is no file here, expected its path; correct it.")
     if _is_path(text):
         raise ValueError(f"The {what} {text!r} is no {here} here, expected its path or a name on the Hub; correct it.")
     reason = None if _is_cached(text, kind) else _absence(text, revision, kind)
@@ -67,7 +69,7 @@ def _is_path(name: str) -> bool:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
 
-    if os.path.isabs(name) or name.startswith((".", "~")) or name.lower().endswith(_ENDINGS):
+    if os.path.isabs(name) or name.startswith((".", "~")):
         return True
     try:
         validate_repo_id(name)

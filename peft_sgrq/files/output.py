@@ -149,7 +149,8 @@ def _copy_into(scratch: str, path: str) -> None:
     if printed:
         sys.stdout.flush()
     try:
-        with open(scratch, "rb") as source, open(os.dup(sys.stdout.fileno()) if printed else path, "wb") as target:
+        to = os.dup(sys.stdout.fileno()) if printed else path
+        with as_os_error(path), open(scratch, "rb") as source, open(to, "wb") as target:
             shutil.copyfileobj(source, target)
     except BrokenPipeError:
         raise ValueError(f"{path!r} was closed by what reads it before all was written; the rest is lost.") from None
@@ -157,9 +158,13 @@ def _copy_into(scratch: str, path: str) -> None:
 
 @contextmanager
 def as_os_error(path: str) -> Iterator[None]:
-    """While this is open, what libraries make of a file system's errors is an OSError again."""
+    """While this is open, what libraries make of a file system's errors is an OSError again, and names the file."""
     try:
         yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, path) from error  # writing says only what went wrong
     except Exception as error:  # what safetensors and tokenizers make of a full disk
         if isinstance(error, SafetensorError) or (type(error) is Exception and "os error" in str(error)):
             raise OSError(f"{path} could not be written: {error}") from error

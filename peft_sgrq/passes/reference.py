@@ -15,6 +15,7 @@ from accelerate.utils import align_module_device  # type: ignore[import-untyped]
 from torch import nn
 
 from peft_sgrq.base.workarounds.dropped_rotations import refuse_dropped_rotations
+from peft_sgrq.files.gguf_names import is_gguf
 from peft_sgrq.files.hub import check_source
 from peft_sgrq.formats.registry import resolve_weight
 from peft_sgrq.formats.scaled_weight import ScaledWeight
@@ -113,6 +114,8 @@ def read_config(path: str, argument: str = "reference") -> Any:
     """
     check_source(path, argument)
     title = _title(argument)
+    if is_gguf(path):
+        raise ValueError(f"{title} {path!r} is a GGUF file, expected the folder of a model in 16 bits; give that.")
     try:
         config = transformers.AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

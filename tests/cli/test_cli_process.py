@@ -153,7 +153,7 @@ def no_hub(monkeypatch) -> None:
 @pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize("kind", ["model", "dataset"])
 def test_the_hub_is_not_asked_for_what_can_only_be_a_path(name, kind, no_hub):
-    with pytest.raises(ValueError, match=r"is no (folder|file or folder) here, expected its path"):
+    with pytest.raises(ValueError, match=r"is no (file|folder|file or folder) here, expected its path"):
         check_source(name, "thing", kind=kind)
 
 

@@ -229,6 +229,21 @@ def test_files_and_folders_that_may_not_be_written_to_are_left_alone(place_for_a
     assert protected.read_bytes() == b"mine" and [path.name for path in closed.iterdir()] == ["open"]
 
 
+def test_a_full_disk_is_said_with_the_name_of_the_file_or_of_what_is_printed(tmp_path: Path, monkeypatch, capsys):
+    device(tmp_path / "full", 7)
+    with pytest.raises(OSError, match="No space left") as found:
+        write(tmp_path / "full")
+    assert found.value.filename == str(tmp_path / "full")
+    with pytest.raises(OSError, match="No space left") as found, written(tmp_path / "file"):
+        (tmp_path / "full").write_bytes(DATA)
+    assert found.value.filename == str(tmp_path / "file") and not (tmp_path / "file").exists()
+    example().save(tmp_path / "saliency.safetensors")
+    with open(tmp_path / "full", "w") as printed:
+        monkeypatch.setattr("sys.stdout", printed)
+        assert main(["inspect", str(tmp_path / "saliency.safetensors")]) == 2
+    assert "what is printed could not be written: No space left" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("place", ["new", "x/y", "there", "link"])
 def test_a_folder_is_written_whole_or_not_at_all(place, tmp_path: Path):
     (tmp_path / "there").mkdir()

@@ -123,6 +123,17 @@ def test_the_command_merges_names_verifies_and_inspects(made, merged, tmp_path, 
     assert "scales to train" in shown and "Root mean square of the deltas" in shown
 
 
+def test_a_file_is_known_by_its_first_bytes_where_its_name_does_not_say_so(made, merged, tmp_path, capsys):
+    blob, out = tmp_path / "sha256-0123", tmp_path / "out"  # as Ollama keeps its files
+    shutil.copy(made.base, blob)
+    assert main(["inspect", str(blob)]) == 0
+    assert "scales to train" in capsys.readouterr().out
+    assert main(["merge", str(made.adapter), str(out), "--base", str(blob)]) == 0
+    assert out.read_bytes() == merged.read_bytes()
+    assert main(["verify", str(made.adapter), str(out), "--base", str(blob)]) == 0
+    assert torch.equal(logits(peft_sgrq.load_gguf(out)[0]), made.unmerged)
+
+
 def test_verify_finds_a_changed_code_scale_and_header(made, merged, tmp_path):
     assert verify_checkpoint(None, made.adapter, merged).ok
     file = GGUFFile(merged)
@@ -231,10 +242,10 @@ def test_another_base_another_tokenizer_no_space_and_existing_files_are_refused(
     refused(made, tmp_path, "is the base", base=other, out="other.gguf", overwrite=True)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
-    refused(made, tmp_path, "0.0 GB free")
+    refused(made, tmp_path, "0.0 MB free")
 
 
-def test_links_are_followed_and_what_is_no_file_is_refused(made, merged, tmp_path):
+def test_links_are_followed_and_what_is_no_file_is_refused(made, merged, tmp_path, capsys):
     (tmp_path / "elsewhere").mkdir()
     link = tmp_path / "link.gguf"
     link.symlink_to("elsewhere/file.gguf")
@@ -245,10 +256,12 @@ def test_links_are_followed_and_what_is_no_file_is_refused(made, merged, tmp_pat
     os.mkfifo(pipe)
     folder.mkdir()
     loop.symlink_to(loop)
-    for path in (pipe, folder, loop):
+    for path in (pipe, folder, loop, os.devnull, tmp_path / "elsewhere", f"{tmp_path / 'new'}{os.sep}"):
         with pytest.raises(ValueError, match="expected a file"):
             merge_checkpoint(made.base, made.adapter, path, overwrite=True)
-    assert pipe.is_fifo() and folder.is_dir() and loop.is_symlink()
+        assert main(["merge", str(made.adapter), str(path), "--base", str(made.base), "--overwrite"]) == 2
+        assert "expected a file" in capsys.readouterr().err
+    assert pipe.is_fifo() and folder.is_dir() and loop.is_symlink() and not (tmp_path / "new").exists()
 
 
 def test_a_write_that_fails_leaves_nothing(made, tmp_path, monkeypatch):

@@ -143,9 +143,11 @@ def test_a_reference_with_more_blocks_is_refused(llama_dir: Path):
 
 
 def test_a_reference_that_is_not_there_is_named(llama_dir: Path, tmp_path: Path):
-    for path, message in ((tmp_path, "could not be read"), (tmp_path / "nowhere", "is no folder here")):
+    (tmp_path / "file").write_bytes(b"GGUF and more")
+    messages = {"": "could not be read", "nowhere": "is no folder here", "file": "is a GGUF file"}
+    for name, message in messages.items():
         with pytest.raises(ValueError, match=message):
-            recovered(llama_dir, reference=path)
+            recovered(llama_dir, reference=tmp_path / name)
 
 
 def test_a_reference_without_weights_is_refused(llama_dir: Path):

@@ -46,7 +46,7 @@ def save_gguf(model: Any, path: str | os.PathLike[str], *, name: str | None = No
             "The model has adapters that are not merged, expected a merged model; call `merge_and_unload()` first."
         )
     file = GGUFFile(sources.pop())
-    check_target(out, file, overwrite)
+    check_target(os.fspath(path), file, overwrite)
     _check_dense(file, model)
     makers = {}
     for layer in layers:

@@ -15,25 +15,33 @@ from peft_sgrq.formats.gguf.file import GGUFFile
 Makers = Mapping[str, Callable[[], torch.Tensor]]  # tensor name -> makes its bytes, uint8 `[rows, bytes of a row]`
 
 
-def check_target(out: Path, file: GGUFFile, overwrite: bool) -> None:
+def check_target(path: str, file: GGUFFile, overwrite: bool) -> None:
     """Refuses to write where something is, over the base, or on a disk without space.
+
+    Args:
+        path (`str`): The file to make, as it was given: one that ends in a slash is a folder.
+        file (`GGUFFile`): The base.
+        overwrite (`bool`): Whether a file that is there is to be replaced.
 
     Raises:
         ValueError: If it cannot be written; nothing was.
     """
-    if out.exists() and (not overwrite or not out.is_file()):
+    check_output(path)
+    out = Path(path)
+    if out.exists() and not out.is_file():
+        raise ValueError(f"{out} is no file, expected a file to be replaced, or none; choose another name.")
+    if out.exists() and not overwrite:
         raise ValueError(
             f"{out} exists already, expected a file to be made; choose another name, or replace it "
             "with `overwrite=True` (--overwrite)."
         )
     if out.exists() and os.path.samefile(out, file.path):
         raise ValueError(f"{out} is the base, expected another file: the base would be lost.")
-    check_output(out)
     place = next(parent for parent in out.absolute().parents if parent.exists())
     free = shutil.disk_usage(place).free
     if free < file.size:
         raise ValueError(
-            f"{place} has {free / 1e9:.1f} GB free, expected at least {file.size / 1e9:.1f} GB for the merged file; "
+            f"{place} has {free / 1e6:,.1f} MB free, expected at least {file.size / 1e6:,.1f} MB for the merged file; "
             "choose another disk. Nothing was written."
         )
 
@@ -68,8 +76,8 @@ def write_file(file: GGUFFile, out: Path, makers: Makers, name: str | None = Non
             os.chmod(scratch, file.path.stat().st_mode & 0o777)
     except OSError as error:
         raise OSError(
-            f"{out} could not be written ({error.strerror or error}), expected {file.size / 1e9:.2f} GB of space on a "
-            "disk that works; free some, or choose another. Nothing was written."
+            f"{out} could not be written ({error.strerror or error}), expected {file.size / 1e6:,.1f} MB of space on "
+            "a disk that works; free some, or choose another. Nothing was written."
         ) from error
     return changed
 
