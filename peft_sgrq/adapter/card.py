@@ -126,15 +126,18 @@ def _section(weights: str, config: SGRQConfig) -> str:
         size=f"{os.path.getsize(weights) / 1e6:.2f} MB",
         training="".join(f"| {name} | {text} |\n" for name, text in config.trained_with.items()),
         loading=loading_code(config).block(),
-        merging="\n".join(_merging(quantization)),
+        merging="\n".join(_merging(config)),
         saving=_SAVING.format(saved_by) if (saved_by := (quantization or {}).get("saved_by")) else "",
     )
 
 
-def _merging(quantization: dict[str, Any] | None) -> list[str]:
+def _merging(config: SGRQConfig) -> list[str]:
+    quantization = config.base_quantization
     form = "quantized as the base is" if quantization else "dense, as the base is"
     save = [] if quantization and quantization.get("saved_by") else ['merged.save_pretrained("merged")']
     *lines, last = ["merged = model.merge_and_unload()", *save]
+    if (config.auto_mapping or {}).get("online_rotations"):
+        return [*lines, f"{last}  # {form}; loads by `peft_sgrq.load_rotated` alone"]
     return [*lines, f"{last}  # {form}; {'loads' if save else 'computes'} without peft_sgrq"]
 
 

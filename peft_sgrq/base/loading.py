@@ -10,6 +10,7 @@ import transformers
 from peft.utils.peft_types import TaskType
 from torch import nn
 
+from peft_sgrq.base.workarounds.dropped_rotations import has_online_rotations
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.code import Code
 from peft_sgrq.formats.loading import quantization_code
@@ -45,13 +46,16 @@ def describe_class(model: nn.Module) -> dict[str, Any] | None:
 
     Returns:
         `base_model_class` and `parent_library`, and under `arguments` what `from_pretrained` needs besides; an auto
-        class of transformers where one loads the model, else the model's own. `None` for a model that no class loads.
+        class of transformers where one loads the model, else the model's own; `online_rotations` where a model has
+        some, which `load_rotated` loads. `None` for a model that no class loads.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     cls = next(filter(_loads, type(model).__mro__), None)
     config: Any = getattr(model, "config", None)
     if cls is None or config is None:
         return None
+    if has_online_rotations(model):
+        return {**_described("AutoModelForCausalLM", "transformers", {}), "online_rotations": True}
     labels = getattr(config, "num_labels", 2)
     arguments = {"num_labels": labels} if "Classification" in cls.__name__ and labels != 2 else {}
     if cls.__module__.startswith("transformers_modules."):  # code that comes with the model
@@ -121,7 +125,9 @@ def loading_code(config: SGRQConfig) -> Code:
     arguments = [f"{key}={value!r}" for key, value in fields.items() if value is not None]
     if quantized.expression:
         arguments.append(f"quantization_config={quantized.expression}")
-    names: dict[str, set[str]] = {library: {cls}}
+    rotated = recorded.get("online_rotations")
+    load = "load_rotated" if rotated else f"{cls}.from_pretrained"
+    names: dict[str, set[str]] = {"peft_sgrq": {load}} if rotated else {library: {cls}}
     for source, imported in quantized.names.items():
         names.setdefault(source, set()).update(imported)
-    return Code(names, f"{cls}.from_pretrained({', '.join([path, *arguments])})", quantized.statements)
+    return Code(names, f"{load}({', '.join([path, *arguments])})", quantized.statements)

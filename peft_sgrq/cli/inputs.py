@@ -101,10 +101,11 @@ def check_sources(args: argparse.Namespace, **models: str | None) -> None:
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model, quantized if asked for, on the GPU if there is one, and its tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoTokenizer, BitsAndBytesConfig
 
     from peft_sgrq.base.loading_arguments import loading_arguments
     from peft_sgrq.base.precision import compute_in, describe_dtype, fast_dtype
+    from peft_sgrq.rotation.online import load_rotated
 
     if is_gguf(args.model):
         from peft_sgrq.formats.gguf.loading import load_gguf
@@ -130,7 +131,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
             bnb_4bit_use_double_quant=args.double_quant,
             bnb_4bit_compute_dtype=fast_dtype() if dtype == "auto" else dtype,
         )
-    model = AutoModelForCausalLM.from_pretrained(args.model, **kwargs)
+    model = load_rotated(args.model, **kwargs)
     if dtype != "auto":
         compute_in(model, dtype)
         if args.dtype == "auto" and not args.quiet:
@@ -141,10 +142,23 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
 def load_dense(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model in eval mode, on the GPU if there is one, and its tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval()
+    from peft_sgrq.rotation.online import load_rotated
+
+    model = load_rotated(args.model, dtype=args.dtype).eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), AutoTokenizer.from_pretrained(args.model)
+
+
+def load_reference(args: argparse.Namespace) -> Any:
+    """The model before quantization: its name, or itself if it has online rotations, which are not streamed."""
+    from transformers import AutoConfig
+
+    from peft_sgrq.base.workarounds.dropped_rotations import FIELD
+    from peft_sgrq.rotation.online import load_rotated
+
+    rotated = getattr(AutoConfig.from_pretrained(args.reference), FIELD, None)
+    return load_rotated(args.reference, dtype="auto").eval() if rotated else args.reference
 
 
 def load_data(args: argparse.Namespace, tokenizer: Any) -> Any:

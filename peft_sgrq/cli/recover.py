@@ -99,7 +99,7 @@ def _recover(args: argparse.Namespace, progress_file: str) -> Recovery:
     )
     return recover(
         model,
-        args.reference,
+        inputs.load_reference(args),
         inputs.load_data(args, tokenizer),
         config,
         tokenizer,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from peft import get_peft_model
 from support.bases import logits
 from support.rotated_models import assert_same, random_model, state
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_sgrq import SGRQConfig, allocate_bits, load_rotated, quantize, recover, rotate
 
@@ -105,6 +106,30 @@ def test_transformers_still_drops_online_rotations(tmp_path, ids):
     dropped = logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), ids % 256)
     expected = logits(model, ids % 256)
     assert (dropped - expected).abs().max() > 0.1 * expected.abs().max()
+
+
+def test_the_code_of_a_card_and_the_commands_load_with_rotations(llama_dir, tmp_path, ids):
+    from peft_sgrq.cli import main
+
+    dense, base = tmp_path / "dense", tmp_path / "base"
+    model = AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.float32)
+    rotate(model, rotations=["R1", "R3", "R4"])
+    for folder in (dense, base):
+        (model if folder is dense else quantize(model)).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(llama_dir).save_pretrained(folder)
+    (tmp_path / "text.txt").write_text("Queries and keys are rotated when the model runs. " * 8)
+    run = ["recover", base, "--reference", dense, "--data", tmp_path / "text.txt", "-o", tmp_path / "adapter"]
+    assert main([*map(str, run), "--epochs", "1", "--quiet"]) == 0
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    code = card.split("## Load")[1].split("```python\n")[1].split("```")[0]
+    found: dict[str, Any] = {}
+    exec(code.replace("path or Hub name of this adapter", str(tmp_path / "adapter")), found)
+    adapted = found["model"].eval()
+    assert not torch.equal(logits(adapted, ids), logits(load_rotated(base).eval(), ids))
+    expected = logits(adapted, ids)
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert "loads by `peft_sgrq.load_rotated` alone" in card
+    assert torch.equal(logits(load_rotated(tmp_path / "merged").eval(), ids), expected)
 
 
 def test_a_model_that_lost_its_rotations_is_refused_by_all_that_takes_it(tmp_path, ids):
