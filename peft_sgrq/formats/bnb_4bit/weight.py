@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,14 +20,6 @@ from peft_sgrq.formats.scaled_weight import ScaledWeight
 
 _SMALLEST_BLOCK = 32
 _COMPUTABLE = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class _Stored(NamedTuple):
-    absmax: torch.Tensor
-    offset: torch.Tensor | None
-    state2: Any
-    nested: bool
-    compress_statistics: bool
 
 
 class Bnb4bitScales(ScaleMatrix):
@@ -73,6 +65,7 @@ class Bnb4bitWeight(Bnb4bitScales, ScaledWeight):
     """`bitsandbytes.nn.Linear4bit`. Scales are float32; nested ones stay so until a merge un-nests them exactly."""
 
     layer_class = ("bitsandbytes.nn", "Linear4bit")
+    stored_fields = ("absmax", "offset", "state2", "nested")
     in_parts = True
     codes_follow = True
     splittable = True
@@ -103,6 +96,10 @@ class Bnb4bitWeight(Bnb4bitScales, ScaledWeight):
     @property
     def _state(self) -> Any:
         return quant_state_of(self.module)
+
+    @property
+    def owner(self) -> Any:
+        return self._state
 
     @property
     def stored_codes(self) -> torch.Tensor:
@@ -202,24 +199,21 @@ class Bnb4bitWeight(Bnb4bitScales, ScaledWeight):
     def cast_output(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return y.to(x.dtype)
 
-    def write_scales(self, scales: torch.Tensor) -> Any:
-        return self.restore_scales(_Stored(self.prepare(scales).contiguous(), None, None, False, False))
+    def changed(self, scales: torch.Tensor) -> tuple[Any, ...]:
+        return self.prepare(scales), None, None, False
 
     def restore_scales(self, stored: Any) -> Any:
-        weight: Any = self.module.weight
-        state = self._state
-        replaced = _Stored(state.absmax, state.offset, state.state2, state.nested, weight.compress_statistics)
-        state.absmax, state.offset, state.state2, state.nested, weight.compress_statistics = stored
-        return replaced
+        self.module.weight.compress_statistics = stored[-1]  # type: ignore[union-attr]  # which says the same again
+        return super().restore_scales(stored)
 
     def convert_stored(self, stored: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         # As bitsandbytes does with the scales of the layer: they move, and keep their dtype.
-        device = fn(torch.empty(0, device=stored.absmax.device)).device
-        second = copy.copy(stored.state2)
+        absmax, offset, second, nested = stored
+        device = fn(torch.empty(0, device=absmax.device)).device
         if second is not None:
+            second = copy.copy(second)
             second.absmax, second.code = second.absmax.to(device), second.code.to(device)
-        offset = None if stored.offset is None else stored.offset.to(device)
-        return stored._replace(absmax=stored.absmax.to(device), offset=offset, state2=second)
+        return absmax.to(device), None if offset is None else offset.to(device), second, nested
 
     def split_obstacle(self, group_size: int) -> str | None:
         if group_size >= _SMALLEST_BLOCK:

@@ -104,15 +104,12 @@ class QuantoWeight(ScaledWeight):
         changed = self.changed(scales)
         return changed[0] if len(changed) == 1 else torch.stack(changed)
 
-    def _with(self, prepared: torch.Tensor) -> Any:
+    def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
         weight, fields = self.owner, self.stored_fields
         changed = (prepared,) if len(fields) == 1 else tuple(prepared.unbind())
         names, attributes = weight.__tensor_flatten__()
         tensors = {name: getattr(weight, name) for name in names} | dict(zip(fields, changed, strict=True))
-        return type(weight).__tensor_unflatten__(tensors, attributes, None, None)
-
-    def linear(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self._with(prepared), self.bias)
+        return F.linear(x, type(weight).__tensor_unflatten__(tensors, attributes, None, None), self.bias)
 
     def _unit_values(self) -> torch.Tensor:
         weight = self.owner

@@ -56,13 +56,11 @@ class TorchaoNVFP4Weight(TorchaoWeight):
             rounded = to_blocked(rounded)
         return rounded.reshape(stored.shape)
 
-    def _unit_values(self) -> torch.Tensor:
+    def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         from torchao.prototype.mx_formats.kernels import f4_unpacked_to_f32, unpack_uint4
 
-        return f4_unpacked_to_f32(unpack_uint4(self.weight.qdata.view(torch.uint8)))  # (N, K)
-
-    def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return self.select_codes(self._unit_values(), units).to(dtype)
+        values = f4_unpacked_to_f32(unpack_uint4(self.stored_codes.view(torch.uint8)))  # (N, K)
+        return self.select_codes(values, units).to(dtype)
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         weight: Any = self.with_parts(self.prepare(scales))
