@@ -24,7 +24,7 @@ def adapter_tensors(
     """
     dtype = getattr(torch, config.adapter_dtype)
     stored = {}
-    for module_name, delta in {**_deltas(model, suffix), **_moves(model, suffix)}.items():
+    for module_name, delta in _trained(model, suffix).items():
         # State dicts leave out the names of some wrappers.
         names = (module_name, without_wrapper_names(module_name))
         name = next((name for name in names if name + ".weight" in state), None)
@@ -36,15 +36,12 @@ def adapter_tensors(
     return stored
 
 
-def _deltas(model: nn.Module, suffix: str) -> dict[str, Delta]:
+def _trained(model: nn.Module, suffix: str) -> dict[str, Delta]:
+    """The deltas of an adapter, and its moves of zero points."""
+    ends = (suffix, suffix.replace("sgrq_delta", "sgrq_zero_points"))
     return {
-        name: module for name, module in model.named_modules() if isinstance(module, Delta) and name.endswith(suffix)
+        name: module for name, module in model.named_modules() if isinstance(module, Delta) and name.endswith(ends)
     }
-
-
-def _moves(model: nn.Module, suffix: str) -> dict[str, Delta]:
-    """The moves of zero points of the same adapter."""
-    return _deltas(model, suffix.replace("sgrq_delta", "sgrq_zero_points"))
 
 
 def further_names(model: nn.Module) -> set[str]:
@@ -84,14 +81,13 @@ def take_over(
     Raises:
         ValueError: If a tensor does not fit the layer it is for.
     """
-    deltas = _deltas(model, suffix)
-    moves = _moves(model, suffix)
-    errors = [error for name, delta in {**deltas, **moves}.items() for error in delta.find_errors(tensors, name + ".")]
+    trained = _trained(model, suffix)
+    errors = [error for name, delta in trained.items() for error in delta.find_errors(tensors, name + ".")]
     if errors:
         raise ValueError(f"The adapter file does not fit ({len(errors)} tensors, the first:) {errors[0]}")
     converted = dict(tensors)
     # PEFT does not read the config of an adapter that replaces another in place.
-    for name, delta in deltas.items():
+    for name, delta in trained.items():
         mask, weight = tensors.get(name + ".selection"), tensors.get(name + ".weight")
         layer_name = name.removesuffix(suffix).removeprefix("base_model.model.")
         if mask is not None:
@@ -102,6 +98,4 @@ def take_over(
         if weight is not None and str(weight.dtype).removeprefix("torch.") in ADAPTER_DTYPES:
             delta.dtype = weight.dtype
             config.adapter_dtype = str(weight.dtype).removeprefix("torch.")
-    for move in moves.values():
-        move.dtype = getattr(torch, config.adapter_dtype)
     return converted
