@@ -115,6 +115,8 @@ def _check_zero_points(scaled_weights: Mapping[str, ScaledWeight], config: SGRQC
     weights = scaled_weights.values()
     if not config.zero_points or not weights or any(weight.movable_zero_points for weight in weights):
         return
+    if config.base_fingerprint is not None:
+        return  # a trained adapter is not on its base, which `check_base` says, and how to load that
     found = ", ".join(sorted({weight.name for weight in weights})[:4])
     raise ValueError(
         f"`zero_points` is True and the targeted layers are {found}, which store no zero points as floats, expected "

@@ -10,10 +10,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
+from typing import Any
 
 from peft_sgrq import __version__
 
@@ -46,9 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         `int`: The exit status: 0, 1 if a check said no, 2 for a mistake in the arguments or the files, 130 if it was
         interrupted (Ctrl-C), 141 if what it printed to was closed.
+
+    Raises:
+        SystemExit: If the process is told to end (SIGTERM, SIGHUP); what was half written is gone then.
     """
     try:
-        status = _run(argv)
+        with _ends_cleanly() if argv is None else nullcontext():
+            status = _run(argv)
         if sys.stdout:
             sys.stdout.flush()
     except BrokenPipeError:  # by `| head`, which has what it wants
@@ -89,6 +97,25 @@ def _run(argv: Sequence[str] | None) -> int:
     except (ValueError, TypeError, ImportError) as error:
         print(f"peft-sgrq: error: {error}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _ends_cleanly() -> Iterator[None]:
+    """While this is open, a process that is told to end cleans up, as one does that Ctrl-C interrupts."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(_BY_SIGNAL + number)
+
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    is_main = threading.current_thread() is threading.main_thread()  # no other may
+    numbers = [number for number in known if is_main and signal.getsignal(number) is signal.SIG_DFL]
+    try:
+        for number in numbers:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _quiet_libraries() -> None:

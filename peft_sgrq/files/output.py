@@ -110,21 +110,29 @@ def scratch_file(path: str) -> Iterator[tuple[str, str]]:
     there = os.path.exists(target)
     if there and not _may_write(target):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
-    folder = os.path.dirname(target)
-    os.makedirs(folder, exist_ok=True)
-    scratch = os.path.join(folder, f".sgrq-{secrets.token_hex(6)}{_ending(path)}")
+    made = make_folders(os.path.dirname(target))
+    try:
+        scratch = _make_scratch(path, target, there)
+        try:
+            yield scratch, target
+        finally:
+            with suppress(FileNotFoundError):
+                os.remove(scratch)
+    except BaseException:
+        remove_folders(made)
+        raise
+
+
+def _make_scratch(path: str, target: str, there: bool) -> str:
+    scratch = os.path.join(os.path.dirname(target), f".sgrq-{secrets.token_hex(6)}{_ending(path)}")
     try:
         handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # with the permissions of a new file
     except OSError as error:
         if not there or error.errno not in _CANNOT_RENAME:
             raise
         handle, scratch = tempfile.mkstemp(prefix="sgrq-", suffix=_ending(path))
-    try:
-        os.close(handle)
-        yield scratch, target
-    finally:
-        with suppress(FileNotFoundError):
-            os.remove(scratch)
+    os.close(handle)
+    return scratch
 
 
 def _may_write(path: str) -> bool:

@@ -18,6 +18,7 @@ from support.saliencies import example
 from peft_sgrq import cli
 from peft_sgrq.cli import main
 from peft_sgrq.files.hub import check_source
+from peft_sgrq.files.output import written
 
 COMMANDS: dict[str, list[str]] = {
     "allocate": ["allocate", "MODEL", "DATA", "-o", "OUT"],
@@ -65,6 +66,24 @@ def test_ctrl_c_ends_every_command_with_a_line(command, place, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", ["peft-sgrq", *COMMANDS[command]])
     assert main() == 130
     assert capsys.readouterr().err == "peft-sgrq: interrupted\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_told_to_end_leaves_nothing_half_written(number, monkeypatch, tmp_path: Path):
+    def end(args: Any) -> int:
+        with written(tmp_path / "new" / "file") as scratch:
+            Path(scratch).write_bytes(b"half")
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        return 0
+
+    monkeypatch.setattr("peft_sgrq.cli.merge.check", lambda args: None)
+    monkeypatch.setattr("peft_sgrq.cli.merge.run", end)
+    monkeypatch.setattr(sys, "argv", ["peft-sgrq", *COMMANDS["merge"]])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 128 + number and not list(tmp_path.iterdir())
+    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 @pytest.mark.slow

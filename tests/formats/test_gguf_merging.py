@@ -232,6 +232,9 @@ def test_another_base_another_tokenizer_no_space_and_existing_files_are_refused(
     refused(made, tmp_path, "other weights", base=other)
     write_gguf(other, tiny_model("llama"), q4_0)
     refused(made, tmp_path, r"GGUF \(Q4_0-32\), expected quantized with GGUF \(Q6_K-16\)", base=other)
+    adapter_for(made.base, tmp_path / "moved", zero_points=True)  # said before that this file has no zero points
+    with pytest.raises(ValueError, match=r"GGUF \(Q4_0-32\), expected quantized with GGUF"):
+        peft_sgrq.load_gguf(other, adapter=tmp_path / "moved")
     refused(made, tmp_path, "codes but not the scales", base=merged)
     vocabulary = [*tokens()[:-2], "the", "th"]
     write_gguf(other, tiny_model("llama"), mixed, vocabulary=vocabulary)
