@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from peft_sgrq.base.workarounds.dropped_rotations import refuse_dropped_rotations
+from peft_sgrq.formats.compressed_tensors.kv_cache_copies import let_caches_be_copied
 from peft_sgrq.layer.base_layers import refuse_unless_dense
 from peft_sgrq.rotation.experts import find_experts
 from peft_sgrq.rotation.rounding import weight_scales
@@ -89,6 +90,7 @@ def quantize(
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     _declare(model, compressor.quantization_config)
+    let_caches_be_copied(model)
     return model.requires_grad_(False)
 
 

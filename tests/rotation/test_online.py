@@ -80,6 +80,22 @@ def test_each_model_keeps_its_own_attention_implementation(tmp_path, ids):
         logits(models["sdpa"], ids % 256)
 
 
+def test_compressed_tensors_still_hooks_one_attention_for_all(monkeypatch):
+    from compressed_tensors.modeling import QuantizedAttentionImpl, initialize_hooked_attention
+
+    monkeypatch.setattr(QuantizedAttentionImpl, "_original_impl", "eager")
+    models = [random_model("llama, tied", num_hidden_layers=1) for _ in range(2)]
+    for model, name in zip(models, ("eager", "sdpa"), strict=True):
+        model.set_attn_implementation(name)
+        initialize_hooked_attention(model, model.model.layers[0].self_attn)
+    assert QuantizedAttentionImpl._original_impl == "sdpa"
+    assert models[0].config._attn_implementation == models[1].config._attn_implementation == "ct_hooked_attention"
+    models[0].set_attn_implementation("eager")
+    initialize_hooked_attention(models[0], models[0].model.layers[0].self_attn)
+    with pytest.raises(KeyError, match="eager"):
+        models[0](input_ids=torch.ones(1, 2, dtype=torch.long))
+
+
 def test_checkpoints_without_online_rotations_load_as_ever(llama_dir, ids):
     plain = AutoModelForCausalLM.from_pretrained(llama_dir)
     assert torch.equal(logits(load_rotated(llama_dir), ids), logits(plain, ids))

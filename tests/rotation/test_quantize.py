@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -107,6 +110,32 @@ def test_layers_whose_columns_no_group_divides_get_a_scale_a_row(tmp_path, ids):
     assert torch.equal(
         logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), ids % 256), logits(model, ids % 256)
     )
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_copy_rounds_its_cache_when_the_original_is_gone(adapted, llama_dir, tmp_path, ids):
+    model = quantize(AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.float32).eval(), "W8A16KV4")
+    if adapted:
+        model.save_pretrained(tmp_path)
+        del model
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(tmp_path), SGRQConfig(task_type="CAUSAL_LM")
+        ).eval()
+    expected = logits(model, ids)
+    copied = copy.deepcopy(copy.deepcopy(model))
+    del model
+    gc.collect()
+    assert torch.equal(logits(copied, ids), expected)
+
+
+def test_compressed_tensors_still_ties_copies_of_caches_to_the_original(llama_dir, tmp_path, ids):
+    quantize(AutoModelForCausalLM.from_pretrained(llama_dir), "W8A16KV4").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    expected = logits(model, ids)
+    copied = copy.deepcopy(model)
+    del model
+    gc.collect()
+    assert not torch.equal(logits(copied, ids), expected)
 
 
 def test_layers_that_are_ignored_stay():

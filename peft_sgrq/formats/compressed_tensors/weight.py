@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from peft_sgrq.formats.compressed_tensors.kv_cache_copies import let_caches_be_copied
 from peft_sgrq.formats.compressed_tensors.kv_cache_gradients import StraightThrough, pass_gradients
 from peft_sgrq.formats.scale_arithmetic import gather_groups
 from peft_sgrq.formats.scale_matrix import Geometry
@@ -162,6 +163,7 @@ def keep_compressed(model: nn.Module) -> None:
     from compressed_tensors.offload import unwrap_offload_forward
 
     pass_gradients(model)
+    let_caches_be_copied(model)
     for module in model.modules():
         hook = module.__dict__.pop("ct_decompress_hook", None)
         if hook is not None:
