@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from peft_sgrq.formats.registry import is_quantized, resolve_weight
 from peft_sgrq.formats.scaled_weight import ScaledWeight
@@ -86,4 +88,18 @@ def refuse_unless_dense(model: nn.Module, what: str) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
             "The model has weights on the meta device, expected all in memory; load it without offloading."
+        )
+    kinds = {
+        "divided over devices": lambda one: hasattr(one, "device_mesh"),
+        "made in inference mode": torch.Tensor.is_inference,
+    }
+    for kind, has in kinds.items():
+        found = next((name for name, parameter in model.named_parameters() if has(parameter)), None)
+        if found is not None:
+            raise ValueError(f"{found} is {kind}, expected a plain tensor; load the model anew, on one device.")
+    found = next((name for name, module in model.named_modules() if is_parametrized(module)), None)
+    if found is not None:
+        raise ValueError(
+            f"{found} has a parametrization, expected weights that are stored; take it off with "
+            "`torch.nn.utils.parametrize.remove_parametrizations`."
         )

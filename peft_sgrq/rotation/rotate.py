@@ -88,6 +88,8 @@ def rotate(
     require_compressed_tensors()
     bits = parse_scheme(scheme, group_size)
     wanted = _check_rotations(rotations, select, data)
+    if not isinstance(seed, int):
+        raise TypeError(f"`seed` is {seed!r}, expected a whole number.")
     select = select or ("measured" if data is not None else "all")
     if has_online_rotations(model):
         raise ValueError("The model has online rotations, expected one without; rotate the original model.")

@@ -187,6 +187,14 @@ def test_what_cannot_be_quantized_is_refused_and_stays():
         with pytest.raises(error, match=message):
             quantize(model, scheme, **settings)
         assert_same(model, before)
+    with torch.inference_mode():
+        of_inference = random_model("mistral")
+    parametrized = random_model("mistral")
+    torch.nn.utils.parametrizations.weight_norm(parametrized.model.layers[0].mlp.up_proj)
+    for model, message in ((of_inference, "inference mode"), (parametrized, "remove_parametrizations")):
+        for change in (quantize, rotate):
+            with pytest.raises(ValueError, match=message):
+                change(model)
     for value in (float("nan"), float("inf")):
         model = random_model("mistral")
         model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
