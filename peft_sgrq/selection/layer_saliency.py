@@ -23,6 +23,7 @@ class LayerSaliency:
         fingerprint (`str`): Digest of the base layer, as in `ScaledWeight.fingerprint`.
         column_groups (`torch.Tensor` or `None`): The group of each column, int64 `[in_features]`; `None` if it is
             `column // group_size`, or in a row format.
+        rows_per_scale (`int`): Rows per scale: 1, or the height of a block.
     """
 
     scores: torch.Tensor
@@ -31,6 +32,7 @@ class LayerSaliency:
     group_size: int
     fingerprint: str
     column_groups: torch.Tensor | None = None
+    rows_per_scale: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "unit", SelectableUnit(self.unit))  # its word will do, as files have it
@@ -46,6 +48,7 @@ class LayerSaliency:
             group_size=scaled_weight.group_size,
             fingerprint=scaled_weight.fingerprint() if fingerprint is None else fingerprint,
             column_groups=_groups_of_columns(scaled_weight),
+            rows_per_scale=scaled_weight.rows_per_scale,
         )
 
     @property
@@ -66,7 +69,7 @@ class LayerSaliency:
     @property
     def scales_shape(self) -> tuple[int, int]:
         """Shape `(rows, groups)` of the scales."""
-        return self.shape[0], -(-self.shape[1] // self.group_size)
+        return -(-self.shape[0] // self.rows_per_scale), -(-self.shape[1] // self.group_size)
 
     def group_scores(self) -> torch.Tensor:
         """Saliency of each group, the sum over its columns, or of each row in a row format, float32 `[selectable]`."""

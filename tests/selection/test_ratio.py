@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support.compressed_layers import fp8_layer
 
+from peft_sgrq.formats.registry import resolve_weight
 from peft_sgrq.formats.selectable_unit import SelectableUnit
 from peft_sgrq.layer.masks import decode_mask
 from peft_sgrq.selection.layer_saliency import LayerSaliency
@@ -204,3 +206,12 @@ def test_columns_out_of_order_belong_to_the_groups_they_say():
     shuffled = LayerSaliency(scores, (8, 40), SelectableUnit.GROUP, 4, "x", groups)
     expected = torch.stack([scores[groups == group].double().sum() for group in range(10)])
     torch.testing.assert_close(shuffled.group_scores().double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rows", [256, 200])
+def test_scales_that_rows_share_are_counted_once(rows):
+    weight = resolve_weight(fp8_layer(rows, 384), 128)
+    layer = LayerSaliency.of(weight, torch.arange(384.0), "x")
+    assert layer.scales_shape == weight.scales_shape == (2, 3)
+    assert (layer.scales, layer.scales_per_group, layer.selectable) == (6, 2, 3)
+    assert Saliency({"a": layer}, "diag", 1, {}).counts("global", budget=4) == {"a": 2}
