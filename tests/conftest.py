@@ -15,10 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import settings
 from support.asked_for import asked_for
 from support.bases import BASES, Base, save_small_llama, save_tiny_gpt2, save_tiny_llama
 from support.packed_checkpoints import CHECKPOINTS, make
 from support.quantized_checkpoints import DENSE_FILES, NF4_NESTED_FILES, base_and_adapter
+
+settings.register_profile("seeded", derandomize=True, deadline=None)  # a failure is one for everybody
+settings.load_profile("seeded")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

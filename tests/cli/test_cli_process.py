@@ -68,8 +68,19 @@ def test_ctrl_c_ends_every_command_with_a_line(command, place, monkeypatch, caps
     assert capsys.readouterr().err == "peft-sgrq: interrupted\n"
 
 
+@pytest.fixture
+def handled():
+    """Puts handlers of signals back that a test sets; `nohup` has a process and what it starts ignore one."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_command_that_is_told_to_end_leaves_nothing_half_written(number, monkeypatch, tmp_path: Path):
+def test_a_command_that_is_told_to_end_leaves_nothing_half_written(number, handled, monkeypatch, tmp_path: Path):
+    signal.signal(number, signal.SIG_DFL)
+
     def end(args: Any) -> int:
         with written(tmp_path / "new" / "file") as scratch:
             Path(scratch).write_bytes(b"half")
@@ -84,6 +95,15 @@ def test_a_command_that_is_told_to_end_leaves_nothing_half_written(number, monke
         main()
     assert ended.value.code == 128 + number and not list(tmp_path.iterdir())
     assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_a_command_goes_on_where_a_signal_is_to_be_ignored(handled, monkeypatch):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr("peft_sgrq.cli.merge.check", lambda args: None)
+    monkeypatch.setattr("peft_sgrq.cli.merge.run", lambda args: os.kill(os.getpid(), signal.SIGHUP) or 0)
+    monkeypatch.setattr(sys, "argv", ["peft-sgrq", *COMMANDS["merge"]])
+    assert main() == 0
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 @pytest.mark.slow

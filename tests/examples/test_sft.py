@@ -35,7 +35,7 @@ def test_defaults_are_those_of_scales(tmp_path):
         ({"--lora_target_modules": "q_proj"}, "--lora_target_modules is .*use --target_modules"),
         ({"--use_peft": None}, "--use_peft is True"),
         ({"--lora_r": "8"}, "--lora_r is 8"),
-        ({"--dataset_name": "DATA/nothing.jsonl"}, "nothing.jsonl' is no file or folder"),
+        ({"--dataset_name": "DATA/nothing.jsonl"}, "nothing.jsonl' is no file here"),
         ({"--dataset_name": None}, "--dataset_name"),
         ({"--ratio": "kne"}, "'kne', expected a number in .* or one of knee, global, layerwise"),
         ({"--ratio": "2"}, "expected a share of the scales"),

@@ -43,6 +43,11 @@ def test_the_cumulative_share_is_that_of_the_most_salient_columns(values):
         assert float(shares[index]) == pytest.approx(expected, abs=1e-9)
 
 
+def test_the_cumulative_share_of_columns_that_are_all_alike_is_their_number():
+    shares = cumulative_share(torch.zeros(3, dtype=torch.float64))
+    assert shares.dtype is torch.float64 and set(shares.tolist()) == {0, 1 / 3, 2 / 3, 1}
+
+
 def test_the_share_held_is_by_group():
     layer = LayerSaliency(torch.tensor([1.0, 2.0, 3.0, 4.0, 0.0, 0.0]), (2, 6), SelectableUnit.GROUP, 2, "")
     assert [share_held(layer, count) for count in (1, 2, 3)] == pytest.approx([0.7, 1.0, 1.0])

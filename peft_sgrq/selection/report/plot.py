@@ -86,7 +86,7 @@ def cumulative_share(scores: torch.Tensor) -> torch.Tensor:
     """
     curve = torch.cat([torch.zeros(1), scores.sort(descending=True).values]).double().cumsum(0)
     at = (torch.linspace(0, 1, _POINTS, dtype=torch.float64) * len(scores)).round().long()
-    return curve[at] / curve[-1] if curve[-1] else at / len(scores)
+    return curve[at] / curve[-1] if curve[-1] else at.double() / len(scores)
 
 
 def _draw_curves(axes: Any, report: Report, saliency: Saliency) -> None:
