@@ -23,7 +23,7 @@ class LayerSaliency:
         fingerprint (`str`): Digest of the base layer, as in `ScaledWeight.fingerprint`.
         column_groups (`torch.Tensor` or `None`): The group of each column, int64 `[in_features]`; `None` if it is
             `column // group_size`, or in a row format.
-        rows_per_scale (`int`): Rows per scale: 1, or the height of a block.
+        scale_rows (`int` or `None`): Rows of the scales where rows of the layer share one; `None` if there are as many.
     """
 
     scores: torch.Tensor
@@ -32,7 +32,7 @@ class LayerSaliency:
     group_size: int
     fingerprint: str
     column_groups: torch.Tensor | None = None
-    rows_per_scale: int = 1
+    scale_rows: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "unit", SelectableUnit(self.unit))  # its word will do, as files have it
@@ -48,7 +48,7 @@ class LayerSaliency:
             group_size=scaled_weight.group_size,
             fingerprint=scaled_weight.fingerprint() if fingerprint is None else fingerprint,
             column_groups=_groups_of_columns(scaled_weight),
-            rows_per_scale=scaled_weight.rows_per_scale,
+            scale_rows=scaled_weight.scales_shape[0],
         )
 
     @property
@@ -69,7 +69,7 @@ class LayerSaliency:
     @property
     def scales_shape(self) -> tuple[int, int]:
         """Shape `(rows, groups)` of the scales."""
-        return -(-self.shape[0] // self.rows_per_scale), -(-self.shape[1] // self.group_size)
+        return self.scale_rows or self.shape[0], -(-self.shape[1] // self.group_size)
 
     def group_scores(self) -> torch.Tensor:
         """Saliency of each group, the sum over its columns, or of each row in a row format, float32 `[selectable]`."""

@@ -29,7 +29,7 @@ def write_saliency_file(path: str, layers: Mapping[str, LayerSaliency], describe
             "shape": layer.shape,
             "granularity": layer.unit.value,
             "group_size": layer.group_size,
-            "rows_per_scale": layer.rows_per_scale,
+            "scale_rows": layer.scale_rows,
             "fingerprint": layer.fingerprint,
         }
     text = json.dumps({"version": FORMAT_VERSION, **described, "layers": geometry})

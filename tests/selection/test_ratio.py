@@ -9,6 +9,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.compressed_layers import fp8_layer
+from support.library_formats import LAYER_FORMATS
+from torch import nn
 
 from peft_sgrq.formats.registry import resolve_weight
 from peft_sgrq.formats.selectable_unit import SelectableUnit
@@ -215,3 +217,11 @@ def test_scales_that_rows_share_are_counted_once(rows):
     assert layer.scales_shape == weight.scales_shape == (2, 3)
     assert (layer.scales, layer.scales_per_group, layer.selectable) == (6, 2, 3)
     assert Saliency({"a": layer}, "diag", 1, {}).counts("global", budget=4) == {"a": 2}
+
+
+@pytest.mark.parametrize("format", LAYER_FORMATS, ids=lambda format: format.name)
+def test_a_saliency_counts_the_scales_that_its_layer_has(format):
+    format.require()
+    layer = format.layer(nn.Linear(256, 128, dtype=torch.bfloat16).requires_grad_(False))
+    weight = resolve_weight(layer, 64)
+    assert LayerSaliency.of(weight, torch.zeros(weight.lines), "x").scales_shape == weight.scales_shape
