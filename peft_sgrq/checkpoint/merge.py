@@ -12,6 +12,7 @@ from peft_sgrq.checkpoint.gguf import find_gguf_base, plan_gguf_merge, write_ggu
 from peft_sgrq.checkpoint.plan import MergePlan, plan_merge
 from peft_sgrq.files.folder import INDEX, write_json
 from peft_sgrq.files.gguf_names import makes_gguf
+from peft_sgrq.files.output import check_space
 from peft_sgrq.files.output_folder import check_merged_folder, written_folder
 from peft_sgrq.files.sources import find_adapter, find_base, other_files
 
@@ -98,7 +99,9 @@ def _write(plan: MergePlan, out: Path) -> MergeReport:
     carried = [path for path in carried if not (base.path / path).resolve().is_relative_to(out.resolve())]
     with written_folder(out, overwrite=True) as folder:
         scratch = Path(folder)
-        _check_space(plan, out.parent)
+        check_space(
+            out.parent, sum(shard.path.stat().st_size for shard in base.shards.values()), "the merged checkpoint"
+        )
         for path in carried:
             (scratch / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(base.path / path, scratch / path)
@@ -108,13 +111,3 @@ def _write(plan: MergePlan, out: Path) -> MergeReport:
     if left:
         logger.warning("Not carried over, as they hold other weights: %s.", ", ".join(map(str, left)))
     return MergeReport(out, len(plan.layers), changed, [path.as_posix() for path in left])
-
-
-def _check_space(plan: MergePlan, place: Path) -> None:
-    needed = sum(shard.path.stat().st_size for shard in plan.base.shards.values())
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise ValueError(
-            f"{place} has {free / 1e6:,.1f} MB free, expected at least {needed / 1e6:,.1f} MB for the merged "
-            "checkpoint; choose another disk. Nothing was written."
-        )

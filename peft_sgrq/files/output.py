@@ -76,6 +76,16 @@ def check_output(path: str | os.PathLike[str], what: str = "The output") -> None
         ) from error
 
 
+def check_space(place: str | os.PathLike[str], needed: int, what: str) -> None:
+    """Refuses a folder on a disk with less than `needed` bytes free for `what`; nothing was written yet."""
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ValueError(
+            f"{place} has {free / 1e6:,.1f} MB free, expected at least {needed / 1e6:,.1f} MB for {what}; choose "
+            "another disk. Nothing was written."
+        )
+
+
 def is_standard_output(path: str | os.PathLike[str]) -> bool:
     """Whether a path is what this process prints to, as /dev/stdout is."""
     try:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
-from peft_sgrq.files.output import check_output, written
+from peft_sgrq.files.output import check_output, check_space, written
 from peft_sgrq.formats.gguf.file import GGUFFile
 
 Makers = Mapping[str, Callable[[], torch.Tensor]]  # tensor name -> makes its bytes, uint8 `[rows, bytes of a row]`
@@ -38,12 +37,7 @@ def check_target(path: str, file: GGUFFile, overwrite: bool) -> None:
     if out.exists() and os.path.samefile(out, file.path):
         raise ValueError(f"{out} is the base, expected another file: the base would be lost.")
     place = next(parent for parent in out.absolute().parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    if free < file.size:
-        raise ValueError(
-            f"{place} has {free / 1e6:,.1f} MB free, expected at least {file.size / 1e6:,.1f} MB for the merged file; "
-            "choose another disk. Nothing was written."
-        )
+    check_space(place, file.size, "the merged file")
 
 
 def write_file(file: GGUFFile, out: Path, makers: Makers, name: str | None = None) -> int:
