@@ -23,7 +23,7 @@ class LayerSaliency:
         fingerprint (`str`): Digest of the base layer, as in `ScaledWeight.fingerprint`.
         column_groups (`torch.Tensor` or `None`): The group of each column, int64 `[in_features]`; `None` if it is
             `column // group_size`, or in a row format.
-        scale_rows (`int` or `None`): Rows of the scales where rows of the layer share one; `None` if there are as many.
+        scale_rows (`int` or `None`): Rows of the scales where rows of the layer share one; `None` if each has its own.
     """
 
     scores: torch.Tensor
