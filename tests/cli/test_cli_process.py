@@ -174,7 +174,7 @@ def test_what_is_written_to_the_standard_output_is_not_mixed_with_what_is_said(t
 # names that are nowhere
 
 
-PATHS = ["./x", "../x", "/x/y", "x/y/z", "~/x", "x y", "x.safetensors", "x/"]
+PATHS = ["./x", "../x", "/x/y", "x/y/z", "~/x", "x y", "x.safetensors", "./x.gguf", "x/"]
 
 
 @pytest.fixture
@@ -192,7 +192,9 @@ def no_hub(monkeypatch) -> None:
 @pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize("kind", ["model", "dataset"])
 def test_the_hub_is_not_asked_for_what_can_only_be_a_path(name, kind, no_hub):
-    with pytest.raises(ValueError, match=r"is no (file|folder|file or folder) here, expected its path"):
+    of_file = name.endswith((".safetensors", ".gguf"))
+    expected = "file" if of_file else "folder" if kind == "model" else "file or folder"
+    with pytest.raises(ValueError, match=f"is no {expected} here, expected its path"):
         check_source(name, "thing", kind=kind)
 
 
