@@ -17,16 +17,18 @@ from torch import nn
 def untouched(model: nn.Module) -> Iterator[None]:
     """Puts the model in eval mode without a cache, and everything back at the end, also when interrupted.
 
-    Restored are the modes of all modules, what forward passes put on them (attributes, and buffers put in place of
-    others), the hooks of forward passes, `use_cache` of the configs, and the state of the random number generators of
-    torch, numpy and Python. Each is put back by itself, and only where it differs. Parameters and gradients are not
-    written to by what runs inside. Of adapters, which may be trained inside, only the modes are restored.
+    Restored are the modes of all modules, what forward passes put on them (attributes, and parts and buffers put in
+    place of others), the hooks of forward passes, `use_cache` of the configs, and the state of the random number
+    generators of torch, numpy and Python. Each is put back by itself, and only where it differs. Parameters and
+    gradients are not written to by what runs inside. Of adapters, which may be trained inside, only the modes are
+    restored.
     """
     modules = list(model.modules())
     adapters = _parts_of_adapters(modules)
     modes = [module.training for module in modules]
-    kept = [(space, dict(space)) for module in modules if module not in adapters for space in _spaces(module)]
-    caches = [(config, config.use_cache) for config in _configs(modules)]
+    kept = [space for module in modules if module not in adapters for space in kept_spaces(module)]
+    configs = {id(one): one for module in modules for one in configs_of(module) if hasattr(one, "use_cache")}
+    caches = [(config, config.use_cache) for config in configs.values()]
     devices = sorted({tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"})
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
@@ -37,7 +39,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for space, before in kept:
-            _put_back(space, before)
+            put_back(space, before)
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
         for config, use_cache in caches:
@@ -47,6 +49,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 _SPACES = (
+    "_modules",
     "_buffers",
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -55,12 +58,14 @@ _SPACES = (
 )
 
 
-def _spaces(module: nn.Module) -> list[dict[str, Any]]:
-    """The dicts of a module that a forward pass may write to: its attributes, and those of `_SPACES`."""
-    return [module.__dict__, *(space for name in _SPACES if isinstance(space := module.__dict__.get(name), dict))]
+def kept_spaces(module: nn.Module, *further: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The dicts of a module that may be written to (attributes, parts, buffers, hooks, `further`), and copies."""
+    own = (module.__dict__.get(name) for name in (*_SPACES, *further))
+    return [(space, dict(space)) for space in (module.__dict__, *own) if isinstance(space, dict)]
 
 
-def _put_back(space: dict[str, Any], before: dict[str, Any]) -> None:
+def put_back(space: dict[str, Any], before: dict[str, Any]) -> None:
+    """Has a dict hold what it held before."""
     for name in [name for name in space if name not in before]:
         del space[name]
     for name, value in before.items():
@@ -78,14 +83,10 @@ def _parts_of_adapters(modules: list[nn.Module]) -> set[nn.Module]:
     return found
 
 
-def _configs(modules: list[nn.Module]) -> list[Any]:
-    found: list[Any] = []
-    for module in modules:
-        config: Any = getattr(module, "config", None)
-        if config is None:
-            continue
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        for one in (config, text):
-            if hasattr(one, "use_cache") and not any(one is known for known in found):
-                found.append(one)
-    return found
+def configs_of(module: nn.Module) -> list[Any]:
+    """The config of a model, and that of its language model where that is another; none where it has none."""
+    config: Any = getattr(module, "config", None)
+    if config is None:
+        return []
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return [config] if text is config else [config, text]

@@ -17,14 +17,14 @@ from peft_sgrq.passes.data import load_batches
 from peft_sgrq.passes.running import longest
 from peft_sgrq.passes.untouched import untouched
 from peft_sgrq.rotation.bit_plan import BitPlan, stored_bits
-from peft_sgrq.rotation.bit_values import Pairs, Rounding, by_fisher, by_measured_loss, by_output, mean_loss
+from peft_sgrq.rotation.bit_values import Pairs, Rounding, by_fisher, by_measured_loss, by_output
 from peft_sgrq.rotation.quantize import quantizable_layers
 from peft_sgrq.rotation.recorded_calls import recorded_calls, same_tensor
 from peft_sgrq.rotation.scheme import WIDTHS, Scheme, parse_scheme, require_compressed_tensors
 from peft_sgrq.selection.layerwise.allocate_ratios import split_blocks
 from peft_sgrq.selection.layerwise.gains import halves
 from peft_sgrq.selection.layerwise.knapsack import Block, allocate
-from peft_sgrq.selection.layerwise.probe import Row, split_rows
+from peft_sgrq.selection.layerwise.probe import Row, mean_loss, run_row, split_rows
 
 CRITERIA = ("fisher", "measured", "output")
 _STEP = 0.25  # bits between points of the curve
@@ -151,9 +151,8 @@ def _budget(bits: float | str, layers: Mapping[str, nn.Linear], costs: Mapping[s
 
 def _units(model: nn.Module, layers: Mapping[str, nn.Linear], row: Row) -> list[list[str]]:
     """Layers that take the same tensor, together."""
-    device = next(model.parameters()).device
     with untouched(model), torch.no_grad(), recorded_calls(model, lambda name, _: name in layers) as calls:
-        model(**{key: value.to(device) for key, value in row.items()}, use_cache=False)
+        run_row(model, row)
     units: list[list[str]] = []
     inputs: list[torch.Tensor | None] = []
     for name in layers:

@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_sgrq.base.workarounds.dropped_rotations import refuse_dropped_rotations
-from peft_sgrq.layer.base_layers import refuse_unless_dense
 from peft_sgrq.passes.chain import find_stack
 from peft_sgrq.passes.untouched import untouched
-from peft_sgrq.rotation.experts import find_experts
 from peft_sgrq.rotation.recorded_calls import Call, recorded_calls, same_tensor
+from peft_sgrq.rotation.refused import refuse_model
 from peft_sgrq.rotation.roles import BlockRoles, NormRoles, Roles
 
 _TOKENS = 8  # sequences of one token each
@@ -35,8 +33,7 @@ def find_roles(model: nn.Module) -> Roles:
     Raises:
         ValueError: If a part of the model is none that a rotation of the stream can go through; the sentence names it.
     """
-    refuse_unless_dense(model, "rotate")
-    refuse_dropped_rotations(model)
+    refuse_model(model, "rotate")
     embedding, head = (_embeddings(model, which) for which in ("input", "output"))
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     stack = find_stack(model, linears)
@@ -76,12 +73,6 @@ def _embeddings(model: nn.Module, which: str) -> str:
 
 
 def _refuse_parts(model: nn.Module) -> None:
-    experts = find_experts(model)
-    if experts is not None:
-        raise ValueError(
-            f"{experts} holds the weights of several experts as one parameter, expected linear layers; a mixture of "
-            "experts cannot be rotated."
-        )
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if not own or isinstance(module, (nn.Linear, nn.Embedding)):

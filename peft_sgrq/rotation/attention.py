@@ -60,17 +60,12 @@ def rotate_queries_by(model: nn.Module, factory: Any, args: Any) -> None:
 
 @contextmanager
 def hooked_attention(model: Any) -> Iterator[None]:
-    """While this is open hooks can be put onto queries and keys; afterwards attention is as it was."""
-    spaces = ("_modules", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
-    kept = [(module.__dict__[name], dict(module.__dict__[name])) for module in model.modules() for name in spaces]
+    """While this is open, within `untouched`, hooks can be put onto queries and keys; then attention is as it was."""
     implementation = model.config._attn_implementation
     try:
         hook_attention(model)
         yield
     finally:
-        for space, before in kept:
-            space.clear()
-            space.update(before)
         if model.config._attn_implementation != implementation:
             model.set_attn_implementation(implementation)
 

@@ -23,7 +23,7 @@ from peft_sgrq.passes.running import loss_of
 from peft_sgrq.passes.untouched import untouched
 from peft_sgrq.rotation.rounding import rounded_weight, weight_scales
 from peft_sgrq.rotation.scheme import Scheme
-from peft_sgrq.selection.layerwise.probe import Row, count_labels
+from peft_sgrq.selection.layerwise.probe import Row, count_labels, mean_loss, run_row
 
 Units = Sequence[Sequence[str]]
 Pairs = dict[tuple[int, int], NDArray[np.float64]]
@@ -60,18 +60,6 @@ class Rounding:
                 self.layers[name].weight.data = weight
 
 
-@torch.no_grad()
-def mean_loss(model: nn.Module, rows: Sequence[Row]) -> float:
-    """The model's loss by label, in float64."""
-    device = next(model.parameters()).device
-    total, count = 0.0, 0
-    for row in rows:
-        loss = loss_of(model(**{key: value.to(device) for key, value in row.items()}, use_cache=False), row)
-        labels = count_labels(row)
-        total, count = total + loss.double().item() * labels, count + labels
-    return total / count
-
-
 def by_fisher(
     model: nn.Module, rounding: Rounding, units: Units, rows: Sequence[Row], tick: Callable[[], object]
 ) -> list[NDArray[np.float64]]:
@@ -91,13 +79,11 @@ def by_fisher(
 
         return hook
 
-    device = next(model.parameters()).device
     with _gradients_of(model, weights.values()), untouched(model), torch.enable_grad(), ExitStack() as stack:
         for name, weight in weights.items():
             stack.callback(weight.register_post_accumulate_grad_hook(take(name)).remove)
         for current[0], row in enumerate(rows):
-            inputs = {key: value.to(device) for key, value in row.items()}
-            loss_of(model(**inputs, use_cache=False), row).backward()
+            loss_of(run_row(model, row), row).backward()
             tick()
     counts = np.array([count_labels(row) for row in rows], dtype=np.float64)
     shares = (counts / counts.sum())[:, None]
@@ -179,11 +165,10 @@ def by_output(
 
         return hook
 
-    device = next(model.parameters()).device
     with untouched(model), torch.no_grad(), ExitStack() as stack:
         for name, layer in rounding.layers.items():
             stack.callback(layer.register_forward_hook(watch(name)).remove)
         for row in rows:
-            model(**{key: value.to(device) for key, value in row.items()}, use_cache=False)
+            run_row(model, row)
             tick()
     return [np.sum([errors[name] / max(squares[name], 1e-30) for name in unit], axis=0) for unit in units]

@@ -21,8 +21,8 @@ from peft_sgrq.passes.data import Batch
 from peft_sgrq.passes.running import runner
 from peft_sgrq.passes.untouched import untouched
 from peft_sgrq.rotation.attention import can_hook_attention, hooked_attention
-from peft_sgrq.rotation.fusing import has_hadamard, rotation_factory, value_seed
-from peft_sgrq.rotation.online import down_block, down_seed, query_seed
+from peft_sgrq.rotation.fusing import has_hadamard, rotation_factory
+from peft_sgrq.rotation.online import down_block
 from peft_sgrq.rotation.roles import BlockRoles
 from peft_sgrq.rotation.rounding import quantized_activation, quantized_weight
 from peft_sgrq.rotation.scheme import Scheme
@@ -152,11 +152,11 @@ def _watch_values(
 
     def of_values(module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         chosen = counted[0].to(output.device)
-        rotated = _rotated(layer, "R2", value_seed(seed), head_dim, "input", output)
+        rotated = _rotated(layer, "R2", seed, head_dim, "input", output)
         for variant, value in enumerate((output, rotated)):
             sums.add("values", variant, quantized_activation(value, cache)[chosen], value[chosen])
 
-    hook = _product_watcher(layer, scheme, "R2", value_seed(seed), head_dim, sums, counted)
+    hook = _product_watcher(layer, scheme, "R2", seed, head_dim, sums, counted)
     handles = [layer.register_forward_hook(hook)]
     return handles if cache is None else [*handles, values.register_forward_hook(of_values)]
 
@@ -166,7 +166,7 @@ def _watch_down(
 ) -> list[Any]:
     layer: Any = model.get_submodule(str(block.down))
     size = down_block(layer.in_features)
-    hook = _product_watcher(layer, scheme, "R4", down_seed(seed), int(size or 0), sums, counted)
+    hook = _product_watcher(layer, scheme, "R4", seed, int(size or 0), sums, counted)
     return [layer.register_forward_hook(hook)]
 
 
@@ -188,10 +188,7 @@ def _watch_queries(
         chosen = (seen & mask[:, None, :] & mask[:, :, None]).unsqueeze(1)  # (B, 1, T, T)
         exact = _scores(query, key).masked_fill(~chosen, 0)
         for variant in (0, 1):
-            q, k = (
-                _rotated(attention, "R3", query_seed(seed), head_dim, "q_attn", x) if variant else x
-                for x in (query, key)
-            )
+            q, k = (_rotated(attention, "R3", seed, head_dim, "q_attn", x) if variant else x for x in (query, key))
             found = _scores(q, quantized_activation(k, cache)).masked_fill(~chosen, 0)
             sums.add("scores", variant, found, exact)
 

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_sgrq.passes.untouched import configs_of
 from peft_sgrq.rotation.roles import BlockRoles, NormRoles, Roles
 
 Applied = tuple[Sequence[str], str, bool]  # names of modules, location, whether inverse
+ROTATIONS = ("R1", "R2", "R3", "R4")
 
 
 @torch.no_grad()
@@ -21,8 +23,7 @@ def untie(model: Any, roles: Roles) -> int:
     if head.weight is embedding.weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
         added = head.weight.numel()
-    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    for config in (model.config, text):
+    for config in configs_of(model):
         config.tie_word_embeddings = False
     tied = getattr(model, "all_tied_weights_keys", None)
     if tied is not None:
@@ -47,8 +48,8 @@ def rotation_factory(name: str, seed: int, applied: Iterable[Applied], head_dim:
     """compressed-tensors' factory of one random Hadamard rotation, the same at all places it is applied to.
 
     Args:
-        name (`str`): What its parts are called on the modules.
-        seed (`int`): Of the random signs.
+        name (`str`): What its parts are called on the modules; begins with one of `ROTATIONS`.
+        seed (`int`): Of the random signs, which differ by rotation where two have one size.
         applied (`Iterable`): Names of modules, where in them (a `TransformLocation`), and whether inverse.
         head_dim (`int` or `None`): The size of the blocks of a block-diagonal rotation.
     """
@@ -56,7 +57,7 @@ def rotation_factory(name: str, seed: int, applied: Iterable[Applied], head_dim:
 
     apply = [TransformArgs(targets=list(names), location=place, inverse=back) for names, place, back in applied]
     scheme = TransformScheme(type="random-hadamard", head_dim=head_dim, apply=apply)
-    return TransformFactory.from_scheme(scheme, name=name, seed=seed)
+    return TransformFactory.from_scheme(scheme, name=name, seed=seed + ROTATIONS.index(name[:2]))
 
 
 def has_hadamard(size: int) -> bool:
@@ -86,9 +87,4 @@ def rotate_values(model: nn.Module, blocks: Iterable[BlockRoles], seed: int, inv
         values = [block.value for block in chosen if block.value is not None]
         outputs = [block.output for block in chosen if block.output is not None]
         places: list[Applied] = [(values, "weight_output", inverse), (outputs, "weight_input", not inverse)]
-        rotation_factory("R2", value_seed(seed), places, head_dim).apply_to_model(model, use_tqdm=False)
-
-
-def value_seed(seed: int) -> int:
-    """The seed of R2: another matrix than R1's, where both have one size."""
-    return seed + 1
+        rotation_factory("R2", seed, places, head_dim).apply_to_model(model, use_tqdm=False)

@@ -36,12 +36,6 @@ def down_block(size: int) -> int | None:
     return min(block, 1024) if block >= 16 else None
 
 
-def query_places(blocks: Iterable[BlockRoles]) -> list[Applied]:
-    """Where R3 goes."""
-    names = [block.attention for block in blocks if block.attention is not None]
-    return [(names, "q_attn", False), (names, "k_cache", False)]
-
-
 def rotate_queries(model: Any, blocks: Iterable[BlockRoles], seed: int) -> None:
     """R3 in some blocks: queries and keys of each head, at run time."""
     blocks = list(blocks)
@@ -50,7 +44,8 @@ def rotate_queries(model: Any, blocks: Iterable[BlockRoles], seed: int) -> None:
     hook_attention(model)
     for head_dim in sorted({block.head_dim for block in blocks if block.head_dim is not None}):
         chosen = [block for block in blocks if block.head_dim == head_dim]
-        _attach(model, "R3", query_seed(seed), query_places(chosen), head_dim)
+        names = [block.attention for block in chosen if block.attention is not None]
+        _attach(model, "R3", seed, [(names, "q_attn", False), (names, "k_cache", False)], head_dim)
 
 
 def rotate_down(model: Any, blocks: Iterable[BlockRoles], seed: int) -> None:
@@ -62,20 +57,8 @@ def rotate_down(model: Any, blocks: Iterable[BlockRoles], seed: int) -> None:
             if size is not None:
                 by_block.setdefault(size, []).append(block.down)
     for size, names in by_block.items():
-        rotation_factory("R4", down_seed(seed), [(names, "weight_input", True)], size).apply_to_model(
-            model, use_tqdm=False
-        )
-        _attach(model, "R4" if len(by_block) == 1 else f"R4x{size}", down_seed(seed), [(names, "input", False)], size)
-
-
-def query_seed(seed: int) -> int:
-    """The seed of R3."""
-    return seed + 2
-
-
-def down_seed(seed: int) -> int:
-    """The seed of R4."""
-    return seed + 3
+        rotation_factory("R4", seed, [(names, "weight_input", True)], size).apply_to_model(model, use_tqdm=False)
+        _attach(model, "R4" if len(by_block) == 1 else f"R4x{size}", seed, [(names, "input", False)], size)
 
 
 def _attach(model: Any, name: str, seed: int, places: list[Applied], head_dim: int) -> None:

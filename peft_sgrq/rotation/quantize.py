@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from peft_sgrq.base.workarounds.dropped_rotations import refuse_dropped_rotations
 from peft_sgrq.formats.compressed_tensors.kv_cache_copies import let_caches_be_copied
-from peft_sgrq.layer.base_layers import refuse_unless_dense
-from peft_sgrq.rotation.experts import find_experts
+from peft_sgrq.rotation.refused import refuse_model
 from peft_sgrq.rotation.rounding import weight_scales
 from peft_sgrq.rotation.scheme import FULL, WIDTHS, Scheme, parse_scheme, require_compressed_tensors
 
@@ -101,14 +99,7 @@ def quantizable_layers(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str
         ValueError: If there is none, one is not finite, or the model is quantized, lost its online rotations, or has
             an adapter or experts.
     """
-    refuse_unless_dense(model, "quantize")
-    refuse_dropped_rotations(model)
-    experts = find_experts(model)
-    if experts is not None:
-        raise ValueError(
-            f"{experts} holds the weights of several experts, expected linear layers; quantize the model with another "
-            "tool."
-        )
+    refuse_model(model, "quantize")
     getter: Any = getattr(model, "get_output_embeddings", None)
     head = getter() if getter is not None else None
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}

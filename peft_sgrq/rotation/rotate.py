@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from peft_sgrq.passes.running import longest, runner
 from peft_sgrq.passes.untouched import untouched
 from peft_sgrq.rotation.architecture import find_roles
 from peft_sgrq.rotation.errors import RotationError, measure_errors, possible
-from peft_sgrq.rotation.fusing import fuse_norms, has_hadamard, rotate_stream, rotate_values, untie
+from peft_sgrq.rotation.fusing import ROTATIONS, fuse_norms, has_hadamard, rotate_stream, rotate_values, untie
 from peft_sgrq.rotation.online import rotate_down, rotate_queries
 from peft_sgrq.rotation.recorded_calls import recorded_calls
 from peft_sgrq.rotation.roles import BlockRoles, Roles
@@ -23,7 +23,6 @@ from peft_sgrq.rotation.rotations import Rotations
 from peft_sgrq.rotation.scheme import Scheme, parse_scheme, require_compressed_tensors
 from peft_sgrq.rotation.snapshot import restored_on_failure
 
-ROTATIONS = ("R1", "R2", "R3", "R4")
 _TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -156,11 +155,11 @@ def _apply(
     return found
 
 
-def _values(model: Any, blocks: list[BlockRoles], seed: int) -> None:
-    rotate_values(model, blocks, seed)
-
-
-_ROTATE = {"R2": _values, "R3": rotate_queries, "R4": rotate_down}
+_ROTATE: dict[str, Callable[[Any, list[BlockRoles], int], None]] = {
+    "R2": rotate_values,
+    "R3": rotate_queries,
+    "R4": rotate_down,
+}
 
 
 def choose(errors: Sequence[RotationError]) -> list[tuple[str, str]]:
@@ -175,11 +174,11 @@ def _random_batch(model: Any) -> Batch:
     return Batch.of({"input_ids": ids})
 
 
-class _Observed:
+class _Observed(NamedTuple):
     """Logits of a sequence, and the lengths of its residual stream behind each block, which rotations preserve."""
 
-    def __init__(self, logits: torch.Tensor, lengths: dict[str, torch.Tensor]) -> None:
-        self.logits, self.lengths = logits, lengths
+    logits: torch.Tensor
+    lengths: dict[str, torch.Tensor]
 
 
 def _observe(model: nn.Module, roles: Roles, batch: Batch) -> _Observed:

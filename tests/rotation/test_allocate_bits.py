@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from peft_sgrq import BitPlan, Rotations, SGRQConfig, allocate_bits, quantize
 from peft_sgrq.passes.data import load_batches
-from peft_sgrq.rotation.bit_values import Rounding, by_fisher, by_measured_loss, by_output, mean_loss
+from peft_sgrq.rotation.bit_values import Rounding, by_fisher, by_measured_loss, by_output
 from peft_sgrq.rotation.quantize import quantizable_layers
 from peft_sgrq.rotation.scheme import Scheme
-from peft_sgrq.selection.layerwise.probe import split_rows
+from peft_sgrq.selection.layerwise.probe import mean_loss, split_rows
 
 pytestmark = pytest.mark.slow
 

@@ -225,7 +225,7 @@ class GGUFFile:
         """A digest of what the file says about its tokenizer; the chat template does not count."""
         digest = hashlib.blake2b(digest_size=8)
         for key in sorted(key for key in self._spans if key.startswith("tokenizer.ggml.")):
-            digest.update(b"".join(self._chunks(*self._spans[key])))
+            digest.update(b"".join(self.chunks(*self._spans[key])))
         return digest.hexdigest()
 
     def data(self, name: str) -> torch.Tensor:
@@ -263,7 +263,8 @@ class GGUFFile:
         info = self.tensors[name]
         return self.data(name).view((FLOATS | _INTEGERS)[info.ggml_type]).view(info.shape)
 
-    def _chunks(self, start: int, end: int) -> Iterator[bytes]:
+    def chunks(self, start: int, end: int) -> Iterator[bytes]:
+        """The bytes of a part of the file, piece by piece."""
         with open(self.path, "rb") as file:
             file.seek(start)
             while start < end:
@@ -273,15 +274,11 @@ class GGUFFile:
                 start += len(piece)
                 yield piece
 
-    def chunks(self, start: int, end: int) -> Iterator[bytes]:
-        """The bytes of a part of the file, piece by piece."""
-        return self._chunks(start, end)
-
     def named_header(self, name: str) -> bytes:
         """The header with another `general.name`, padded to where the tensors begin then."""
         key, start, end = "general.name", *self._spans.get("general.name", (self._entries_end, self._entries_end))
         entry = _string(key) + struct.pack("<I", _STRING) + _string(name)
-        header = bytearray(b"".join(self._chunks(0, start)) + entry + b"".join(self._chunks(end, self.table_end)))
+        header = bytearray(b"".join(self.chunks(0, start)) + entry + b"".join(self.chunks(end, self.table_end)))
         if key not in self._spans:
             struct.pack_into("<Q", header, 16, len(self._spans) + 1)
         return bytes(header) + b"\0" * (-len(header) % self.alignment)

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from peft_sgrq.passes.processes import gather, sum_over_processes
 from peft_sgrq.selection.layerwise.knapsack import Block
-from peft_sgrq.selection.layerwise.probe import Probe, Row, count_labels
+from peft_sgrq.selection.layerwise.probe import Probe, Row, count_labels, mean_loss
 
 STEP_LENGTHS = tuple(2.0**-power for power in range(14))  # relative changes of a scale, from 1.2e-4 to 1
 
@@ -141,13 +141,13 @@ def measure(
     Arguments and result are those of `estimate`, with rows in batches; `tick` is called after each term.
     """
     batches = list(batches)
-    base = probe.mean_loss(batches)
+    base = mean_loss(probe.model, batches)
     eta = _best_step(probe, steps, batches)
 
     def change(*chosen: tuple[str, int]) -> float:
         for name, option in chosen:
             probe.set(name, eta * (steps[name] * options[name].masks[option]))
-        loss = probe.mean_loss(batches)
+        loss = mean_loss(probe.model, batches)
         for name, _ in chosen:
             probe.set(name, 0.0)
         tick()
@@ -171,7 +171,7 @@ def _best_step(probe: Probe, steps: Mapping[str, torch.Tensor], batches: list[Ro
     for eta in STEP_LENGTHS:
         for name, step in steps.items():
             probe.set(name, eta * step)
-        losses[eta] = probe.mean_loss(batches)
+        losses[eta] = mean_loss(probe.model, batches)
     for name in steps:
         probe.set(name, 0.0)
     return min(losses, key=lambda eta: losses[eta])

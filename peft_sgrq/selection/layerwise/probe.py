@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,19 +25,18 @@ class Probe:
     """A model whose target layers compute with trial deltas, see `probing`.
 
     Attributes:
+        model (`nn.Module`): The model.
         deltas (`dict[str, torch.Tensor]`): By layer, float32, shaped as in `effective_scales`, zero at the start;
             may be written to.
     """
 
     def __init__(self, model: nn.Module, deltas: dict[str, torch.Tensor]) -> None:
         self.deltas = deltas
-        self._model = model
-        self._device = next(model.parameters()).device
+        self.model = model
 
     def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The model's own loss of a batch, differentiable in the deltas."""
-        output = self._model(**{key: value.to(self._device) for key, value in batch.items()})
-        return loss_of(output, batch).float()
+        return loss_of(run_row(self.model, batch), batch).float()
 
     def gradients(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Gradients of the loss of a batch in the deltas, by layer, float32; zero for a layer that was not used."""
@@ -45,14 +45,6 @@ class Probe:
                 self.loss(batch), list(self.deltas.values()), allow_unused=True, materialize_grads=True
             )
         return dict(zip(self.deltas, gradients, strict=True))
-
-    @torch.no_grad()
-    def mean_loss(self, batches: list[Row]) -> float:
-        """The loss by label over the batches of all processes, in float64."""
-        counts = [count_labels(batch) for batch in batches]
-        losses = [self.loss(batch).double().item() * count for batch, count in zip(batches, counts, strict=True)]
-        sums, totals = zip(*gather((sum(losses), sum(counts))), strict=True)
-        return sum(sums) / sum(totals)
 
     @torch.no_grad()
     def set(self, name: str, values: torch.Tensor | float) -> None:
@@ -80,6 +72,24 @@ def probing(
             selected = None if len(groups[name]) == weight.selectable else groups[name].to(weight.device)
             stack.enter_context(forward_replaced(weight.module, tuned_forward(weight, deltas[name], selected)))
         yield Probe(model, deltas)
+
+
+def run_row(model: nn.Module, row: Mapping[str, torch.Tensor]) -> Any:
+    """What a model returns for a row, or for a batch of them."""
+    device = next(model.parameters()).device
+    return model(**{key: value.to(device) for key, value in row.items()})
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Sequence[Row]) -> float:
+    """The model's own loss by label over the batches of all processes, in float64."""
+    counts = [count_labels(batch) for batch in batches]
+    losses = [
+        loss_of(run_row(model, batch), batch).double().item() * count
+        for batch, count in zip(batches, counts, strict=True)
+    ]
+    sums, totals = zip(*gather((sum(losses), sum(counts))), strict=True)
+    return sum(sums) / sum(totals)
 
 
 def count_labels(batch: Mapping[str, torch.Tensor]) -> int:
