@@ -22,6 +22,16 @@ from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.formats.selectable_unit import SelectableUnit
 
 PLAIN = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
+_REFUSED = {
+    "MXTensor": (
+        "its scales are powers of two (an MX format), so a scale can only double or halve and no change that is "
+        "learnt survives the merge; quantize to NVFP4 or int4"
+    ),
+    "Int4PreshuffledTensor": (
+        "its codes and scales are shuffled for one kernel; quantize with another `int4_packing_format`"
+    ),
+    "IntxOpaqueTensor": "its codes and scales are packed for one kernel; quantize with `unpacked_to_int8`",
+}
 
 
 def weight_type(module: nn.Module) -> str | None:
@@ -97,9 +107,17 @@ class TorchaoPlainWeight(TorchaoWeight):
     """`Int8Tensor`, `IntxUnpackedToInt8Tensor` and `Float8Tensor`: `W = (q - zero point) * scale`, in blocks.
 
     A block spans `block_size` rows and columns: one row and a group of columns, one row, or the whole weight.
+    Any other torchao tensor is refused, with the reason.
     """
 
     def __init__(self, module: nn.Module) -> None:
+        kind = weight_type(module) or ""
+        if kind not in PLAIN:
+            other = (
+                f"its weight is torchao's {kind}, expected Int8Tensor, IntxUnpackedToInt8Tensor, Float8Tensor, "
+                "NVFP4Tensor, Int4OpaqueTensor or Int4TilePackedTo4dTensor; quantize with a config that makes one"
+            )
+            raise ValueError(f"{_REFUSED.get(kind, other)}, or leave the layer out with `exclude_modules`")
         super().__init__(module)
         weight = self.weight
         dtype = weight.target_dtype if type(weight).__name__ == "IntxUnpackedToInt8Tensor" else weight.qdata.dtype
@@ -112,7 +130,7 @@ class TorchaoPlainWeight(TorchaoWeight):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        return weight_type(module) in PLAIN
+        return weight_type(module) is not None
 
     @property
     def _activations(self) -> Any:
