@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from peft_sgrq.formats.compressed_tensors.kv_cache_copies import let_caches_be_copied
+from peft_sgrq.rotation.bit_plan import BitPlan
 from peft_sgrq.rotation.refused import refuse_model
 from peft_sgrq.rotation.rounding import weight_scales
 from peft_sgrq.rotation.scheme import FULL, WIDTHS, Scheme, parse_scheme, require_compressed_tensors
-
-if TYPE_CHECKING:
-    from peft_sgrq.rotation.bit_plan import BitPlan
 
 
 def quantize(
@@ -129,7 +127,7 @@ def quantizable_layers(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str
 
 
 def _widths(scheme: Any, group_size: int, symmetric: bool) -> tuple[Scheme, Mapping[str, int] | None]:
-    if hasattr(scheme, "layers") and hasattr(scheme, "quantization_config"):  # a plan, which says all
+    if isinstance(scheme, BitPlan):  # which says all
         wrong = next((name for name, width in scheme.layers.items() if width not in WIDTHS), None)
         if wrong is not None:
             raise ValueError(

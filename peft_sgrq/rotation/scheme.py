@@ -83,29 +83,26 @@ class Scheme:
 
     def activation_args(self) -> Any:
         """Those of the inputs of linear layers; `None` if they are not quantized."""
-        from compressed_tensors.quantization import QuantizationArgs
-
-        if self.activations >= FULL:
-            return None
-        return QuantizationArgs(
-            num_bits=self.activations, type="int", symmetric=self.symmetric, strategy="token", dynamic=True
-        )
+        return self._dynamic_args(self.activations, "token")
 
     def cache_args(self, head_dim: int) -> Any:
         """Those of keys and values; `None` if they are not quantized.
 
         A group of one head: the strategy `token` has one scale for all positions of a head, which is not causal.
         """
+        return self._dynamic_args(self.cache, "group", head_dim)
+
+    def _dynamic_args(self, bits: int, strategy: str, group_size: int | None = None) -> Any:
         from compressed_tensors.quantization import QuantizationArgs
 
-        if self.cache >= FULL:
+        if bits >= FULL:
             return None
         return QuantizationArgs(
-            num_bits=self.cache,
+            num_bits=bits,
             type="int",
             symmetric=self.symmetric,
-            strategy="group",
-            group_size=head_dim,
+            strategy=strategy,
+            group_size=group_size,
             dynamic=True,
         )
 
