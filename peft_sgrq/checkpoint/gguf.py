@@ -19,7 +19,6 @@ from peft_sgrq.formats.gguf.file import GGUFFile
 from peft_sgrq.formats.gguf.loading import find_gguf, read_config
 from peft_sgrq.formats.gguf.names import find_places
 from peft_sgrq.formats.gguf.stored import StoredGGUFWeight
-from peft_sgrq.formats.gguf.writing import check_target, write_file
 
 
 class GGUFMergePlan(NamedTuple):
@@ -128,16 +127,6 @@ def _check_tokenizer(file: GGUFFile, stored: StoredAdapter) -> None:
             "ids differ), expected the same: token ids would mean other things. Merge into the file it was trained "
             "on, or pass `check_base=False` (`--no-check`) if you know that ids are the same. Nothing was written."
         )
-
-
-def write_gguf_merge(plan: GGUFMergePlan, out: str, overwrite: bool, name: str | None) -> int:
-    """Writes the merged file.
-
-    Returns:
-        `int`: How many bytes are others than in the base.
-    """
-    check_target(out, plan.file, overwrite)
-    return write_file(plan.file, Path(out), plan.makers, name)
 
 
 def compare_gguf(plan: GGUFMergePlan, merged: Path) -> tuple[int, int, list[str], list[str]]:

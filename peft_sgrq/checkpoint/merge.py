@@ -8,13 +8,14 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from peft_sgrq.checkpoint.gguf import find_gguf_base, plan_gguf_merge, write_gguf_merge
+from peft_sgrq.checkpoint.gguf import find_gguf_base, plan_gguf_merge
 from peft_sgrq.checkpoint.plan import MergePlan, plan_merge
 from peft_sgrq.files.folder import INDEX, write_json
 from peft_sgrq.files.gguf_names import makes_gguf
 from peft_sgrq.files.output import check_space
 from peft_sgrq.files.output_folder import check_merged_folder, written_folder
 from peft_sgrq.files.sources import find_adapter, find_base, other_files
+from peft_sgrq.formats.gguf.writing import check_target, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,9 @@ def merge_checkpoint(
     gguf_base = find_gguf_base(base, adapter_folder, revision)
     if gguf_base is not None:
         gguf_plan = plan_gguf_merge(gguf_base, adapter_folder, check=check_base)
-        return MergeReport(out, len(gguf_plan.weights), write_gguf_merge(gguf_plan, given, overwrite, name), [])
+        check_target(given, gguf_plan.file, overwrite)
+        changed = write_file(gguf_plan.file, out, gguf_plan.makers, name)
+        return MergeReport(out, len(gguf_plan.weights), changed, [])
     if name is not None:
         raise ValueError(f"`name` is {name!r} and the base no GGUF file, expected one; leave it out.")
     target = checked or check_merged_folder(out, overwrite)

@@ -22,7 +22,6 @@ from peft_sgrq.files.paths_apart import check_not_read
 from peft_sgrq.files.sources import check_adapter_folder
 
 if TYPE_CHECKING:
-    from peft_sgrq.formats.gguf.report import FileReport
     from peft_sgrq.selection.report.report import Report
 
 
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         from peft_sgrq.formats.gguf.report import report_file
 
         file = report_file(args.path)
-        print(json.dumps(file.as_dict(), indent=1) if args.json else describe_file(file))
+        print(json.dumps(file, indent=1) if args.json else describe_file(file))
         return 0
     if args.plot:
         from peft_sgrq.selection.report.plot import check_picture, plot_report
@@ -121,22 +120,22 @@ def _notes(sizes: Sequence[dict[str, Any]]) -> list[str]:
     return [f"Note: of the scales of this model {taken}: each layer has at least one group, and these have few."]
 
 
-def describe_file(report: FileReport) -> str:
+def describe_file(report: dict[str, Any]) -> str:
     """A GGUF file as a table of the types of its tensors."""
     rows = [
         [
-            entry.name,
-            str(entry.tensors),
-            f"{entry.weights:,}",
-            f"{entry.bytes / 1e6:.2f} MB",
-            str(entry.group_size or ""),
-            f"{entry.scales:,}" if entry.group_size else "",
+            entry["name"],
+            str(entry["tensors"]),
+            f"{entry['weights']:,}",
+            f"{entry['bytes'] / 1e6:.2f} MB",
+            str(entry["group_size"] or ""),
+            f"{entry['scales']:,}" if entry["group_size"] else "",
         ]
-        for entry in report.types
+        for entry in report["types"]
     ]
-    head = f"{report.path}: {report.model or 'a model'}, architecture {report.architecture}"
-    tied = ", output head tied to the embedding" if report.tied else ""
-    total = sum(entry.scales for entry in report.types)
+    head = f"{report['path']}: {report['model'] or 'a model'}, architecture {report['architecture']}"
+    tied = ", output head tied to the embedding" if report["tied"] else ""
+    total = sum(entry["scales"] for entry in report["types"])
     table = _table(["type", "tensors", "weights", "size", "columns a scale", "scales to train"], rows)
     return f"{head}{tied}\n{total:,} scales to train\n\n{table}"
 

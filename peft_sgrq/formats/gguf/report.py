@@ -4,75 +4,43 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from peft_sgrq.formats.gguf.file import FLOATS, GGUFFile
 
 
-@dataclass(frozen=True)
-class TypeReport:
-    """The matrices of one type in the blocks of a model.
+def report_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a file holds, as JSON values.
 
-    Attributes:
-        name (`str`): The type.
-        tensors, weights, bytes (`int`): How many tensors there are, and how large they are.
-        group_size (`int` or `None`): Columns per scale; `None` where there are no scales.
-        scales (`int`): How many scales can be trained; embedding, output head and norms do not count.
-    """
-
-    name: str
-    tensors: int
-    weights: int
-    bytes: int
-    group_size: int | None
-    scales: int
-
-
-@dataclass(frozen=True)
-class FileReport:
-    """A whole file: what its metadata say, and its tensors by type, the largest share first."""
-
-    path: str
-    architecture: str
-    model: str | None
-    tied: bool
-    types: list[TypeReport]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as JSON values."""
-        return asdict(self)
-
-
-def report_file(path: str | os.PathLike[str]) -> FileReport:
-    """What a file holds.
+    Returns:
+        `dict[str, Any]`: Its `path`, `architecture`, the `model` that it names (`None` if none), whether the output
+        head is `tied` to the embedding, and `types`: by type of its tensors, the largest share first, the `name`, how
+        many `tensors`, `weights` and `bytes` there are, the columns per scale (`group_size`, `None` where there are no
+        scales), and how many `scales` can be trained; embedding, output head and norms do not count.
 
     Raises:
         ValueError: If it is no GGUF file, or one that cannot be tuned.
     """
     file = GGUFFile(path)
-    found: dict[str, list[Any]] = {}
+    types: dict[str, dict[str, Any]] = {}
     for info in file.tensors.values():
-        kind = info.kind
-        group_size = scales = None
+        kind, weights = info.kind, math.prod(info.shape)
         if kind is None:
-            name = str(FLOATS.get(info.ggml_type, "integers")).removeprefix("torch.")
+            name, group_size = str(FLOATS.get(info.ggml_type, "integers")).removeprefix("torch."), None
         else:
-            name = kind.name
-            group_size = kind.size if kind.sub is None else kind.sub.size
-            in_block = info.name.startswith("blk.") and len(info.shape) == 2
-            scales = math.prod(info.shape) // group_size if in_block else 0
-        found.setdefault(name, []).append((math.prod(info.shape), info.end - info.start, group_size, scales or 0))
-    types = [
-        TypeReport(
-            name,
-            len(rows),
-            sum(row[0] for row in rows),
-            sum(row[1] for row in rows),
-            rows[0][2],
-            sum(row[3] for row in rows),
+            name, group_size = kind.name, kind.size if kind.sub is None else kind.sub.size
+        entry = types.setdefault(
+            name, {"name": name, "tensors": 0, "weights": 0, "bytes": 0, "group_size": group_size, "scales": 0}
         )
-        for name, rows in found.items()
-    ]
-    types.sort(key=lambda entry: -entry.weights)
-    return FileReport(str(file.path), file.architecture, file.metadata.get("general.name"), file.tied, types)
+        entry["tensors"] += 1
+        entry["weights"] += weights
+        entry["bytes"] += info.end - info.start
+        if group_size is not None and info.name.startswith("blk.") and len(info.shape) == 2:
+            entry["scales"] += weights // group_size
+    return {
+        "path": str(file.path),
+        "architecture": file.architecture,
+        "model": file.metadata.get("general.name"),
+        "tied": file.tied,
+        "types": sorted(types.values(), key=lambda entry: -entry["weights"]),
+    }

@@ -69,7 +69,7 @@ def save_gguf(model: Any, path: str | os.PathLike[str], *, name: str | None = No
                 f"{file.path} holds other codes for {source.tensor!r} than the model, expected the file it was loaded "
                 "from; put it back. Nothing was written."
             )
-        makers[source.tensor] = _constant(now)
+        makers[source.tensor] = now.detach
     write_file(file, out, makers, name)
     return out
 
@@ -91,7 +91,3 @@ def _check_dense(file: GGUFFile, model: Any) -> None:
                     "change of scales and would be lost, expected a model tuned in its scales alone; train without "
                     "it. Nothing was written."
                 )
-
-
-def _constant(packed: torch.Tensor) -> Any:
-    return lambda: packed
