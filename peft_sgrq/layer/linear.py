@@ -16,7 +16,7 @@ from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.adapters import AdaptedLayer
 from peft_sgrq.layer.functional import scaled_linear
 from peft_sgrq.layer.inference import Decoder, is_one_token
-from peft_sgrq.layer.mixed_batch import check_rows, forward_mixed
+from peft_sgrq.layer.mixed_batch import BASE_ADAPTER, check_rows
 from peft_sgrq.layer.saved_inputs import SavedInput
 
 
@@ -50,7 +50,7 @@ class SGRQLinear(AdaptedLayer):
             return self._base_output(x, *args, **kwargs)
         _refuse_extra(self.base_layer, args, kwargs)
         if adapter_names is not None:
-            return forward_mixed(adapter_names, x, self._present, self._adapted)
+            return self._mixed(adapter_names, x)
         if self.merged:
             return self._base_output(x)
         return self._adapted(x, self._present(self.active_adapters), plain=True)
@@ -64,6 +64,16 @@ class SGRQLinear(AdaptedLayer):
         if bias is not None and kept is not None and bias.dtype != kept.dtype:
             bias.data = kept  # bitsandbytes casts the bias to the dtype of the input, for good
         return y
+
+    def _mixed(self, names: list[str], x: torch.Tensor) -> torch.Tensor:
+        """The output with another adapter for each row, `[B, ..., N]`; those of one adapter are computed together."""
+        result: torch.Tensor | None = None
+        for name in dict.fromkeys(names):
+            rows = [row for row, other in enumerate(names) if other == name]
+            y = self._adapted(x[rows], () if name == BASE_ADAPTER else self._present([name]))
+            result = y.new_empty(len(names), *y.shape[1:]) if result is None else result
+            result[rows] = y
+        return self._base_output(x) if result is None else result  # an empty batch
 
     def _adapted(self, x: torch.Tensor, names: tuple[str, ...], plain: bool = False) -> torch.Tensor:
         if not names:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter"
@@ -40,33 +39,6 @@ def check_rows(names: Sequence[str], rows: int, merged: Sequence[str]) -> None:
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first; found "
             f"{merged} merged."
         )
-
-
-def forward_mixed(
-    names: Sequence[str],
-    x: torch.Tensor,
-    present: Callable[[Sequence[str]], tuple[str, ...]],
-    forward: Callable[[torch.Tensor, tuple[str, ...]], torch.Tensor],
-) -> torch.Tensor:
-    """Computes a layer's output with another adapter for each row, the rows of an adapter together.
-
-    Args:
-        names (`Sequence[str]`): One name for each row, `[B]`.
-        x (`torch.Tensor`): The layer's input, `[B, ..., in_features]`.
-        present (`Callable`): Those of some adapters that the layer has.
-        forward (`Callable`): The layer's output for an input and adapters it has.
-
-    Returns:
-        `torch.Tensor`: `[B, ..., out_features]`.
-    """
-    result: torch.Tensor | None = None
-    for name in dict.fromkeys(names):
-        rows = [row for row, other in enumerate(names) if other == name]
-        y = forward(x[rows], () if name == BASE_ADAPTER else present([name]))
-        if result is None:
-            result = y.new_empty(len(names), *y.shape[1:])
-        result[rows] = y
-    return forward(x, ()) if result is None else result  # an empty batch
 
 
 @contextmanager

@@ -52,22 +52,12 @@ def from_first(value: T) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """The values of all processes, in their order."""
+    """The values of all processes, in their order, so that sums of them have the same bits on each."""
     if process_count() == 1:
         return [value]
     values: list[T | None] = [None] * process_count()
     distributed.all_gather_object(values, value)
     return values  # type: ignore[return-value]
-
-
-def total(value: float) -> float:
-    """The sum of a number over all processes, in their order; the same bits on each."""
-    return sum(gather(value))
-
-
-def largest(value: int) -> int:
-    """The largest of a number on all processes."""
-    return max(gather(value))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import nn
 
 from peft_sgrq.passes.chain import Chain, NotAChainError, layers_by_block
 from peft_sgrq.passes.padding import Padding
-from peft_sgrq.passes.processes import largest, together, total
+from peft_sgrq.passes.processes import gather, together
 from peft_sgrq.passes.running import runner
 from peft_sgrq.recovery.block_training import squared_error, train_block
 from peft_sgrq.recovery.job import Job
@@ -64,7 +64,7 @@ class BlockByBlock:
             self._theirs = self._chain("reference", reference_blocks, job.reference.run)
         self._check_stream()
         self._release([name for names in self._names for name in names])
-        steps = job.settings.epochs * largest(len(job.batches))
+        steps = job.settings.epochs * max(gather(len(job.batches)))
         job.bar.reset(total=steps * (count - len(self._file.blocks)))
         for index in range(count):
             self._recover(index)
@@ -108,7 +108,7 @@ class BlockByBlock:
             ours, theirs = self._ours.hidden(number), self._theirs.hidden(number)
             different += float(squared_error(ours, theirs, counted)) if ours.shape == theirs.shape else float("inf")
             length += float(squared_error(theirs, torch.zeros_like(theirs), counted))
-        if total(different) > total(length):
+        if sum(gather(different)) > sum(gather(length)):
             raise ValueError(
                 "The first block of the reference takes other hidden states than that of the model, expected the same "
                 "but for what quantization took; give the model that was quantized, rotated if that one was."
@@ -163,7 +163,7 @@ class BlockByBlock:
             target = self._theirs.hidden(number)
             norm += float(squared_error(target, torch.zeros_like(target), counted))
             targets.append((target if on_ours is None else (target + on_ours) / 2).to(hidden.device))
-        return targets, total(norm)
+        return targets, sum(gather(norm))
 
     @torch.no_grad()
     def _error(self, index: int, advance: bool = False) -> float:
@@ -175,4 +175,4 @@ class BlockByBlock:
             hidden = self._ours.hidden(number)
             output = hidden if advance else self._ours.call(index, number, hidden)
             found += float(squared_error(output, self._theirs.hidden(number), counted))
-        return total(found)
+        return sum(gather(found))

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from peft_sgrq.layer.delta import Delta
-from peft_sgrq.passes.processes import largest, total
+from peft_sgrq.passes.processes import gather
 from peft_sgrq.recovery.descent import Descent
 from peft_sgrq.recovery.job import Settings
 from peft_sgrq.recovery.preservation import Pull
@@ -70,7 +70,7 @@ def train_block(
 
     @torch.no_grad()
     def error_of_all() -> float:
-        return total(sum(float(error(number)) for number in range(len(targets))))
+        return sum(gather(sum(float(error(number)) for number in range(len(targets)))))
 
     def preserved() -> torch.Tensor:
         terms = [
@@ -87,7 +87,7 @@ def train_block(
     if start == 0 or not deltas:
         return True
     tokens = [int(mask.sum()) for mask in counted]
-    tokens_of_all = total(sum(tokens))
+    tokens_of_all = sum(gather(sum(tokens)))
     at_start = float(preserved().detach()) if pulls else 0.0
 
     @torch.enable_grad()
@@ -96,7 +96,7 @@ def train_block(
         loss = error(number) * (tokens_of_all / start)
         return loss + preserved() * (settings.preservation * tokens[number] / at_start) if at_start > 0 else loss
 
-    rounds = largest(len(targets))  # some processes may have fewer batches
+    rounds = max(gather(len(targets)))  # some processes may have fewer batches
     descent = Descent(deltas, settings.learning_rate, settings.epochs * rounds)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(settings.epochs):

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from peft_sgrq.passes.data import Batch
-from peft_sgrq.passes.processes import gather, largest, together, total
+from peft_sgrq.passes.processes import gather, together
 from peft_sgrq.passes.running import runner
 from peft_sgrq.recovery.descent import Descent
 from peft_sgrq.recovery.job import Job
@@ -74,7 +74,7 @@ class Distilling:
         found = Distillation(self.measure(), math.nan)
         descent = Descent(list(self._deltas.values()), self._settings.distill_learning_rate, steps)
         generator = torch.Generator().manual_seed(self._settings.seed)
-        rounds = largest(len(self._batches))  # some processes may have fewer batches
+        rounds = max(gather(len(self._batches)))  # some processes may have fewer batches
         order: list[int] = []
         for _ in range(steps):
             order = order or torch.randperm(rounds, generator=generator).tolist()
@@ -101,10 +101,10 @@ class Distilling:
     @torch.no_grad()
     def measure(self) -> float:
         """The divergence over all of the data of all processes, in nats a token."""
-        tokens = total(sum(map(self._tokens, self._batches)))
+        tokens = sum(gather(sum(map(self._tokens, self._batches))))
         with together():
             found = sum(self._divergence(batch).item() for batch in self._batches)
-        return total(found) / max(1, tokens)
+        return sum(gather(found)) / max(1, tokens)
 
     def _counted(self, batch: Batch) -> torch.Tensor:
         return batch.decoder_counted if self._decoder and batch.decoder_counted is not None else batch.counted
