@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.saliencies import example
 
 from peft_sgrq import SGRQConfig, merge_checkpoint
+from peft_sgrq.adapter.card import write_model_card
 from peft_sgrq.cli import main
 from peft_sgrq.files.output import check_output, written
 from peft_sgrq.files.output_folder import check_output_folder, written_folder
@@ -53,10 +55,6 @@ def save_picture(path: Path) -> None:
 
 
 def save_card(path: Path) -> None:
-    from safetensors.torch import save_file
-
-    from peft_sgrq.adapter.card import write_model_card
-
     folder = path.parent / "card"
     folder.mkdir()
     save_file({"a.weight": torch.ones(1)}, folder / "adapter_model.safetensors")
@@ -73,13 +71,12 @@ writers = pytest.mark.parametrize("save", [write, save_saliency, save_picture])
 def test_links_are_followed_and_stay(save: Callable[[Path], None], there, tmp_path: Path):
     (tmp_path / "real").mkdir()
     target, link = tmp_path / "real" / "target", tmp_path / "link"
+    before = b"---\n---\nbefore"  # a card, too
     if there:
-        target.write_bytes(b"---\n---\nbefore" if save is save_card else b"before")
-    elif save is save_card:
-        return
+        target.write_bytes(before)
     link.symlink_to(Path("real") / "target")
     save(link)
-    assert link.is_symlink() and target.is_file() and target.stat().st_size > 6
+    assert link.is_symlink() and target.read_bytes() not in (b"", before)
     assert [path.name for path in target.parent.iterdir()] == ["target"]
 
 
@@ -95,12 +92,6 @@ def test_a_device_stays_a_device(save, tmp_path: Path):
     link.symlink_to(path)
     save(link)
     assert link.is_symlink() and stat.S_ISCHR(os.stat(path).st_mode)
-
-
-def test_a_full_device_is_an_error(tmp_path: Path):
-    device(tmp_path / "full", 7)
-    with pytest.raises(OSError):
-        write(tmp_path / "full")
 
 
 @writers
@@ -290,11 +281,10 @@ def test_a_merge_replaces_folders_alone_and_follows_links(nested, tmp_path: Path
         assert (tmp_path / "real" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("output", ["folder", "file/s", "null/s"])
+@pytest.mark.parametrize("output", ["folder", "file/s"])
 def test_every_command_looks_at_its_output_first(output, nested, tmp_path: Path, capsys, monkeypatch):
     (tmp_path / "folder" / "full").mkdir(parents=True)
-    for name in ("file", "null"):
-        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "file").write_bytes(b"")
     monkeypatch.setattr("peft_sgrq.files.hub.check_source", None)  # and would come next
     monkeypatch.setattr("peft_sgrq.checkpoint.merge.find_base", None)
     path = str(tmp_path / output)
@@ -306,4 +296,4 @@ def test_every_command_looks_at_its_output_first(output, nested, tmp_path: Path,
     for command in commands:
         assert main(command) == 2
         assert path in capsys.readouterr().err
-        assert sorted(found.name for found in tmp_path.iterdir()) == ["file", "folder", "null"]
+        assert sorted(found.name for found in tmp_path.iterdir()) == ["file", "folder"]
