@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from peft.config import PeftConfig
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from peft_sgrq.choices import without_wrapper_names
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.files.sources import check_adapter_folder
+from peft_sgrq.files.tensors import whole_safetensors
 from peft_sgrq.formats.scale_matrix import ScaleMatrix
 from peft_sgrq.layer.masks import unpack_mask
 
 _PREFIX = "base_model.model."
+_SAVED = "the file `save_pretrained` wrote; copy or download it again"
 _DELTA = re.compile(r"(.+)\.sgrq_delta\.(weight|selection)")
 _ZERO_POINTS = re.compile(r"(.+)\.sgrq_zero_points\.(weight|selection)")
 _ROWS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
@@ -80,7 +81,7 @@ def read_adapter(path: Path) -> StoredAdapter:
     rows: dict[str, tuple[list[int], torch.Tensor]] = {}
     copies: dict[str, torch.Tensor] = {}
     file = str(path / SAFETENSORS_WEIGHTS_NAME)
-    with _whole(file):
+    with whole_safetensors(file, _SAVED):
         tensors = load_file(file)
     _check_complete(file, config.base_fingerprint or (), tensors)
     for key, tensor in tensors.items():
@@ -145,7 +146,7 @@ def check_adapter_file(directory: str, layers: Iterable[str]) -> None:
     """
     path = os.path.join(directory, SAFETENSORS_WEIGHTS_NAME)
     if os.path.isfile(path):
-        with _whole(path), safe_open(path, framework="pt") as file:
+        with whole_safetensors(path, _SAVED), safe_open(path, framework="pt") as file:
             _check_complete(path, layers, file.keys())
 
 
@@ -163,14 +164,3 @@ def _check_complete(path: str, layers: Iterable[str], keys: Iterable[str]) -> No
             f"{path} is incomplete: found no deltas for {len(missing)} of the {len(wanted)} layers that the adapter's "
             f"config names (the first: {missing[0]!r}), expected those of all; copy or download it again."
         )
-
-
-@contextmanager
-def _whole(path: str) -> Iterator[None]:
-    try:
-        yield
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated or corrupt: found {os.path.getsize(path)} bytes that do not make a safetensors file "
-            f"({error}), expected the file `save_pretrained` wrote; copy or download it again."
-        ) from error

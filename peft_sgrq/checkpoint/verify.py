@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from peft_sgrq.checkpoint.config_fields import compare
 from peft_sgrq.checkpoint.gguf import compare_gguf, find_gguf_base, plan_gguf_merge
@@ -101,7 +101,7 @@ def _compare_files(plan: MergePlan, result: CheckpointFolder, errors: list[str],
             notes.extend(found.notes)
         elif path.suffix == ".json":
             try:
-                found = compare(str(path), _load(source), _load(target))
+                found = compare(str(path), *(json.loads(one.read_bytes()) for one in (source, target)))
             except ValueError:
                 errors.append(f"{path} is not JSON in the base or in the merged checkpoint.")
             else:
@@ -125,7 +125,3 @@ def _free_fields(plan: MergePlan, result: CheckpointFolder) -> list[str]:
     if plan.untied and plan.config is not None:
         free.append("tie_word_embeddings")  # tensors of different values are not tied, whatever it says
     return free
-
-
-def _load(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,14 +1,21 @@
-"""Tensors of safetensors files: where their bytes are, and what they are to become."""
+"""Safetensors files: where the bytes of tensors are, what they are to become, and files that say what they are."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from peft_sgrq.files.described import MADE_HERE
+from peft_sgrq.files.output import written
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -91,3 +98,41 @@ class Shard:
 def to_bytes(tensor: torch.Tensor) -> bytes:
     """The bytes of a tensor, as safetensors stores them."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def write_tensors(
+    path: str | os.PathLike[str], kind: str, tensors: Mapping[str, torch.Tensor], fields: Mapping[str, Any]
+) -> None:
+    """Writes a safetensors file of a kind, with JSON values in its metadata; the whole file or none."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with written(path) as scratch:
+        save_file(contiguous, scratch, metadata={f"{MADE_HERE}_{kind}": json.dumps(fields)})
+
+
+def read_tensors(
+    path: str | os.PathLike[str], kind: str, what: str, mend: str
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Reads the tensors and the JSON values of what [`write_tensors`] wrote; `what` and `mend` are for errors.
+
+    Raises:
+        ValueError: If the file is of another kind, or no whole safetensors file.
+        OSError: If there is none.
+    """
+    with whole_safetensors(path, f"a saved {what}; {mend}"), safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(f"{MADE_HERE}_{kind}")
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if text is None:
+        raise ValueError(f"{os.fspath(path)} holds no {what}, which its metadata would say; give another file.")
+    return tensors, json.loads(text)
+
+
+@contextmanager
+def whole_safetensors(path: str | os.PathLike[str], expected: str) -> Iterator[None]:
+    """Raises a ValueError if a file that is read while this is open is no whole safetensors file."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"{os.fspath(path)} is truncated or corrupt: found {os.path.getsize(path)} bytes that do not make a "
+            f"safetensors file ({error}), expected {expected}."
+        ) from error

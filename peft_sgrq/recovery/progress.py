@@ -10,17 +10,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from peft_sgrq.config import SGRQConfig
-from peft_sgrq.files.output import check_output, written
+from peft_sgrq.files.output import check_output
+from peft_sgrq.files.tensors import read_tensors, write_tensors
 from peft_sgrq.layer.delta import Delta
 from peft_sgrq.passes.processes import from_first, gather, process_index, together
 from peft_sgrq.recovery.job import Job
 from peft_sgrq.recovery.preservation import Pull
 
-_METADATA = "peft_sgrq_recovery"
+_KIND = "recovery"
 _SAMPLES = 64  # of a parameter, in a digest
 
 
@@ -118,20 +117,7 @@ class ProgressFile:
         self.blocks, self.deltas, self.pulls = from_first((self.blocks, self.deltas, self.pulls))
 
     def _read(self, path: str) -> None:
-        try:
-            with safe_open(path, framework="pt") as file:
-                text = (file.metadata() or {}).get(_METADATA)
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} is truncated or no safetensors file ({error}), expected the progress of a recovery; delete "
-                "it to start again."
-            ) from error
-        if text is None:
-            raise ValueError(
-                f"{path} holds no progress of a recovery, expected a file of an interrupted `recover`; name another."
-            )
-        stored = json.loads(text)
+        tensors, stored = read_tensors(path, _KIND, "progress of a recovery", "delete it to start again")
         for key, value in self._made_with.items():
             found = stored["made_with"].get(key)
             if found != value:
@@ -163,6 +149,4 @@ class ProgressFile:
         for name, pull in self.pulls.items():
             tensors |= {f"{part}.{name}": tensor.cpu() for part, tensor in pull._asdict().items()}
         described = {"made_with": self._made_with, "blocks": [asdict(block) for block in self.blocks]}
-        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        with written(self._path) as file:
-            save_file(contiguous, file, metadata={_METADATA: json.dumps(described)})
+        write_tensors(self._path, _KIND, tensors, described)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from peft_sgrq.files.output import written
+from peft_sgrq.files.tensors import read_tensors, write_tensors
 from peft_sgrq.selection.layer_saliency import LayerSaliency
 
 FORMAT_VERSION = 1
-_METADATA = "peft_sgrq_saliency"
+_KIND = "saliency"
 
 
 def write_saliency_file(path: str, layers: Mapping[str, LayerSaliency], described: Mapping[str, Any]) -> None:
-    """Writes the layers and further JSON values, as [`written`] does: the whole file or none."""
+    """Writes the layers and further JSON values, the whole file or none."""
     tensors, geometry = {}, {}
     for name, layer in layers.items():
         tensors[f"{name}.scores"] = layer.scores
@@ -32,9 +28,7 @@ def write_saliency_file(path: str, layers: Mapping[str, LayerSaliency], describe
             "scale_rows": layer.scale_rows,
             "fingerprint": layer.fingerprint,
         }
-    text = json.dumps({"version": FORMAT_VERSION, **described, "layers": geometry})
-    with written(path) as file:
-        save_file(tensors, file, metadata={_METADATA: text})
+    write_tensors(path, _KIND, tensors, {"version": FORMAT_VERSION, **described, "layers": geometry})
 
 
 def read_saliency_file(path: str) -> tuple[dict[str, LayerSaliency], dict[str, Any]]:
@@ -44,21 +38,7 @@ def read_saliency_file(path: str) -> tuple[dict[str, LayerSaliency], dict[str, A
         ValueError: If the file is truncated, no saliency file, of a newer version, or holds other than numbers >= 0.
         OSError: If there is none.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_METADATA)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated or corrupt: found {os.path.getsize(path)} bytes that do not make a safetensors file "
-            f"({error}), expected one that `Saliency.save` wrote; copy it again."
-        ) from error
-    if text is None:
-        raise ValueError(
-            f"{path} holds no saliency: found a safetensors file without {_METADATA!r} in its metadata, expected one "
-            "that `Saliency.save` or `peft-sgrq calibrate` wrote; give that one."
-        )
-    described = json.loads(text)
+    tensors, described = read_tensors(path, _KIND, "saliency", "copy it again, or calibrate anew")
     version = described.pop("version")
     if not 1 <= version <= FORMAT_VERSION:
         raise ValueError(

@@ -157,7 +157,7 @@ def test_the_second_stage_may_change_between(interrupted: Path, llama_dir: Path)
 def test_a_file_that_is_no_progress_is_refused_and_kept(llama_dir: Path, tmp_path: Path):
     file = tmp_path / "progress"
     file.write_bytes(b"notes")
-    with pytest.raises(ValueError, match="truncated or no safetensors file"):
+    with pytest.raises(ValueError, match="truncated or corrupt"):
         recovered(llama_dir, progress_file=file)
     assert file.read_bytes() == b"notes"
     with pytest.raises(ValueError, match="a folder, expected a file"):
