@@ -172,15 +172,12 @@ def _check_stream(calls: dict[str, Call], embedding: str, final: str, blocks: li
 
 def _block(model: nn.Module, name: str, norms: list[NormRoles], calls: dict[str, Call]) -> BlockRoles:
     block = model.get_submodule(name)
-    own = {
-        f"{name}.{part}": calls[f"{name}.{part}"]
-        for part, module in block.named_modules()
-        if isinstance(module, nn.Linear) and f"{name}.{part}" in calls
-    }
-    idle = [f"{name}.{part}" for part, module in block.named_modules() if isinstance(module, nn.Linear)]
-    if set(idle) - set(own):
-        missed = sorted(set(idle) - set(own))[0]
-        raise ValueError(f"{missed} takes no part in a forward pass, expected it to; a choice of experts, perhaps.")
+    inside = {f"{name}.{part}": module for part, module in block.named_modules() if part}
+    linears = [part for part, module in inside.items() if isinstance(module, nn.Linear)]
+    idle = sorted(set(linears) - set(calls))
+    if idle:
+        raise ValueError(f"{idle[0]} takes no part in a forward pass, expected it to; a choice of experts, perhaps.")
+    own = {part: calls[part] for part in linears}
     stream = calls[name]
     of_block = tuple(norm for norm in norms if norm.name.startswith(f"{name}."))
     readers = {reader for norm in of_block for reader in norm.readers}
@@ -196,8 +193,8 @@ def _block(model: nn.Module, name: str, norms: list[NormRoles], calls: dict[str,
     for part, call in own.items():
         if part not in readers and same_tensor(call.x, stream.x):
             raise ValueError(f"{part} reads the residual stream without a norm; the model cannot be rotated.")
-    attention = next((part for part in _parts(block, name) if _is_attention(model.get_submodule(part))), None)
-    head_dim = getattr(model.get_submodule(attention), "head_dim", None) if attention else None
+    attention = next((part for part, module in inside.items() if _is_attention(module)), None)
+    head_dim = getattr(inside[attention], "head_dim", None) if attention else None
     inner = [part for part in writers if attention and part.startswith(f"{attention}.")]
     outer = [part for part in writers if part not in inner]
     value, output = _around_attention(inner, readers, own, head_dim)
@@ -206,15 +203,11 @@ def _block(model: nn.Module, name: str, norms: list[NormRoles], calls: dict[str,
         of_block,
         writers,
         attention,
-        head_dim if isinstance(head_dim, int) else None,
+        head_dim,
         value,
         output,
         outer[0] if len(outer) == 1 else None,
     )
-
-
-def _parts(block: nn.Module, name: str) -> list[str]:
-    return [f"{name}.{part}" for part, _ in block.named_modules() if part]
 
 
 def _is_attention(module: nn.Module) -> bool:

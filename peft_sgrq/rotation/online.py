@@ -66,7 +66,7 @@ def _attach(model: Any, name: str, seed: int, places: list[Applied], head_dim: i
     if next(model.parameters()).dtype == torch.float64:
         factory.scheme.precision = torch.float64
     _apply(model, factory)
-    _declare(model, {**_declared(model), name: factory.scheme.model_dump(mode="json")})
+    _declare(model, {**(getattr(model.config, FIELD, None) or {}), name: factory.scheme.model_dump(mode="json")})
 
 
 def _apply(model: Any, factory: Any) -> None:
@@ -79,10 +79,6 @@ def _apply(model: Any, factory: Any) -> None:
     factory.scheme = scheme.model_copy(update={"apply": others})
     factory.apply_to_model(model, use_tqdm=False)
     factory.scheme = scheme
-
-
-def _declared(model: Any) -> dict[str, Any]:
-    return dict(getattr(model.config, FIELD, None) or {})
 
 
 def _declare(model: Any, groups: dict[str, Any]) -> None:
