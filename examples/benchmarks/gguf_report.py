@@ -128,9 +128,11 @@ def steps(found: dict[str, Any]) -> str:
         over = [f"{times[name] / times['lora']:.2f}" for name in ("scales", "zero points")]
         rows.append([row["type"], row["dtype"], f"{times['base']:.1f}", *ratios, *over])
     width = setting["width"]
+    what = f"A layer of {width} x {width}" if width else "A whole model"
+    parts = "forward and backward" if width else "forward, backward and AdamW"
     return (
-        f"A layer of {width} x {width}, {setting['tokens']} tokens, forward and backward, the median of "
-        f"{setting['repeats']}; each over the bare packed layer, but for the last two columns. {about(found)}\n\n"
+        f"{what}, {setting['tokens']} tokens, {parts}, the median of {setting['repeats']}; each over the bare packed "
+        f"{'layer' if width else 'model'}, but for the last two columns. {about(found)}\n\n"
         f"{table(rows)}"
     )
 
