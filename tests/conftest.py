@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRITON_INTERPRET", "1")  # of libraries: on the CPU; read when triton is imported
+os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run on the CPU; read when triton is imported
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with two cores GPTQModel loads no model otherwise
 
 import gc

@@ -102,6 +102,11 @@ class Delta(nn.Module):
         self.accept()
 
     @property
+    def groups(self) -> torch.Tensor:
+        """The `units`, for readers of an adapter's files, whose masks are of groups."""
+        return self.units
+
+    @property
     def selection(self) -> torch.Tensor:
         """Bit mask of the selected units, uint8 `[ceil(selectable / 8)]`, as an adapter file holds it."""
         return pack_mask(self.units, self.selectable).to(self.units.device)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_sgrq.formats.kernels import decodes_4bit, group_reduce_4bit
 from peft_sgrq.formats.scale_matrix import ScaleMatrix
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 
@@ -124,6 +125,11 @@ class Bnb4bitWeight(Bnb4bitScales, ScaledWeight):
         ones = torch.ones(count * selected, dtype=torch.float32, device=packed.device)
         shape = (count, selected * self.group_size)
         return self._dequantize(packed.reshape(-1, 1), ones, shape, dtype)
+
+    def reduce(self, product: torch.Tensor, units: torch.Tensor | None, rows: slice) -> torch.Tensor:
+        if decodes_4bit(product):
+            return group_reduce_4bit(product, self._packed_groups[rows], units, self._state.code)
+        return super().reduce(product, units, rows)
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self._dequantize(self.stored_codes, self.prepare(scales), (self.out_features, self.in_features), dtype)
