@@ -128,7 +128,7 @@ class SGRQModel(BaseTuner):
             check_adapter_file(peft_config.loaded_from, peft_config.base_fingerprint or ())
         peft_config.renamed_layers = rename_layers(peft_config, model)
         check_modules_to_save(model, peft_config)
-        scaled_weights = self._found = find_targets(model, peft_config, self._check_target_module_exists)
+        scaled_weights = self._found = find_targets(model, peft_config)
         check_token_rows(model, peft_config, scaled_weights)
         if peft_config.auto_mapping is None:
             peft_config.auto_mapping = describe_class(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -29,15 +29,12 @@ TASK_HEADS: dict[str, list[str]] = {
 }
 
 
-def find_targets(
-    model: nn.Module, config: SGRQConfig, matches: Callable[[SGRQConfig, str], Any]
-) -> dict[str, ScaledWeight]:
+def find_targets(model: nn.Module, config: SGRQConfig) -> dict[str, ScaledWeight]:
     """The scaled weights of the layers a config targets, by name.
 
     Args:
         model (`nn.Module`): The model, which may have adapters already.
         config (`SGRQConfig`): A config whose `target_modules` is not `None`.
-        matches (`Callable`): PEFT's test whether a config targets a name.
 
     Raises:
         ValueError: If a targeted layer cannot be adapted; the sentence names it.
@@ -45,7 +42,7 @@ def find_targets(
     return {
         name: scaled_weight_of(name, layer, config.group_size)
         for name, layer in named_base_layers(model)
-        if name and matches(config, name)
+        if name and check_target_module_exists(config, name)
     }
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
@@ -192,7 +192,7 @@ def _targets(model: nn.Module, config: SGRQConfig) -> dict[str, ScaledWeight]:
     if config.target_modules is None:
         config.target_modules = supported_layers(model, config)
     config = _maybe_include_all_linear_layers(config, model)
-    scaled_weights = find_targets(model, config, BaseTuner._check_target_module_exists)
+    scaled_weights = find_targets(model, config)
     if not scaled_weights:
         raise ValueError(
             f"The model has none of the layers that the config targets (target_modules={config.target_modules!r}), "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +19,7 @@ QUICK: dict[str, Any] = {"ratios": (0.1, 0.5), "progress": False}
 
 
 def scaled_weights_of(model: Any, config: SGRQConfig) -> dict[str, Any]:
-    names = supported_layers(model, config)
-    return find_targets(model, config, lambda _, name: name in names)
+    return find_targets(model, replace(config, target_modules=supported_layers(model, config)))
 
 
 def saliency_of(model: Any, config: SGRQConfig) -> Saliency:
