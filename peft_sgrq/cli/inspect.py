@@ -98,12 +98,16 @@ def describe(report: Report) -> str:
     facts = {key: value for key, value in report.facts.items() if key != "kind" and value not in (None, [])}
     parts = ["\n".join(f"{key}: {_spell(value)}" for key, value in facts.items())]
     scales = sum(layer["scales"] for layer in report.layers)
-    parts.append(f"{scales:,} scales in {len(report.layers)} layers")
+    zero_points = sum(layer.get("zero_points", 0) for layer in report.layers)
+    trained = f"{scales:,} scales" + (f" and {zero_points:,} zero points" if zero_points else "")
+    parts.append(f"{trained} in {len(report.layers)} layers")
     if all(layer["ratio"] is None for layer in report.layers):
         parts.append(_grid("Groups selected", report, "selected"))
     parts.append(_grid("Share of the groups selected, %", report, "ratio", 100))
     parts.append(_grid("Share of the layer's saliency they hold, %", report, "held", 100))
     parts.append(_grid("Root mean square of the deltas, %", report, "change", 100, digits=2))
+    if zero_points:
+        parts.append(_grid("Root mean square of the moves of zero points, steps", report, "moves", digits=3))
     if report.sizes:
         head = ["ratio", "scales", "of all", "saliency held", "float32", "bfloat16"]
         parts.append("Adapters to come\n" + _table(head, [_size_row(size) for size in report.sizes]))

@@ -37,7 +37,8 @@ class Report(NamedTuple):
         layers (`list[dict[str, Any]]`): By layer its `name`; how many groups (rows in a row format) are
             `selected`, out of how many (`selectable`), and which share that is (`ratio`); how many `scales` are
             trained; the share of the layer's saliency they have (`held`); its share of columns above the winsorised
-            mean (`knee`); the root mean square of an adapter's deltas (`change`). `None` is unknown.
+            mean (`knee`); the root mean square of an adapter's deltas (`change`); of an adapter also how many
+            `zero_points` are trained, and the root mean square of their `moves` in steps. `None` is unknown.
         sizes (`list[dict[str, Any]]`): By `ratio` that an adapter could have: its `scales`, their `share` of all, the
             mean share of saliency (`held`), and the size of its file by `adapter_dtype` (`bytes_float32`,
             `bytes_bfloat16`). Empty for an adapter.
@@ -196,16 +197,21 @@ def report_adapter(adapter: str | os.PathLike[str], saliency: Saliency | None = 
     if saliency is not None:  # which was made of the model
         names = [*(name for name in saliency.layers if name in stored.deltas), *names]
     for name in dict.fromkeys(names):
-        delta, groups, _ = stored.deltas[name]
+        delta, groups, moved = stored.deltas[name]
         known = None if saliency is None else _same_layer(name, saliency, fingerprints.get(name))
         held = None if known is None else share_held(known, 0, groups)
         row = _row(name, len(groups), delta.numel(), known, held)
-        change = float(delta.double().square().mean().sqrt()) if len(groups) else None  # zero points alone are moved
-        layers.append(row | {"change": change})
+        change = _root_mean_square(delta) if len(groups) else None  # zero points alone are moved
+        moves = {} if moved is None else {"zero_points": moved.numel(), "moves": _root_mean_square(moved)}
+        layers.append(row | {"change": change, "zero_points": 0, "moves": None} | moves)
     facts = {name: getattr(config, name) for name in ("criterion", "ratio", "adapter_dtype")}
     formats = sorted({text.partition(":")[0] for text in fingerprints.values()})
     base = config.base_model_name_or_path
     return Report({"kind": "adapter", "base": base, **facts, "format": formats}, layers, [])
+
+
+def _root_mean_square(values: torch.Tensor) -> float:
+    return float(values.double().square().mean().sqrt())
 
 
 def _same_layer(name: str, saliency: Saliency, fingerprint: str | None) -> LayerSaliency:
