@@ -35,7 +35,7 @@ class SGRQConfig(PeftConfig):
     Args:
         target_modules (`list[str]`, `str` or `None`): Layers to adapt. `None`: every quantized layer, or in a model
             without any, every `nn.Linear` and `Conv1D` but the output head. A list matches names or their ends, a
-            string is a regular expression, `"all-linear"` means what it means in PEFT.
+            string is a regular expression, `"all-linear"` means what it means in PEFT and every quantized layer.
         exclude_modules (`list[str]`, `str` or `None`): Layers to leave alone, matched likewise.
         ratio (`float` or `str`): Share of the column groups whose scales are trained (of the rows, in a format with
             one scale a row), in (0, 1]; at least one in each layer. 1.0, the default, trains every scale (PEQA) and
@@ -43,8 +43,8 @@ class SGRQConfig(PeftConfig):
             `"knee"` takes the share of each layer's columns above its mean saliency, `"global"` one threshold over all
             layers at which `budget` is spent, `"layerwise"` what calibration finds best by measuring the loss.
         zero_points (`bool`): Also train the zero points, of all groups, where the format stores them as floats (GGUF's
-            Q4_1, Q5_1, Q4_K and Q5_K, HQQ, quanto's int4 and int2, torchao's int4). With `ratio=0` they alone are
-            trained, at next to no cost.
+            Q4_1, Q5_1, Q2_K, Q4_K and Q5_K, HQQ, quanto's int4 and int2, torchao's int4). With `ratio=0` they alone
+            are trained, at next to no cost.
         ratio_pattern (`dict[str, float | "knee"]`): Module name, its end, or a pattern of it -> ratio, overruling
             `ratio` there; matched like PEFT's `rank_pattern`.
         budget (`float`, `int` or `str`): What `"global"` and `"layerwise"` may spend: a share of all scales (`float`),

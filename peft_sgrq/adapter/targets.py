@@ -117,9 +117,21 @@ def _check_zero_points(scaled_weights: Mapping[str, ScaledWeight], config: SGRQC
     found = ", ".join(sorted({weight.name for weight in weights})[:4])
     raise ValueError(
         f"`zero_points` is True and the targeted layers are {found}, which store no zero points as floats, expected "
-        "GGUF's Q4_1, Q5_1, Q4_K or Q5_K, HQQ, quanto's int4 or int2, or torchao's int4; leave `zero_points` out. The "
-        "model was not changed."
+        "GGUF's Q4_1, Q5_1, Q2_K, Q4_K or Q5_K, HQQ, quanto's int4 or int2, or torchao's int4; leave `zero_points` "
+        "out. The model was not changed."
     )
+
+
+def _head(model: Any) -> nn.Module | None:
+    get_head = getattr(model, "get_output_embeddings", None)
+    return base_layer_of(get_head()) if callable(get_head) else None
+
+
+def quantized_layers(model: nn.Module) -> set[str]:
+    """The names of all quantized layers but the output head, whatever their class is."""
+    head = _head(model)
+    # TRL's trainers multiply by the head's weight themselves and refuse an adapter on it.
+    return {name for name, layer in named_base_layers(model) if is_quantized(layer) and layer is not head}
 
 
 def supported_layers(model: nn.Module, config: SGRQConfig) -> set[str]:
@@ -128,11 +140,8 @@ def supported_layers(model: nn.Module, config: SGRQConfig) -> set[str]:
     Raises:
         ValueError: If the model has neither.
     """
-    layers = dict(named_base_layers(model))
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = base_layer_of(get_head()) if callable(get_head) else None
-    # TRL's trainers multiply by the head's weight themselves and refuse an adapter on it.
-    names = {name for name, layer in layers.items() if is_quantized(layer) and layer is not head}
+    layers, head = dict(named_base_layers(model)), _head(model)
+    names = quantized_layers(model)
     if not names:
         names = {name for name, layer in layers.items() if name and is_supported(layer) and layer is not head}
         _warn_of_own_forwards(layers)
@@ -200,11 +209,22 @@ def warn_of_fused_experts(model: nn.Module) -> None:
     )
 
 
+def _is_packed(module: nn.Module) -> bool:
+    """Whether a module is quantized: a layer of a format, an embedding in blocks, or a head that is tied to one."""
+    own = list(module.parameters(recurse=False))
+    shown = isinstance(getattr(type(module), "weight", None), property) and "weight" not in module._parameters
+    return (
+        is_quantized(module) or any(not p.is_floating_point() for p in own) or (shown and not any(module.children()))
+    )
+
+
 def check_modules_to_save(model: nn.Module, config: SGRQConfig) -> None:
     """Refuses a quantized module in `modules_to_save`, which cannot be trained whole."""
     for wanted in config.modules_to_save or ():
         for name, module in model.named_modules():
-            if name.endswith(wanted) and any(map(is_quantized, module.modules())):  # as PEFT matches names
+            if not name.endswith(wanted):  # as PEFT matches names
+                continue
+            if any(map(_is_packed, module.modules())):
                 raise ValueError(
                     f"`modules_to_save` names {name!r}, which is quantized and cannot be trained whole, expected a "
                     "module in floating point; leave it out (its scales are trained if it is in `target_modules`), or "

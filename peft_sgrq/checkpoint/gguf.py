@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -16,8 +16,8 @@ from peft_sgrq.files.gguf_names import is_gguf
 from peft_sgrq.files.names import Names
 from peft_sgrq.files.sources import adapter_fields
 from peft_sgrq.formats.gguf.file import GGUFFile
-from peft_sgrq.formats.gguf.loading import find_gguf, read_config
-from peft_sgrq.formats.gguf.names import find_places
+from peft_sgrq.formats.gguf.loading import empty_model, find_gguf
+from peft_sgrq.formats.gguf.names import check_complete, find_places
 from peft_sgrq.formats.gguf.stored import StoredGGUFWeight
 
 
@@ -88,7 +88,9 @@ def plan_gguf_merge(base: Path, adapter: Path, check: bool = True) -> GGUFMergeP
 
 
 def _find_weights(file: GGUFFile, stored: StoredAdapter) -> dict[str, StoredGGUFWeight]:
-    places = find_places(file, empty_model(file))
+    model = empty_model(file)
+    places = find_places(file, model)
+    check_complete(file, places, model)
     tensors = {place.parameter.removesuffix(".weight"): name for name, place in places.items()}
     names = Names(tensors)
     sub_blocks = (stored.config.base_quantization or {}).get("sub_blocks", True)
@@ -108,15 +110,6 @@ def _find_weights(file: GGUFFile, stored: StoredAdapter) -> dict[str, StoredGGUF
                 f"Layer {name!r} cannot be merged in {file.path}: {error}. Nothing was written."
             ) from None
     return weights
-
-
-def empty_model(file: GGUFFile) -> Any:
-    """The model of a file on the meta device, for the names of its parameters."""
-    from transformers import AutoModelForCausalLM
-
-    config = read_config(file)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def _check_tokenizer(file: GGUFFile, stored: StoredAdapter) -> None:

@@ -89,8 +89,10 @@ def _run(argv: Sequence[str] | None) -> int:
         print("peft-sgrq: interrupted", file=sys.stderr)
         return _BY_SIGNAL + 2  # SIGINT
     except OSError as error:
-        if isinstance(error, BrokenPipeError) or (error.errno is not None and error.filename is None):
-            raise  # of what is printed: all files are named
+        if isinstance(error, BrokenPipeError):
+            raise
+        if error.errno is not None and error.filename is None and sys.stdout:
+            sys.stdout.flush()  # raises again if it is of what is printed, which is still to be written then
         spelled = error if error.filename is None else f"{error.filename}: {error.strerror}"
         print(f"peft-sgrq: error: {spelled}", file=sys.stderr)
         return 2

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     check_adapter(args)
-    if not makes_gguf(args.merged, args.base):
+    if not makes_gguf(args.merged, args.base, args.adapter):
         check_merged_folder(args.merged, args.overwrite)
 
 

@@ -123,6 +123,17 @@ def test_the_command_merges_names_verifies_and_inspects(made, merged, tmp_path, 
     assert "scales to train" in shown and "Root mean square of the deltas" in shown
 
 
+def test_zero_points_of_an_adapter_are_counted_by_inspect(tmp_path, capsys):
+    made = Made(tmp_path, lambda name: "Q4_1", zero_points=True, ratio=0)
+    assert main(["inspect", str(made.adapter)]) == 0
+    shown = capsys.readouterr().out
+    assert "0 scales and 18,432 zero points in 7 layers" in shown
+    assert "Root mean square of the moves of zero points" in shown
+    assert main(["inspect", str(made.adapter), "--json"]) == 0
+    layer = json.loads(capsys.readouterr().out)["layers"][0]
+    assert (layer["scales"], layer["zero_points"]) == (0, 256 * 256 // 32) and 0.05 < layer["moves"] < 0.2
+
+
 def test_a_file_is_known_by_its_first_bytes_where_its_name_does_not_say_so(made, merged, tmp_path, capsys):
     blob, out = tmp_path / "sha256-0123", tmp_path / "out"  # as Ollama keeps its files
     shutil.copy(made.base, blob)
@@ -260,10 +271,11 @@ def test_links_are_followed_and_what_is_no_file_is_refused(made, merged, tmp_pat
     folder.mkdir()
     loop.symlink_to(loop)
     for path in (pipe, folder, loop, os.devnull, tmp_path / "elsewhere", f"{tmp_path / 'new'}{os.sep}"):
-        with pytest.raises(ValueError, match="expected a file"):
-            merge_checkpoint(made.base, made.adapter, path, overwrite=True)
-        assert main(["merge", str(made.adapter), str(path), "--base", str(made.base), "--overwrite"]) == 2
-        assert "expected a file" in capsys.readouterr().err
+        for base in ([], ["--base", str(made.base)]):  # which the adapter names, too
+            with pytest.raises(ValueError, match="expected a file"):
+                merge_checkpoint(base[1] if base else None, made.adapter, path, overwrite=True)
+            assert main(["merge", str(made.adapter), str(path), *base, "--overwrite"]) == 2
+            assert "expected a file" in capsys.readouterr().err
     assert pipe.is_fifo() and folder.is_dir() and loop.is_symlink() and not (tmp_path / "new").exists()
 
 

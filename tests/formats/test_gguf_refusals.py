@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 import torch
 from peft import get_peft_model, prepare_model_for_kbit_training
 from support.gguf_files import mixed, tiny_model, write_gguf
+from transformers import AutoModelForCausalLM
 
 import peft_sgrq
-from peft_sgrq import SGRQConfig, merge_checkpoint
+from peft_sgrq import SGRQConfig, SGRQGgufConfig, merge_checkpoint
 from peft_sgrq.cli import main
 from peft_sgrq.formats.gguf.file import GGUFFile
 from peft_sgrq.formats.gguf.names import find_places
@@ -90,8 +93,85 @@ def test_a_broken_file_is_refused_in_one_sentence_by_every_way_in(kind, folder, 
 def test_a_file_without_the_weights_of_a_layer_is_refused(folder, tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes((folder / "base.gguf").read_bytes().replace(TENSOR.encode(), b"blk.0.ffn_xx.weight"))
-    with pytest.raises(ValueError, match=r"no tensors for 1 weights of the model, model\.layers\.0\.mlp\.up_proj"):
+    said = r"no tensors for 1 weights of the model, model\.layers\.0\.mlp\.up_proj"
+    with pytest.raises(ValueError, match=said):
         peft_sgrq.load_gguf(path)
+    with pytest.raises(ValueError, match=said):
+        merge_checkpoint(path, folder / "adapter", tmp_path / "out.gguf", check_base=False)
+
+
+def with_number(data, key, value):
+    at = data.index(key.encode()) + len(key) + 4
+    return data[:at] + value.to_bytes(4, "little") + data[at + 4 :]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("llama.attention.head_count", 0, "no config of "),
+        ("llama.attention.head_count", 7, "no config of "),
+        ("llama.attention.head_count_kv", 0, "no model of the sizes that "),
+        ("llama.feed_forward_length", 7, r"of shape \(\d+, \d+\), expected "),
+        ("llama.embedding_length", 128, r"of shape \(\d+, \d+\), expected "),
+    ],
+)
+def test_sizes_in_a_header_that_cannot_be_are_refused_in_one_sentence(key, value, said, folder, tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(with_number((folder / "base.gguf").read_bytes(), key, value))
+    with pytest.raises(ValueError, match=f"{said}.*m\\.gguf|m\\.gguf.*{said}"):
+        peft_sgrq.load_gguf(path)
+    with pytest.raises(ValueError, match=f"{said}.*m\\.gguf|m\\.gguf.*{said}"):
+        merge_checkpoint(path, folder / "adapter", tmp_path / "out.gguf", check_base=False)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_vocabulary_of_an_unknown_kind_is_refused_and_the_model_can_be_had_alone(folder, tmp_path):
+    path, data = tmp_path / "m.gguf", (folder / "base.gguf").read_bytes()
+    path.write_bytes(data.replace(b"\4\0\0\0\0\0\0\0gpt2", b"\4\0\0\0\0\0\0\0rwkv"))
+    with pytest.raises(ValueError, match=r"no tokenizer of .*m\.gguf .*rwkv"):
+        peft_sgrq.load_gguf(path)
+    config = SGRQGgufConfig()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", quantization_config=config) is not None
+
+
+def test_tensors_off_their_alignment_are_refused(folder, tmp_path):
+    path, data = tmp_path / "m.gguf", (folder / "base.gguf").read_bytes()
+    at = data.index(TENSOR.encode()) + len(TENSOR) + 4 + 16 + 4
+    path.write_bytes(data[:at] + bytes([data[at] + 1]) + data[at + 1 :])
+    with pytest.raises(ValueError, match=rf"{TENSOR}' at the offset \d+, no multiple of the alignment 32"):
+        peft_sgrq.load_gguf(path)
+
+
+def test_two_files_and_a_name_that_cannot_be_written_are_refused(folder, tmp_path):
+    base, adapter = folder / "base.gguf", folder / "adapter"
+    with pytest.raises(ValueError, match=r"base\.gguf is a file and `gguf_file` is 'merged\.gguf'"):
+        peft_sgrq.load_gguf(base, "merged.gguf")
+    with pytest.raises(ValueError, match="expected text that UTF-8 can hold"):
+        merge_checkpoint(base, adapter, tmp_path / "out.gguf", name="\udcff")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_read_is_named_and_no_fault_of_what_is_printed(folder, tmp_path, monkeypatch, capsys):
+    def fails(*args, **kwargs):
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr("mmap.mmap", fails)  # as some file systems do
+    for command in (
+        ["inspect", str(folder / "base.gguf")],
+        ["merge", str(folder / "adapter"), str(tmp_path / "o.gguf")],
+    ):
+        assert main(command) == 2
+        assert f"peft-sgrq: error: {folder / 'base.gguf'}: No such device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_packed_modules_cannot_be_trained_whole_or_by_rows(tied, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("llama", tied), mixed)
+    for name in ("embed_tokens", "lm_head"):
+        with pytest.raises(ValueError, match=f"names '.*{name}', which is quantized"):
+            adapted(path, modules_to_save=[name])
+    with pytest.raises(ValueError, match="leave the rows out"):
+        adapted(path, trainable_token_indices=[1, 2])
 
 
 def test_a_model_of_an_unknown_architecture_or_of_experts_is_refused(folder, tmp_path):

@@ -73,7 +73,7 @@ def _obstacle(name: str, module: nn.Module | None, config: SGRQConfig, adapted: 
             "`modules_to_save` trains it whole, expected one or the other; take it out of `modules_to_save`, or train "
             "both the input embedding and the head whole"
         )
-    if name in adapted or is_quantized(module):
+    if name in adapted or is_quantized(module) or any(not p.is_floating_point() for p in module.parameters()):
         return "its scales are trained or quantized, expected a dense layer without an adapter; leave the rows out"
     if has_hooks(module) and not _computes_alike(module):
         return (

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from peft_sgrq.files.output import as_os_error
 from peft_sgrq.formats.gguf.blocks import TYPES, BlockType, read_half
 
 MAGIC = b"GGUF"
@@ -122,12 +123,12 @@ class GGUFFile:
             raise ValueError(f"{self.path} is no file, expected a .gguf file; check the path.")
         self.size = self.path.stat().st_size
         self._spans: dict[str, tuple[int, int]] = {}
-        with open(self.path, "rb") as file:
+        with as_os_error(os.fspath(self.path)), open(self.path, "rb") as file:
             self._check_start(file.read(8))
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 try:
                     self._read(_Reader(data))
-                except (ValueError, struct.error, OverflowError, MemoryError) as error:
+                except (ValueError, struct.error, OverflowError, MemoryError, RecursionError) as error:
                     raise ValueError(
                         f"{self.path} is truncated or corrupt: found {self.size} bytes with {error}, expected a whole "
                         "GGUF file; copy or download it again."
@@ -183,6 +184,8 @@ class GGUFFile:
         self.data_start = -(-self.table_end // alignment) * alignment
         self.tensors: dict[str, TensorInfo] = {}
         for name, shape, ggml_type, offset in listed:
+            if offset % alignment:
+                raise ValueError(f"a tensor {name!r} at the offset {offset}, no multiple of the alignment {alignment}")
             start = self.data_start + offset
             end = start + _tensor_bytes(name, shape, ggml_type)
             if end > self.size:
@@ -232,7 +235,7 @@ class GGUFFile:
         """The bytes of a tensor in memory of its own, uint8 `[rows, bytes of a row]`."""
         info = self.tensors[name]
         values = torch.empty(info.end - info.start, dtype=torch.uint8)
-        with open(self.path, "rb") as file:
+        with as_os_error(os.fspath(self.path)), open(self.path, "rb") as file:
             file.seek(info.start)
             if file.readinto(values.numpy().data) != len(values):
                 raise ValueError(f"{self.path} ends within {name!r}; copy or download it again.")
@@ -265,7 +268,7 @@ class GGUFFile:
 
     def chunks(self, start: int, end: int) -> Iterator[bytes]:
         """The bytes of a part of the file, piece by piece."""
-        with open(self.path, "rb") as file:
+        with as_os_error(os.fspath(self.path)), open(self.path, "rb") as file:
             file.seek(start)
             while start < end:
                 piece = file.read(min(_CHUNK, end - start))
@@ -276,6 +279,8 @@ class GGUFFile:
 
     def named_header(self, name: str) -> bytes:
         """The header with another `general.name`, padded to where the tensors begin then."""
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise ValueError(f"`name` is {name!r}, expected text that UTF-8 can hold; choose another.")
         key, start, end = "general.name", *self._spans.get("general.name", (self._entries_end, self._entries_end))
         entry = _string(key) + struct.pack("<I", _STRING) + _string(name)
         header = bytearray(b"".join(self.chunks(0, start)) + entry + b"".join(self.chunks(end, self.table_end)))

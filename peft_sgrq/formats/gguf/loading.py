@@ -56,7 +56,7 @@ def load_gguf(
         >>> model, tokenizer = peft_sgrq.load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
         ```
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from peft_sgrq.formats.gguf.quantizer import SGRQGgufConfig
 
@@ -70,6 +70,7 @@ def load_gguf(
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     hub = {} if revision is None else {"revision": revision}
     config = read_config(file, folder, name, **hub)  # the vocabulary is walked once for it
+    empty_model(file, config)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -80,7 +81,7 @@ def load_gguf(
         **hub,
         **kwargs,
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, **hub)
+    tokenizer = _read_tokenizer(file, folder, name, **hub)
     without_tokens_beyond(tokenizer, model.get_input_embeddings().weight.shape[0])
     warn_of_tokenizer(file)
     if adapter is not None:
@@ -111,11 +112,57 @@ def read_config(file: GGUFFile, folder: str | None = None, name: str | None = No
         return AutoConfig.from_pretrained(
             folder or str(file.path.absolute().parent), gguf_file=name or file.path.name, **hub
         )
-    except (ValueError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # what a field of the header may raise depends on the architecture
         raise ValueError(
-            f"transformers makes no config of {file.path} ({error}), expected a model of an architecture it knows; "
-            "upgrade it with `pip install -U transformers`, or use another model."
+            f"transformers makes no config of {file.path} ({_first_line(error)}), expected a whole header of an "
+            "architecture it knows; upgrade it with `pip install -U transformers`, download the file again, or use "
+            "another model."
         ) from error
+
+
+def empty_model(file: GGUFFile, config: Any = None) -> Any:
+    """The model of a file on the meta device, for the names and shapes of its parameters.
+
+    Args:
+        file (`GGUFFile`): The file.
+        config: As `read_config` returns it; read if not given.
+
+    Raises:
+        ValueError: If there is none of the sizes that the header states.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(file) if config is None else config
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # a number that is zero, or no number
+        raise ValueError(
+            f"transformers makes no model of the sizes that {file.path} states ({_first_line(error)}), expected those "
+            "of a language model; download the file again, or use another model."
+        ) from error
+
+
+def _read_tokenizer(file: GGUFFile, folder: str, name: str, **hub: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, gguf_file=name, **hub)
+    except OSError:
+        raise
+    except Exception as error:  # what a vocabulary may raise depends on its kind
+        raise ValueError(
+            f"transformers makes no tokenizer of {file.path} ({_first_line(error)}), expected a vocabulary it knows; "
+            "load the model alone by `AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, "
+            "quantization_config=SGRQGgufConfig())`, and its tokenizer from the original model."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ": ".join([type(error).__name__, *lines[:2]])
 
 
 def find_gguf(path: str | os.PathLike[str], gguf_file: str | None = None, revision: str | None = None) -> Path:
@@ -126,6 +173,11 @@ def find_gguf(path: str | os.PathLike[str], gguf_file: str | None = None, revisi
     """
     local = Path(path)
     if local.is_file():
+        if gguf_file is not None and gguf_file != local.name:
+            raise ValueError(
+                f"{local} is a file and `gguf_file` is {gguf_file!r}, expected a folder or a repository with it; "
+                "leave `gguf_file` out, or give the folder."
+            )
         return local
     if gguf_file is None:
         found = sorted(file.name for file in local.glob("*.gguf")) if local.is_dir() else []

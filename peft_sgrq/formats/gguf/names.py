@@ -63,7 +63,7 @@ def find_places(file: GGUFFile, model: nn.Module) -> dict[str, Place]:
 
 
 def check_complete(file: GGUFFile, places: dict[str, Place], model: Any) -> None:
-    """Refuses a file without the weights of a layer, which would be random then.
+    """Refuses a file without the weights of a layer, which would be random then, or with weights of other shapes.
 
     Heads that transformers puts on a model for other tasks than language modeling are new, and do not count.
 
@@ -73,8 +73,17 @@ def check_complete(file: GGUFFile, places: dict[str, Place], model: Any) -> None
         model: The model, before its weights are loaded.
 
     Raises:
-        ValueError: If tensors are missing.
+        ValueError: If tensors are missing, or are not of the shapes that follow from the header.
     """
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    for name, place in places.items():
+        expected = shapes.get(place.parameter)
+        found_shape = file.tensors[name].shape
+        if place.packable and expected not in (None, found_shape):
+            raise ValueError(
+                f"{file.path} holds {name!r} of shape {found_shape}, expected {expected}, which follows from its "
+                "header; copy or download it again, or use another file of the model."
+            )
     found = {place.parameter for place in places.values()}
     body, head = model.base_model, model.get_output_embeddings()
     needed = {id(parameter) for module in (body, head) if module is not None for parameter in module.parameters()}

@@ -87,7 +87,7 @@ def _check_dense(file: GGUFFile, model: Any) -> None:
             # In the dtype it was loaded in, and cast since perhaps.
             if not any(torch.equal(expected.to(dtype).to(found.dtype), found) for dtype in _LOADED_IN):
                 raise ValueError(
-                    f"{parameter!r} is not what {file.path} holds (trained by `modules_to_save` perhaps), which is no "
-                    "change of scales and would be lost, expected a model tuned in its scales alone; train without "
-                    "it. Nothing was written."
+                    f"{parameter!r} is not what {file.path} holds (trained by `modules_to_save` perhaps, or as a "
+                    "dense layer in `target_modules`), which is no change of scales and would be lost, expected a "
+                    "model tuned in its scales alone; train without it. Nothing was written."
                 )

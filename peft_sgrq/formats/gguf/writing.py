@@ -69,6 +69,8 @@ def write_file(file: GGUFFile, out: Path, makers: Makers, name: str | None = Non
                 os.fsync(target.fileno())
             os.chmod(scratch, file.path.stat().st_mode & 0o777)
     except OSError as error:
+        if error.filename == os.fspath(file.path):  # which could not be read
+            raise
         raise OSError(
             f"{out} could not be written ({error.strerror or error}), expected {file.size / 1e6:,.1f} MB of space on "
             "a disk that works; free some, or choose another. Nothing was written."
