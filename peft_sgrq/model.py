@@ -25,6 +25,7 @@ from peft_sgrq.adapter.targets import (
     check_modules_to_save,
     check_targets,
     find_targets,
+    quantized_layers,
     supported_layers,
     warn_of_dense_base,
     warn_of_fused_experts,
@@ -120,7 +121,12 @@ class SGRQModel(BaseTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = supported_layers(self.model, peft_config)
             warn_of_fused_experts(self.model)
-        return _maybe_include_all_linear_layers(peft_config, self.model)
+            return peft_config
+        named = peft_config.target_modules
+        found = _maybe_include_all_linear_layers(peft_config, self.model)
+        if isinstance(named, str) and not isinstance(found.target_modules, str):
+            found.target_modules |= quantized_layers(self.model)  # whose classes PEFT does not know
+        return found
 
     def _prepare_model(self, peft_config: SGRQConfig, model: nn.Module) -> None:
         # Everything that can be wrong is found here, before the first layer is replaced.

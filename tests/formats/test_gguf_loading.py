@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_sgrq
-from peft_sgrq import SGRQConfig, SGRQGgufConfig
+from peft_sgrq import SGRQConfig, SGRQGgufConfig, merge_checkpoint
+from peft_sgrq.formats.gguf.file import GGUFFile
 from peft_sgrq.formats.gguf.layers import GGUFEmbedding, GGUFHead, GGUFLinear, GGUFTiedHead
 
 
@@ -139,6 +140,46 @@ def test_a_model_is_trained_by_trl(tied, tmp_path):
     assert losses[-1] < losses[0]
 
 
+def test_trl_loads_a_file_beside_the_config_of_its_model(tmp_path):
+    pytest.importorskip("trl")
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    model = tiny_model("llama")
+    write_gguf(tmp_path / "m.gguf", model, mixed)
+    _, tokenizer = peft_sgrq.load_gguf(tmp_path / "m.gguf")
+    arguments = {"gguf_file": "m.gguf", "quantization_config": SGRQGgufConfig()}
+
+    def trainer():
+        return SFTTrainer(
+            model=str(tmp_path),
+            args=SFTConfig(
+                str(tmp_path / "out"),
+                max_steps=1,
+                max_length=16,
+                learning_rate=1e-2,
+                use_cpu=True,
+                bf16=False,
+                report_to="none",
+                model_init_kwargs=arguments,
+            ),
+            train_dataset=Dataset.from_dict({"text": ["the cat sat on the mat"] * 4}),
+            processing_class=tokenizer,
+            peft_config=SGRQConfig(task_type="CAUSAL_LM"),
+        )
+
+    with pytest.raises(ValueError, match="model_type"):  # TRL 1.16 reads the config without the name of the file
+        trainer()
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    trained = trainer()
+    trained.train()
+    trained.save_model(tmp_path / "adapter")
+    saved = peft_sgrq.save_gguf(trained.model.merge_and_unload(), tmp_path / "saved.gguf")
+    merge_checkpoint(None, tmp_path / "adapter", tmp_path / "merged.gguf")
+    assert saved.read_bytes() == (tmp_path / "merged.gguf").read_bytes() != (tmp_path / "m.gguf").read_bytes()
+
+
 def test_a_gradient_reaches_all_layers_with_checkpointing_too(folder, ids):
     grads = []
     for checkpointing in (False, True):
@@ -154,11 +195,11 @@ def test_a_gradient_reaches_all_layers_with_checkpointing_too(folder, ids):
 
 
 def test_a_vocabulary_split_in_an_unknown_way_and_unused_tensors_are_said(tmp_path, caplog):
-    extra = {"rope_freqs.weight": torch.ones(32).numpy()}
+    extra = {"rope_factors_long.weight": torch.ones(32).numpy()}
     path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"), pre="smollm", extra=extra)
     with pytest.warns(UserWarning, match="tokenizer.ggml.pre is 'smollm'"):
         peft_sgrq.load_gguf(path)
-    assert "1 tensors of m.gguf are not used" in caplog.text and "rope_freqs.weight" in caplog.text
+    assert "1 tensors of m.gguf are not used" in caplog.text and "rope_factors_long.weight" in caplog.text
 
 
 def test_sub_blocks_can_be_left_out(tmp_path, ids):
@@ -170,6 +211,67 @@ def test_sub_blocks_can_be_left_out(tmp_path, ids):
     assert model.peft_config["default"].base_quantization["sub_blocks"] is False
     model.save_pretrained(tmp_path / "adapter")
     assert "SGRQGgufConfig(sub_blocks=False)" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_frequencies_that_a_file_divides_are_divided(tmp_path, ids, caplog):
+    model = tiny_model("llama")
+    scaled = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    settings = {"rope_type": "llama3", "rope_theta": 10000.0, **scaled}
+    theirs = type(model)(type(model.config)(**{**model.config.to_dict(), "rope_parameters": settings})).eval()
+    theirs.load_state_dict(model.state_dict())
+    divided = theirs.model.rotary_emb.inv_freq
+    factors = (model.model.rotary_emb.inv_freq / divided).numpy()
+    assert factors.max() > 7
+    path = write_gguf(tmp_path / "m.gguf", model, lambda name: None, extra={"rope_freqs.weight": factors})
+    loaded, _ = peft_sgrq.load_gguf(path)
+    assert torch.allclose(loaded.model.rotary_emb.inv_freq, divided, rtol=1e-6)
+    assert "not used" not in caplog.text
+    assert torch.allclose(logits(loaded, ids), logits(theirs, ids), atol=1e-4)
+    assert not torch.allclose(logits(loaded, ids), logits(model, ids), atol=1e-3)
+
+
+def test_positions_that_a_file_scales_are_said(tmp_path, caplog):
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("qwen2", tied=True), q4_0)
+    data, key = path.read_bytes(), b"qwen2.rope.scaling.type"
+    entry = len(key).to_bytes(8, "little") + key + (8).to_bytes(4, "little") + (4).to_bytes(8, "little") + b"yarn"
+    count = int.from_bytes(data[16:24], "little") + 1
+    table = GGUFFile(path).table_end
+    head = data[:16] + count.to_bytes(8, "little") + entry + data[24:table]
+    path.write_bytes(head + bytes(-len(head) % 32) + data[-(-table // 32) * 32 :])
+    peft_sgrq.load_gguf(path)
+    assert "m.gguf scales rotary positions (rope.scaling.type is 'yarn')" in caplog.text
+
+
+def test_all_linear_means_packed_layers_too(tmp_path):
+    packed = write_gguf(tmp_path / "m.gguf", tiny_model("llama"), q4_0)
+    adapted = get_peft_model(peft_sgrq.load_gguf(packed)[0], SGRQConfig(target_modules="all-linear"))
+    assert (
+        adapted.peft_config["default"].target_modules
+        == get_peft_model(peft_sgrq.load_gguf(packed)[0], SGRQConfig()).peft_config["default"].target_modules
+    )
+    some = write_gguf(tmp_path / "mixed.gguf", tiny_model("llama"), mixed)
+    adapted = get_peft_model(
+        peft_sgrq.load_gguf(some)[0],
+        SGRQConfig(target_modules="all-linear", init_weights=False, task_type="CAUSAL_LM"),
+    )
+    ends = {name.rpartition(".")[2] for name in adapted.peft_config["default"].selection}
+    assert ends == {*(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))}
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"o_proj' cannot be merged .*does not hold it in blocks"):
+        merge_checkpoint(None, tmp_path / "adapter", tmp_path / "out.gguf")
+    with pytest.raises(ValueError, match=r"o_proj\.weight' is not what .*dense layer in `target_modules`"):
+        peft_sgrq.save_gguf(adapted.merge_and_unload(), tmp_path / "out.gguf")
+
+
+def test_a_model_that_is_cast_computes_in_the_dtype_it_is_cast_to(tmp_path, ids):
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("gemma3_text", tied=True), mixed)
+    model, _ = peft_sgrq.load_gguf(path)
+    before, scale = logits(model, ids), model.get_input_embeddings().embed_scale
+    cast = logits(model.bfloat16(), ids)  # as DeepSpeed does
+    assert cast.dtype == torch.bfloat16 and torch.allclose(cast.float(), before, atol=0.1 * before.abs().max())
+    assert model.get_output_embeddings().weight.dtype == torch.bfloat16
+    assert logits(model.to(torch.float32), ids).dtype == torch.float32
+    assert model.get_input_embeddings().embed_scale == scale
 
 
 @pytest.mark.parametrize("target", [None, "m.gguf"])

@@ -115,6 +115,25 @@ class _Packed(nn.Module):
         return dequantized(self.kind, self.packed, dtype)
 
 
+class _OfModelsDtype(nn.Module):
+    """A module without an input whose dtype it could take.
+
+    Attributes:
+        dtype (`torch.dtype`): Of what it makes: that of the model, which a cast changes, as it does a parameter's.
+    """
+
+    dtype: torch.dtype
+
+    def follow(self, dtype: torch.dtype) -> None:
+        """Takes on a dtype."""
+        self.dtype = dtype
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _OfModelsDtype:
+        super()._apply(fn, recurse)
+        self.follow(fn(torch.empty(0, dtype=self.dtype)).dtype)
+        return self
+
+
 def dequantized(kind: BlockType, packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A packed matrix as numbers, `[N, K]`."""
     held, factors = _as_stored(kind, packed)
@@ -193,7 +212,7 @@ class GGUFLinear(_Packed):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.kind.name}"
 
 
-class GGUFHead(GGUFLinear):
+class GGUFHead(_OfModelsDtype, GGUFLinear):
     """An output head whose weight stays packed. Trainers multiply by `weight` themselves, so that is made of it.
 
     Args:
@@ -204,7 +223,7 @@ class GGUFHead(GGUFLinear):
 
     def __init__(self, *args: Any, dtype: torch.dtype, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.dtype = dtype
+        self.follow(dtype)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -243,7 +262,7 @@ class GGUFTiedHead(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._embedding[0].kind.name}"
 
 
-class GGUFEmbedding(_Packed):
+class GGUFEmbedding(_OfModelsDtype, _Packed):
     """An embedding that unpacks the rows it is asked for.
 
     Args:
@@ -271,9 +290,13 @@ class GGUFEmbedding(_Packed):
         super().__init__(num_embeddings, embedding_dim, ggml_type, source, device)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx = padding_idx
-        self.dtype = dtype
+        self._scale = embed_scale
+        self.follow(dtype)
+
+    def follow(self, dtype: torch.dtype) -> None:
+        super().follow(dtype)
         # Rounded as a tensor of the model's dtype is, which it stands for.
-        self.embed_scale = None if embed_scale is None else _rounded(embed_scale, dtype)
+        self.embed_scale = None if self._scale is None else _rounded(self._scale, dtype)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         rows = self.packed.detach().index_select(0, ids.reshape(-1))

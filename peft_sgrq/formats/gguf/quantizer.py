@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import GgufConfig
 from peft_sgrq.formats.gguf.file import FLOATS, GGUFFile, TensorInfo
 from peft_sgrq.formats.gguf.layers import GGUFEmbedding, GGUFHead, GGUFLinear, GGUFTiedHead, Source, dequantized
 from peft_sgrq.formats.gguf.names import Place, check_complete, find_places, tensor_processor
+from peft_sgrq.formats.gguf.rope import FACTORS, divide_frequencies, rotary_modules, warn_of_scaling
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,8 @@ class PackedGgufQuantizer(GgufHfQuantizer):
                 self.packed[name] = f"{module}.{layer.stored_name}"
                 if isinstance(layer, GGUFEmbedding) and layer is model.get_input_embeddings() and self.file.tied:
                     _pack_tied_head(model, layer)
-        _tell(self.file, self.places, self.packed)
+        _tell(self.file, {*self.places, *([FACTORS] if rotary_modules(self.file, model) else [])}, self.packed)
+        warn_of_scaling(self.file)
 
     def get_state_dict(self, checkpoint_file: str, model: nn.Module) -> dict[str, torch.Tensor]:
         if not self.packs:
@@ -115,7 +117,10 @@ class PackedGgufQuantizer(GgufHfQuantizer):
         return state
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        return model if self.packs else super()._process_model_after_weight_loading(model, **kwargs)
+        if not self.packs:
+            return super()._process_model_after_weight_loading(model, **kwargs)
+        divide_frequencies(self.file, model)
+        return model
 
     @property
     def is_trainable(self) -> bool:
@@ -196,7 +201,7 @@ def dense_tensors(file: GGUFFile, name: str, place: Place, processor: Any) -> di
     return {place.parameter: torch.tensor(result.weights)}
 
 
-def _tell(file: GGUFFile, places: dict[str, Place], packed: Collection[str]) -> None:
+def _tell(file: GGUFFile, places: Collection[str], packed: Collection[str]) -> None:
     """Says which quantized tensors had to be dequantized, and which tensors the model has no place for."""
     dense = [name for name in places if name not in packed and file.tensors[name].kind is not None]
     if dense:
