@@ -112,6 +112,7 @@ class ProgressFile:
         with together():
             if self._path is not None and process_index() == 0:
                 check_progress_file(self._path)
+                os.makedirs(os.path.dirname(os.path.realpath(self._path)), exist_ok=True)
                 if os.path.exists(self._path):
                     self._read(self._path)
         self.blocks, self.deltas, self.pulls = from_first((self.blocks, self.deltas, self.pulls))
