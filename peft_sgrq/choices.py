@@ -77,6 +77,8 @@ def size_in_bytes(size: int | str, name: str) -> int:
             raise ValueError
         from accelerate.utils.modeling import convert_file_size_to_int  # type: ignore[import-untyped]
 
+        if isinstance(size, str) and size.endswith("b"):  # which stands for bits there
+            size = size[:-1] + "B"
         found = int(convert_file_size_to_int(size))
     except (ValueError, AttributeError):
         found = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable
 from typing import TypeVar
@@ -35,6 +36,16 @@ def budget(text: str) -> float | int | str:
         return _checked(int(text), check_budget)
     except ValueError:
         return _checked(number(text), check_budget)
+
+
+def bits(text: str) -> float | str:
+    """Bits a weight, or a size."""
+    if _SIZE.fullmatch(text):
+        return text
+    value = number(text)
+    if isinstance(value, str) or not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f'{text!r}, expected a number of bits a weight, or a size such as "3GB"')
+    return value
 
 
 def number(text: str) -> float | str:

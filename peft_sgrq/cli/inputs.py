@@ -14,6 +14,7 @@ from peft_sgrq.files.sources import check_adapter_folder
 
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _TEXTS = (".txt", ".md", "")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=_DTYPES,
         help="of what is not quantized (default: that of the checkpoint, or float32 on CPUs without bfloat16)",
     )
 
@@ -47,14 +48,14 @@ def add_dense_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="a dense causal language model: a directory or a name on the Hub"
     )
-    parser.add_argument("--dtype", default="auto", help="default: that of the checkpoint")
+    parser.add_argument("--dtype", default="auto", choices=_DTYPES, help="default: that of the checkpoint")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Those that say which part of the data is used, and `--quiet`."""
     parser.add_argument("--column", help="of the dataset, with texts, chats or token ids (default: text)")
     parser.add_argument("--split", default="train", help="of a dataset of the Hub (default: train)")
-    parser.add_argument("--samples", type=int, default=128, help="sequences at most (default: 128)")
+    parser.add_argument("--samples", type=int, default=128, help="sequences at most (default: %(default)s)")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a sequence at most (default: 512)")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences in a batch (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples")

@@ -12,6 +12,7 @@ from peft_sgrq.cli import inputs
 from peft_sgrq.files.output import check_output
 from peft_sgrq.files.output_folder import check_output_folder, written_folder
 from peft_sgrq.files.paths_apart import check_apart, check_not_read
+from peft_sgrq.rotation.scheme import ROTATIONS, parse_scheme
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="the folder to write")
     parser.add_argument("--scheme", default="W4A4KV4", help="the bits to come (default: W4A4KV4)")
     parser.add_argument("--group-size", type=int, default=64, help="columns that will share a scale (default: 64)")
-    parser.add_argument("--rotations", nargs="+", default=["R1", "R2"], metavar="NAME", help="of R1 R2 R3 R4")
+    parser.add_argument(
+        "--rotations", nargs="+", choices=ROTATIONS, default=["R1", "R2"], metavar="NAME", help="of R1 R2 R3 R4"
+    )
     parser.add_argument("--select", choices=("measured", "all"), help="default: measured if there is data")
     parser.add_argument("--quantize", action="store_true", help="round to nearest, and save that")
     parser.add_argument("--report", metavar="FILE", help="write what was chosen and the errors as JSON")
@@ -29,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
+    parse_scheme(args.scheme, args.group_size)
+    if args.select == "measured" and not args.data:
+        raise ValueError("--select measured needs data, found none; give --data.")
     check_output_folder(args.output)
     if args.report:
         check_output(args.report, "The report")
@@ -40,9 +46,7 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     from peft_sgrq.rotation.quantize import quantize
     from peft_sgrq.rotation.rotate import rotate
-    from peft_sgrq.rotation.scheme import parse_scheme
 
-    parse_scheme(args.scheme, args.group_size)
     model, tokenizer = inputs.load_dense(args)
     found = rotate(
         model,

@@ -67,7 +67,12 @@ def scaled_weight_of(name: str, layer: nn.Module, group_size: int) -> ScaledWeig
 
 
 def refuse_adapters(model: nn.Module, what: str) -> None:
-    """Raises a ValueError if a model has an adapter; `what` is asked for, as in "calibrate"."""
+    """Raises an error if what is given is no model, or has an adapter; `what` is asked for, as in "calibrate"."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"The model is a {type(model).__name__}, expected one in memory; load it, as by "
+            "`AutoModelForCausalLM.from_pretrained`."
+        )
     adapted = isinstance(getattr(model, "base_model", None), BaseTuner) or isinstance(model, BaseTuner)
     if adapted or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(

@@ -82,9 +82,13 @@ def load_batches(
         seed (`int`): Seed for choosing samples.
 
     Raises:
-        ValueError: If there is no data, or no token but padding, on all processes together; if the column is missing.
+        ValueError: If there is no data, or no token but padding, on all processes together; if the column is missing,
+            or a count is none.
         TypeError: If the data has another form, or texts come without a tokenizer.
     """
+    for name, count in (("samples", samples), ("max_length", max_length), ("batch_size", batch_size)):
+        if not (name == "samples" and count is None) and (not isinstance(count, int) or count < 1):
+            raise ValueError(f"`{name}` is {count!r}, expected a whole number of at least 1; correct it.")
     items = _read(data, column, tokenizer)
     first = next(items, None)
     if first is None:

@@ -38,12 +38,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
             model.eval()
             yield
     finally:
+        for config, use_cache in caches:
+            config.use_cache = use_cache
         for space, before in kept:
             put_back(space, before)
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
-        for config, use_cache in caches:
-            config.use_cache = use_cache
         random.setstate(python_state)
         np.random.set_state(numpy_state)
 

@@ -20,13 +20,12 @@ from peft_sgrq.rotation.bit_plan import BitPlan, stored_bits
 from peft_sgrq.rotation.bit_values import Pairs, Rounding, by_fisher, by_measured_loss, by_output
 from peft_sgrq.rotation.quantize import quantizable_layers
 from peft_sgrq.rotation.recorded_calls import recorded_calls, same_tensor
-from peft_sgrq.rotation.scheme import WIDTHS, Scheme, parse_scheme, require_compressed_tensors
+from peft_sgrq.rotation.scheme import BIT_CRITERIA, WIDTHS, Scheme, parse_scheme, require_compressed_tensors
 from peft_sgrq.selection.layerwise.allocate_ratios import split_blocks
 from peft_sgrq.selection.layerwise.gains import halves
 from peft_sgrq.selection.layerwise.knapsack import Block, allocate
 from peft_sgrq.selection.layerwise.probe import Row, mean_loss, run_row, split_rows
 
-CRITERIA = ("fisher", "measured", "output")
 _STEP = 0.25  # bits between points of the curve
 
 
@@ -94,8 +93,8 @@ def allocate_bits(
     """
     require_compressed_tensors()
     offered = _check_widths(widths)
-    if criterion not in CRITERIA:
-        raise ValueError(f"`criterion` is {criterion!r}, expected one of {CRITERIA}.")
+    if criterion not in BIT_CRITERIA:
+        raise ValueError(f"`criterion` is {criterion!r}, expected one of {BIT_CRITERIA}.")
     if pairs and criterion != "measured":
         raise ValueError(f'`pairs` needs the criterion "measured", found {criterion!r}; leave it out.')
     scheme = parse_scheme(f"W{offered[-1]}A16", group_size)
@@ -144,7 +143,8 @@ def _budget(bits: float | str, layers: Mapping[str, nn.Linear], costs: Mapping[s
     if least > budget:
         raise ValueError(
             f"`bits` is {bits!r}, but with scales the smallest widths take {math.ceil(1e3 * least / weights) / 1e3} "
-            f"bits a weight ({-(-least // 8)} bytes); raise it, offer smaller widths, or give a larger `group_size`."
+            f"bits a weight ({-(-least // 8)} bytes); raise it, offer smaller widths, give a larger `group_size`, or "
+            "load the model in a smaller dtype, which scales have, too."
         )
     return budget
 

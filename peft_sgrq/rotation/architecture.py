@@ -18,7 +18,6 @@ from torch import nn
 from peft_sgrq.passes.chain import find_stack
 from peft_sgrq.passes.untouched import untouched
 from peft_sgrq.rotation.recorded_calls import Call, recorded_calls, same_tensor
-from peft_sgrq.rotation.refused import refuse_model
 from peft_sgrq.rotation.roles import BlockRoles, NormRoles, Roles
 
 _TOKENS = 8  # sequences of one token each
@@ -28,19 +27,18 @@ def find_roles(model: nn.Module) -> Roles:
     """Finds what reads and writes the residual stream of a causal language model.
 
     Args:
-        model (`nn.Module`): A dense model, without adapters. It is left as it was.
+        model (`nn.Module`): A model that can be rotated or quantized (`refuse_model`). It is left as it was.
 
     Raises:
         ValueError: If a part of the model is none that a rotation of the stream can go through; the sentence names it.
     """
-    refuse_model(model, "rotate")
+    _refuse_parts(model)
     embedding, head = (_embeddings(model, which) for which in ("input", "output"))
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     stack = find_stack(model, linears)
     if stack is None:
         raise ValueError("The model has no list of transformer blocks, expected a causal language model; give one.")
     hidden = int(model.get_submodule(embedding).embedding_dim)  # type: ignore[arg-type]
-    _refuse_parts(model)
     calls = _trace(model, stack[1], hidden)
     norms = _find_norms(model, calls, hidden)
     final = next((norm for norm in norms if head in norm.readers), None)

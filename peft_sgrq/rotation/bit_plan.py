@@ -86,7 +86,9 @@ class BitPlan:
 
     def gptqmodel(self) -> dict[str, dict[str, Any]]:
         """GPTQModel's `dynamic`."""
-        return {f"+:^{re.escape(name)}$": self._fields(name) for name in self.layers}
+        # It orders groups of columns by their activations, and refuses a layer that has none.
+        unordered = {name: {"act_group_aware": False} for name in self.by_row}
+        return {f"+:^{re.escape(name)}$": {**self._fields(name), **unordered.get(name, {})} for name in self.layers}
 
     def _fields(self, name: str) -> dict[str, Any]:
         size = -1 if name in self.by_row else self.group_size

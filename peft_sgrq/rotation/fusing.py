@@ -10,9 +10,9 @@ from torch import nn
 
 from peft_sgrq.passes.untouched import configs_of
 from peft_sgrq.rotation.roles import BlockRoles, NormRoles, Roles
+from peft_sgrq.rotation.scheme import ROTATIONS
 
 Applied = tuple[Sequence[str], str, bool]  # names of modules, location, whether inverse
-ROTATIONS = ("R1", "R2", "R3", "R4")
 
 
 @torch.no_grad()

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from peft_sgrq.formats.compressed_tensors.kv_cache_copies import let_caches_be_copied
+from peft_sgrq.formats.compressed_tensors.weight import keep_compressed
 from peft_sgrq.rotation.bit_plan import BitPlan
 from peft_sgrq.rotation.refused import refuse_model
 from peft_sgrq.rotation.rounding import weight_scales
 from peft_sgrq.rotation.scheme import FULL, WIDTHS, Scheme, parse_scheme, require_compressed_tensors
+from peft_sgrq.rotation.snapshot import restored_on_failure
 
 
 def quantize(
@@ -29,6 +30,9 @@ def quantize(
     linear layers, one a token and head for keys and values. Embeddings, and heads outside of the blocks, stay. The
     result is trained, merged and saved as any model of that format: `save_pretrained` writes a checkpoint that plain
     transformers loads. Better codes than the nearest come from AutoRound or GPTQModel.
+
+    The model stays packed: each layer unpacks its weight when it computes, so that it can be saved after it was used.
+    What transformers loads is unpacked at its first forward pass, and is faster from then on.
 
     With rounded activations a model's outputs depend on the shapes of its inputs, as sums in another order round to
     other codes: a step of decoding differs from the same position in a longer input. That is so in the base, too.
@@ -48,7 +52,7 @@ def quantize(
 
     Raises:
         ValueError: If the model is quantized, has adapters or experts, a layer that is named is not there, or the
-            size of its heads cannot be found. The model is as it was then.
+            size of its heads cannot be found. The model is as it was then, and after an interrupt.
         TypeError: If an argument has the wrong type.
         ImportError: If compressed-tensors is missing.
 
@@ -77,17 +81,19 @@ def quantize(
         name: weight_scales(layer.weight.detach(), bits.weight_args(widths[name], name in by_row))
         for name, layer in layers.items()
     }
-    apply_quantization_config(model, config, show_progress=False)
-    for name, layer in layers.items():
-        scales, zeros = rounded.pop(name)
-        layer.weight_scale.data.copy_(scales)  # type: ignore[operator]
-        if hasattr(layer, "weight_zero_point"):
-            layer.weight_zero_point.data.copy_(zeros)  # type: ignore[operator]
-    compressor = ModelCompressor.from_pretrained_model(model)
-    compressor.compress_model(model)
-    _declare(model, compressor.quantization_config)
-    let_caches_be_copied(model)
-    return model.requires_grad_(False)
+    with restored_on_failure(model, overwritten=False):  # weights are replaced, the scales were computed before
+        apply_quantization_config(model, config, show_progress=False)
+        for name, layer in layers.items():
+            scales, zeros = rounded.pop(name)
+            layer.weight_scale.data.copy_(scales)  # type: ignore[operator]
+            if hasattr(layer, "weight_zero_point"):
+                layer.weight_zero_point.data.copy_(zeros)  # type: ignore[operator]
+        compressor = ModelCompressor.from_pretrained_model(model)
+        compressor.compress_model(model)
+        _declare(model, compressor.quantization_config)
+        keep_compressed(model)  # else its first forward pass would leave no codes to be saved
+        model.requires_grad_(False)
+    return model
 
 
 def quantizable_layers(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, nn.Linear]:

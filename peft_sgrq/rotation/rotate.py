@@ -15,12 +15,13 @@ from peft_sgrq.passes.running import longest, runner
 from peft_sgrq.passes.untouched import untouched
 from peft_sgrq.rotation.architecture import find_roles
 from peft_sgrq.rotation.errors import RotationError, measure_errors, possible
-from peft_sgrq.rotation.fusing import ROTATIONS, fuse_norms, has_hadamard, rotate_stream, rotate_values, untie
+from peft_sgrq.rotation.fusing import fuse_norms, has_hadamard, rotate_stream, rotate_values, untie
 from peft_sgrq.rotation.online import rotate_down, rotate_queries
 from peft_sgrq.rotation.recorded_calls import recorded_calls
+from peft_sgrq.rotation.refused import refuse_model
 from peft_sgrq.rotation.roles import BlockRoles, Roles
 from peft_sgrq.rotation.rotations import Rotations
-from peft_sgrq.rotation.scheme import Scheme, parse_scheme, require_compressed_tensors
+from peft_sgrq.rotation.scheme import ROTATIONS, Scheme, parse_scheme, require_compressed_tensors
 from peft_sgrq.rotation.snapshot import restored_on_failure
 
 _TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -89,7 +90,9 @@ def rotate(
     wanted = _check_rotations(rotations, select, data)
     if not isinstance(seed, int):
         raise TypeError(f"`seed` is {seed!r}, expected a whole number.")
+    _check_tolerance(tolerance)
     select = select or ("measured" if data is not None else "all")
+    refuse_model(model, "rotate")
     if has_online_rotations(model):
         raise ValueError("The model has online rotations, expected one without; rotate the original model.")
     batches: list[Batch] = []
@@ -125,6 +128,11 @@ def _check_rotations(rotations: Sequence[str], select: str | None, data: Any) ->
     if select == "measured" and data is None:
         raise ValueError('`select` is "measured" and there is no data, expected some; give `data=`, or select "all".')
     return [name for name in ROTATIONS if name in rotations]
+
+
+def _check_tolerance(tolerance: object) -> None:
+    if tolerance is not None and (isinstance(tolerance, bool) or not isinstance(tolerance, (int, float))):
+        raise TypeError(f"`tolerance` is {tolerance!r}, expected a number, or None for that of the dtype.")
 
 
 def _apply(

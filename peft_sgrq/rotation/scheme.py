@@ -1,4 +1,4 @@
-"""What "W4A8KV8" means: bits of weights, activations and the KV cache, as compressed-tensors' arguments."""
+"""What names mean: rotations, and "W4A8KV8", bits of weights, activations and cache, for compressed-tensors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 _NAME = re.compile(r"W(\d+)A(\d+)(?:KV(\d+))?")
+ROTATIONS = ("R1", "R2", "R3", "R4")
+BIT_CRITERIA = ("fisher", "measured", "output")
 WIDTHS = range(2, 9)
 FULL = 16  # bits of what is not quantized
 

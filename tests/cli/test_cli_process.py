@@ -251,6 +251,7 @@ def test_what_is_here_or_in_the_cache_or_on_the_hub_is_taken(tmp_path: Path, mon
 # at once
 
 
+_ROTATE, _ALLOCATE = ["rotate", "base", "-o", "out"], ["allocate", "base", "text.txt", "-o", "out"]
 USAGE = [
     ([], 0, "COMMAND"),
     (["--help"], 0, "verify"),
@@ -272,7 +273,17 @@ USAGE = [
     (["recover", "base", "--reference", "./nowhere", "--data", "text.py", "-o", "out"], 2, "'./nowhere' is no folder"),
     (["rotate", "base", "-o", "adapter"], 2, "'adapter' exists already, expected a new folder"),
     (["allocate", "base", "text.py", "-o", "base"], 2, "'base' is a folder, expected a file"),
-]
+    *(([*_ROTATE, *words], 2, told) for words, told in (
+        (["--rotations", "R5"], "'R5' (choose from"), (["--scheme", "W4"], "expected weights, activations and KV"),
+        (["--select", "measured"], "--select measured needs data"), (["--dtype", "int"], "choice: 'int'"),
+        (["--group-size", "0"], "`group_size` is 0"),
+    )),
+    *(([*_ALLOCATE, *words], 2, told) for words, told in (
+        (["--bits", "few"], "'few', expected a number of bits a weight"), (["--bits", "nan"], "'nan', expected"),
+        (["--widths", "1"], "choice: 1"), (["--criterion", "best"], "choice: 'best'"),
+        (["--pairs"], "--pairs needs --criterion measured"), (["--group-size", "0"], "`group_size` is 0"),
+    )),
+]  # fmt: skip
 
 
 def test_help_and_mistakes_are_answered_without_the_libraries(tmp_path: Path):

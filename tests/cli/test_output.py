@@ -292,6 +292,9 @@ def test_every_command_looks_at_its_output_first(output, nested, tmp_path: Path,
         ["calibrate", "model", "data", "-o", path],
         ["recover", "model", "--reference", "full", "--data", "data", "-o", path],
         ["merge", str(nested[1]), path],
+        ["rotate", "model", "-o", path],
+        ["allocate", "model", "data", "-o", path],
+        ["allocate", "model", "data", "-o", str(tmp_path / "plan.json"), "--checkpoint", path],
     ]
     for command in commands:
         assert main(command) == 2

@@ -15,6 +15,7 @@ from support.rotated_models import assert_same, random_model, state
 from transformers import AutoModelForCausalLM
 
 from peft_sgrq import BitPlan, Rotations, SGRQConfig, allocate_bits, quantize
+from peft_sgrq.choices import size_in_bytes
 from peft_sgrq.passes.data import load_batches
 from peft_sgrq.rotation.bit_values import Rounding, by_fisher, by_measured_loss, by_output
 from peft_sgrq.rotation.quantize import quantizable_layers
@@ -179,11 +180,18 @@ def test_other_tools_are_told_the_same(tmp_path, ids):
     assert plan.autoround()["model.layers.0.mlp.down_proj"]["group_size"] == -1  # 172 columns
     assert {fields["bits"] for fields in plan.gptqmodel().values()} == set(plan.layers.values())
     assert "+:^model\\.layers\\.0\\.mlp\\.up_proj$" in plan.gptqmodel()
+    one_a_row = plan.gptqmodel()["+:^model\\.layers\\.0\\.mlp\\.down_proj$"]
+    assert one_a_row["group_size"] == -1 and one_a_row["act_group_aware"] is False  # which needs groups
     named = [name for group in plan.quantization_config()["config_groups"].values() for name in group["targets"]]
     assert sorted(named) == sorted(plan.layers)
     plan.save(tmp_path / "plan.json")
     assert BitPlan.load(tmp_path / "plan.json") == plan
     assert "bits a weight" in plan.table()
+
+
+def test_sizes_are_bytes_however_they_are_spelled():
+    assert {size_in_bytes(size, "bits") for size in ("3GB", "3gb", "3 Gb", "3000MB", "3000mb")} == {3 * 10**9}
+    assert size_in_bytes("1kib", "bits") == 1024
 
 
 def test_mistakes_are_refused(ids):

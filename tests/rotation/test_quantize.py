@@ -62,6 +62,46 @@ def test_a_model_is_adapted_right_after_it_was_quantized(llama_dir, ids):
     assert torch.equal(logits(adapted, ids), unmerged)
 
 
+def test_a_model_that_was_used_is_saved_and_adapted_as_one_that_was_not(llama_dir, tmp_path, ids):
+    """compressed-tensors unpacks a model for good when it is used, and leaves no codes to be saved."""
+    model = quantize(AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.bfloat16).eval(), "W8A8KV8")
+    packed, used = state(model), logits(model, ids)
+    model.generate(ids[:, :4], max_new_tokens=2, pad_token_id=0)
+    assert_same(model, packed)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), ids), used)
+    assert torch.equal(logits(get_peft_model(model, SGRQConfig(task_type="CAUSAL_LM")).eval(), ids), used)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_model_stays_as_it_was_when_packing_ends_early(error, monkeypatch, ids):
+    from compressed_tensors.compressors.model_compressors import model_compressor
+
+    model, calls = random_model("llama with biases"), []
+    model.lm_head.requires_grad_(False)
+    before, output = state(model), logits(model, ids % 256)
+    fields, modules = copy.deepcopy(vars(model.config)), [name for name, _ in model.named_modules()]
+    parameters = {name: (id(one), one.requires_grad) for name, one in model.named_parameters()}
+    compress = model_compressor.compress_module
+
+    def compress_some(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise error
+        compress(*arguments)
+
+    monkeypatch.setattr(model_compressor, "compress_module", compress_some)
+    with pytest.raises(error):
+        quantize(model, "W4A4KV4")
+    assert_same(model, before)
+    assert parameters == {name: (id(one), one.requires_grad) for name, one in model.named_parameters()}
+    assert vars(model.config) == fields and not getattr(model, "is_quantized", False)
+    assert [name for name, _ in model.named_modules()] == modules
+    assert torch.equal(logits(model, ids % 256), output)
+    monkeypatch.undo()
+    quantize(model, "W4A4KV4")
+
+
 @pytest.mark.parametrize("scheme", ["W8A16KV4", "W4A4KV4"])
 def test_what_comes_later_changes_nothing_before_it(scheme, llama_dir, ids):
     model = quantize(AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.float32).eval(), scheme)
@@ -205,6 +245,9 @@ def test_what_cannot_be_quantized_is_refused_and_stays():
         quantize(model)
     with pytest.raises(TypeError, match="a name such as"):
         parse_scheme(4)
+    for change in (quantize, rotate):
+        with pytest.raises(TypeError, match="The model is a str, expected one in memory"):
+            change("org/model")
 
 
 def test_transformers_still_does_not_load_packed_zero_points(tmp_path, monkeypatch):

@@ -121,6 +121,7 @@ def test_mistakes_are_refused_before_anything_changes(ids):
         ({"scheme": "4 bits"}, ValueError, "W4A8KV8"),
         ({"scheme": "W1A16"}, ValueError, "2 to 8"),
         ({"group_size": 0}, ValueError, "positive"),
+        ({"tolerance": "large"}, TypeError, "expected a number"),
     ):
         with pytest.raises(error, match=message):
             rotate(model, **settings)

@@ -39,6 +39,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "glm4": ("Glm4", {"head_dim": 16}, "no norm or gate behind them"),
     "starcoder2": ("Starcoder2", {}, "takes the mean away"),
     "opt": ("OPT", _OPT, "takes the mean away"),
+    "gpt2": ("GPT2", {}, "takes the mean away"),
     "qwen3 moe": ("Qwen3Moe", _EXPERTS, "several experts"),
     "mixtral": ("Mixtral", {"num_local_experts": 2}, "several experts"),
     "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"]}, "is a Conv1d with the parameters"),
@@ -50,7 +51,7 @@ def random_model(kind: str, dtype: torch.dtype = torch.float32, **config: Any) -
     torch.manual_seed(0)
     name, settings = (ROTATED.get(kind) or REFUSED[kind])[:2]
     made = getattr(tr, f"{name}Config")(**{**_COMMON, **settings, **config})
-    model = getattr(tr, f"{name}ForCausalLM")(made).eval()
+    model = tr.AutoModelForCausalLM.from_config(made).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.1))
