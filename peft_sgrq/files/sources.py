@@ -54,13 +54,14 @@ def check_adapter_folder(folder: str | os.PathLike[str]) -> None:
     """Refuses a folder, which is there, that no adapter was saved to; a base in the adapter's place, for instance.
 
     Raises:
-        ValueError: If it has no config or no weights in safetensors.
+        ValueError: If it has no config or no weights in safetensors, or the config is broken.
     """
     if not all(os.path.isfile(os.path.join(folder, name)) for name in _ADAPTER):
         raise ValueError(
             f"{folder} holds no adapter, expected {' and '.join(_ADAPTER)}; give the folder `save_pretrained` wrote "
             "them to."
         )
+    adapter_fields(Path(folder))
 
 
 def find_base(base: str | os.PathLike[str] | None, adapter: Path, revision: str | None) -> Path:
@@ -78,9 +79,21 @@ def find_base(base: str | os.PathLike[str] | None, adapter: Path, revision: str 
 
 
 def adapter_fields(adapter: Path) -> dict[str, Any]:
-    """The fields of an adapter's config as they stand in its file; none if there is no such file."""
+    """The fields of an adapter's config as they stand in its file; none if there is no such file.
+
+    Raises:
+        ValueError: If the file is broken.
+    """
     path = adapter / "adapter_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy or download the adapter again.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds a {type(fields).__name__}, expected the fields of a config; save it again.")
+    return fields
 
 
 def other_files(folder: Path, weights: set[str]) -> tuple[list[Path], list[Path]]:

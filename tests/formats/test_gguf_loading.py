@@ -242,6 +242,13 @@ def test_positions_that_a_file_scales_are_said(tmp_path, caplog):
     assert "m.gguf scales rotary positions (rope.scaling.type is 'yarn')" in caplog.text
 
 
+def test_a_merge_leaves_packed_embeddings_tied(tmp_path, recwarn):
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("llama", tied=True), q4_0)
+    merged = get_peft_model(peft_sgrq.load_gguf(path)[0], SGRQConfig(init_weights=False)).merge_and_unload()
+    assert merged.config.tie_word_embeddings
+    assert not [warning for warning in recwarn if "no longer tied" in str(warning.message)]
+
+
 def test_all_linear_means_packed_layers_too(tmp_path):
     packed = write_gguf(tmp_path / "m.gguf", tiny_model("llama"), q4_0)
     adapted = get_peft_model(peft_sgrq.load_gguf(packed)[0], SGRQConfig(target_modules="all-linear"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -162,6 +163,14 @@ def test_verify_finds_a_changed_code_scale_and_header(made, merged, tmp_path):
             assert place == 40 and "corrupt" in str(error)
             continue
         assert not report.ok and any(said in error for error in report.errors)
+    ends = sorted((info.end, info.start) for info in file.tensors.values())
+    gap = next(end for (end, _), (_, start) in itertools.pairwise(ends) if end < start)
+    data = bytearray(merged.read_bytes())
+    data[gap] ^= 1
+    for changed in (data, merged.read_bytes() + b"\0", merged.read_bytes()[:-1]):
+        broken.write_bytes(changed)
+        (error,) = verify_checkpoint(made.base, made.adapter, broken).errors
+        assert "behind" in error
     report = verify_checkpoint(made.base, made.adapter, made.base)
     assert not report.ok and "is that of the base" in report.errors[0]
 

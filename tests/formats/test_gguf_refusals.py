@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 
 import pytest
 import torch
@@ -149,6 +150,16 @@ def test_two_files_and_a_name_that_cannot_be_written_are_refused(folder, tmp_pat
     with pytest.raises(ValueError, match="expected text that UTF-8 can hold"):
         merge_checkpoint(base, adapter, tmp_path / "out.gguf", name="\udcff")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("text", "said"), [('{"x": ', "is not JSON"), ("[]", "holds a list")])
+def test_an_adapter_whose_config_is_broken_is_refused_by_its_file(text, said, folder, tmp_path, capsys):
+    adapter, merged, out = tmp_path / "adapter", str(folder / "merged.gguf"), str(tmp_path / "out.gguf")
+    shutil.copytree(folder / "adapter", adapter)
+    (adapter / "adapter_config.json").write_text(text)
+    for command in (["merge", str(adapter), out], ["verify", str(adapter), merged], ["inspect", str(adapter)]):
+        assert main(command) == 2
+        assert f"{adapter / 'adapter_config.json'} {said}" in capsys.readouterr().err
 
 
 def test_a_file_that_cannot_be_read_is_named_and_no_fault_of_what_is_printed(folder, tmp_path, monkeypatch, capsys):

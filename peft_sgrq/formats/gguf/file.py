@@ -277,6 +277,14 @@ class GGUFFile:
                 start += len(piece)
                 yield piece
 
+    def padding(self) -> Iterator[bytes]:
+        """The bytes behind the header that no tensor has, piece by piece."""
+        position = self.data_start
+        for info in sorted(self.tensors.values(), key=lambda info: info.start):
+            yield from self.chunks(position, info.start)
+            position = info.end
+        yield from self.chunks(position, self.size)
+
     def named_header(self, name: str) -> bytes:
         """The header with another `general.name`, padded to where the tensors begin then."""
         if any("\ud800" <= letter <= "\udfff" for letter in name):
