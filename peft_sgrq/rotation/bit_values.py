@@ -65,23 +65,27 @@ def by_fisher(
 ) -> list[NDArray[np.float64]]:
     """For each unit, what each width changes the loss by, to second order; one backward pass a row."""
     slopes = {name: np.zeros((len(rows), len(rounding.widths))) for name in rounding.layers}
-    weights = {name: layer.weight for name, layer in rounding.layers.items()}
+    weights: dict[torch.Tensor, list[str]] = {}  # of several layers where they are tied: each has its share
+    for name, layer in rounding.layers.items():
+        weights.setdefault(layer.weight, []).append(name)
     current = [0]  # the row
 
-    def take(name: str) -> Callable[[torch.Tensor], None]:
+    def take(names: list[str]) -> Callable[[torch.Tensor], None]:
         def hook(parameter: torch.Tensor) -> None:
             gradient: Any = parameter.grad
             own = parameter.detach()
             for index, width in enumerate(rounding.widths):
-                change = rounding.weight(name, width).double() - own.double()
-                slopes[name][current[0], index] += float((gradient.double() * change).sum())
+                change = rounding.weight(names[0], width).double() - own.double()
+                slope = float((gradient.double() * change).sum())
+                for name in names:
+                    slopes[name][current[0], index] += slope / len(names)
             parameter.grad = None  # one gradient is in memory at a time
 
         return hook
 
-    with _gradients_of(model, weights.values()), untouched(model), torch.enable_grad(), ExitStack() as stack:
-        for name, weight in weights.items():
-            stack.callback(weight.register_post_accumulate_grad_hook(take(name)).remove)
+    with _gradients_of(model, weights), untouched(model), torch.enable_grad(), ExitStack() as stack:
+        for weight, names in weights.items():
+            stack.callback(weight.register_post_accumulate_grad_hook(take(names)).remove)
         for current[0], row in enumerate(rows):
             loss_of(run_row(model, row), row).backward()
             tick()

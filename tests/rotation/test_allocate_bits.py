@@ -91,6 +91,20 @@ def test_fisher_values_are_the_slopes_of_the_loss(rows):
         assert found[index] == pytest.approx(expected, rel=1e-2)
 
 
+def test_layers_of_one_weight_share_its_slope(rows):
+    model = random_model("llama, tied", torch.float64)
+    one, other = (layer.mlp.up_proj for layer in model.model.layers)
+    other.weight = one.weight
+    before = state(model)
+    names = [f"model.layers.{index}.mlp.up_proj" for index in (0, 1)]
+    rounding = Rounding(quantizable_layers(model), [2, 4], Scheme(4))
+    first, second, both = by_fisher(model, rounding, [names[:1], names[1:], names], rows, lambda: None)
+    assert_same(model, before)
+    np.testing.assert_array_equal(first, second)
+    alone = Rounding({names[0]: one}, [2, 4], Scheme(4))  # both layers are rounded with it
+    np.testing.assert_allclose(by_fisher(model, alone, [names[:1]], rows, lambda: None)[0], both, rtol=1e-9)
+
+
 def test_measured_values_are_differences_of_losses_and_pairs_complete_them(rows):
     model = random_model("llama, tied", num_hidden_layers=1)
     rounding = Rounding(quantizable_layers(model), [2, 3], Scheme(3))
