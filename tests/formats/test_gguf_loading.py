@@ -7,7 +7,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from support.gguf_files import ARCHITECTURES, mixed, q4_0, tiny_model, write_gguf
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import peft_sgrq
 from peft_sgrq import SGRQConfig, SGRQGgufConfig, merge_checkpoint
@@ -228,6 +228,8 @@ def test_frequencies_that_a_file_divides_are_divided(tmp_path, ids, caplog):
     assert "not used" not in caplog.text
     assert torch.allclose(logits(loaded, ids), logits(theirs, ids), atol=1e-4)
     assert not torch.allclose(logits(loaded, ids), logits(model, ids), atol=1e-3)
+    own, _ = peft_sgrq.load_gguf(path, config=theirs.config)  # which divides them itself
+    assert torch.equal(own.model.rotary_emb.inv_freq, divided)
 
 
 def test_positions_that_a_file_scales_are_said(tmp_path, caplog):
@@ -240,6 +242,17 @@ def test_positions_that_a_file_scales_are_said(tmp_path, caplog):
     path.write_bytes(head + bytes(-len(head) % 32) + data[-(-table // 32) * 32 :])
     peft_sgrq.load_gguf(path)
     assert "m.gguf scales rotary positions (rope.scaling.type is 'yarn')" in caplog.text
+    caplog.clear()
+    config = AutoConfig.from_pretrained(tmp_path, gguf_file="m.gguf")
+    config.rope_parameters = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
+    peft_sgrq.load_gguf(path, config=config)
+    assert "scales rotary positions" not in caplog.text
+
+
+def test_arguments_of_from_pretrained_are_taken_or_refused_by_name(folder):
+    assert peft_sgrq.load_gguf(folder / "m.Q4_0.gguf", torch_dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="`quantization_config` is given, expected `sub_blocks`"):
+        peft_sgrq.load_gguf(folder / "m.Q4_0.gguf", quantization_config=SGRQGgufConfig())
 
 
 def test_a_merge_leaves_packed_embeddings_tied(tmp_path, recwarn):

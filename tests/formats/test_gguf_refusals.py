@@ -149,6 +149,8 @@ def test_two_files_and_a_name_that_cannot_be_written_are_refused(folder, tmp_pat
         peft_sgrq.load_gguf(base, "merged.gguf")
     with pytest.raises(ValueError, match="expected text that UTF-8 can hold"):
         merge_checkpoint(base, adapter, tmp_path / "out.gguf", name="\udcff")
+    with pytest.raises(TypeError, match="`name` is 5, expected a string"):
+        merge_checkpoint(base, adapter, tmp_path / "out.gguf", name=5)
     assert not list(tmp_path.iterdir())
 
 

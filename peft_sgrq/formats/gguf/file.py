@@ -287,6 +287,8 @@ class GGUFFile:
 
     def named_header(self, name: str) -> bytes:
         """The header with another `general.name`, padded to where the tensors begin then."""
+        if not isinstance(name, str):
+            raise TypeError(f"`name` is {name!r}, expected a string.")
         if any("\ud800" <= letter <= "\udfff" for letter in name):
             raise ValueError(f"`name` is {name!r}, expected text that UTF-8 can hold; choose another.")
         key, start, end = "general.name", *self._spans.get("general.name", (self._entries_end, self._entries_end))

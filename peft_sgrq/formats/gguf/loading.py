@@ -41,12 +41,14 @@ def load_gguf(
         sub_blocks (`bool`): Whether the sub-blocks of K-quants and IQ4_XS (16 or 32 columns) have scales of their own
             to train; `False` trains one scale for each 256 columns.
         revision (`str` or `None`): Revision of the repository on the Hub.
-        **kwargs: Passed to `from_pretrained`.
+        **kwargs: Passed to `from_pretrained`; a `config` takes the place of the one that transformers makes of the
+            header.
 
     Returns:
         The model in eval mode, a `PeftModel` if an adapter is given, and the tokenizer.
 
     Raises:
+        TypeError: If a `quantization_config` is given.
         ValueError: If the file is truncated, or its weights cannot stay packed; the sentence says why.
         ImportError: If the package gguf, which transformers reads the config with, is missing.
 
@@ -60,16 +62,23 @@ def load_gguf(
 
     from peft_sgrq.formats.gguf.quantizer import SGRQGgufConfig
 
+    if "quantization_config" in kwargs:
+        raise TypeError(
+            "`quantization_config` is given, expected `sub_blocks` alone, which it is made of; leave it out."
+        )
     file_path = find_gguf(path, gguf_file, revision)
     file = GGUFFile(file_path)
     # Local files are given as folder and name. From the Hub, the name is what an adapter finds its base by.
     folder, name = (
         (str(file_path.absolute().parent), file_path.name) if Path(path).exists() else (str(path), str(gguf_file))
     )
+    dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype  # its name in transformers 4
     if dtype is None:
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     hub = {} if revision is None else {"revision": revision}
-    config = read_config(file, folder, name, **hub)  # the vocabulary is walked once for it
+    config = kwargs.pop("config", None)
+    if config is None:
+        config = read_config(file, folder, name, **hub)  # the vocabulary is walked once for it
     empty_model(file, config)
     model = AutoModelForCausalLM.from_pretrained(
         folder,

@@ -101,7 +101,7 @@ class PackedGgufQuantizer(GgufHfQuantizer):
                 if isinstance(layer, GGUFEmbedding) and layer is model.get_input_embeddings() and self.file.tied:
                     _pack_tied_head(model, layer)
         _tell(self.file, {*self.places, *([FACTORS] if rotary_modules(self.file, model) else [])}, self.packed)
-        warn_of_scaling(self.file)
+        warn_of_scaling(self.file, model.config)
 
     def get_state_dict(self, checkpoint_file: str, model: nn.Module) -> dict[str, torch.Tensor]:
         if not self.packs:

@@ -15,11 +15,12 @@ FACTORS = "rope_freqs.weight"  # what each frequency is divided by, float32 [hal
 
 
 def rotary_modules(file: GGUFFile, model: nn.Module) -> list[Any]:
-    """The modules whose frequencies the file divides; none if it does not."""
+    """The modules whose frequencies the file divides, and the config does not scale; none if it does not."""
     if FACTORS not in file.tensors:
         return []
     shape = file.tensors[FACTORS].shape
-    return [module for module in model.modules() if tuple(getattr(module, "inv_freq", torch.empty(0)).shape) == shape]
+    found: list[Any] = [module for module in model.modules() if getattr(module, "rope_type", None) == "default"]
+    return [module for module in found if tuple(getattr(module, "inv_freq", torch.empty(0)).shape) == shape]
 
 
 def divide_frequencies(file: GGUFFile, model: nn.Module) -> None:
@@ -32,15 +33,18 @@ def divide_frequencies(file: GGUFFile, model: nn.Module) -> None:
                 setattr(module, name, frequencies / factors.to(frequencies))
 
 
-def warn_of_scaling(file: GGUFFile) -> None:
-    """Says that a file scales positions, which transformers does not make of its header."""
+def warn_of_scaling(file: GGUFFile, config: Any) -> None:
+    """Says that a file scales positions, unless the config does: transformers does not make it of the header."""
+    stated = getattr(config, "rope_parameters", None) or {}
+    by_layers = [stated, *(value for value in stated.values() if isinstance(value, dict))]  # Gemma 3 has two kinds
+    if any(fields.get("rope_type", "default") != "default" for fields in by_layers):
+        return
     fields = {name: file.metadata.get(f"{file.architecture}.rope.{name}") for name in ("scaling.type", "scale_linear")}
     found = {name: value for name, value in fields.items() if value not in (None, "none", 1.0)}
     if found:
         logger.warning(
             "%s scales rotary positions (%s), which transformers does not read: results differ from llama.cpp's. Give "
-            "`from_pretrained(..., gguf_file=..., quantization_config=SGRQGgufConfig())` the `config` of the original "
-            "model.",
+            "`load_gguf(..., config=AutoConfig.from_pretrained(ORIGINAL))` the config of the original model.",
             file.path.name,
             ", ".join(f"rope.{name} is {value!r}" for name, value in found.items()),
         )
