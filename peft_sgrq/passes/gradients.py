@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from peft_sgrq.formats.compressed_tensors.kv_cache_gradients import pass_gradients
+from peft_sgrq.formats.compressed_tensors.kv_cache import pass_gradients
 from peft_sgrq.formats.own_forward import forward_replaced
 from peft_sgrq.passes.data import IGNORED, Batch
 from peft_sgrq.passes.running import loss_of

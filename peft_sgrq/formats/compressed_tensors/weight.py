@@ -18,8 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from peft_sgrq.formats.compressed_tensors.kv_cache_copies import let_caches_be_copied
-from peft_sgrq.formats.compressed_tensors.kv_cache_gradients import StraightThrough, pass_gradients
+from peft_sgrq.formats.compressed_tensors.kv_cache import StraightThrough, let_caches_be_copied, pass_gradients
 from peft_sgrq.formats.scale_arithmetic import gather_groups
 from peft_sgrq.formats.scale_matrix import Geometry
 from peft_sgrq.formats.scaled_weight import ScaledWeight

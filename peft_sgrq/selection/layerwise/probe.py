@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_sgrq.formats.compressed_tensors.kv_cache_gradients import pass_gradients
+from peft_sgrq.formats.compressed_tensors.kv_cache import pass_gradients
 from peft_sgrq.formats.own_forward import forward_replaced
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.passes.data import IGNORED, Batch
