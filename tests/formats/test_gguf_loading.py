@@ -95,7 +95,7 @@ def test_the_tokenizer_has_no_token_that_the_embedding_has_no_row_for(folder, tm
     theirs = AutoTokenizer.from_pretrained(folder, gguf_file="m.Q4_0.gguf")
     model, tokenizer = peft_sgrq.load_gguf(folder, "m.Q4_0.gguf", dtype=torch.float32)
     rows = model.config.vocab_size
-    assert len(theirs) == rows + 1, "transformers adds no token any more: remove without_tokens_beyond"
+    assert len(theirs) == rows + 1, "transformers adds no token any more: remove _drop_tokens_beyond"
     assert len(tokenizer) == rows and tokenizer("the </s>").input_ids == theirs("the </s>").input_ids
     adapted = get_peft_model(model, SGRQConfig(task_type="CAUSAL_LM", init_weights=False)).eval()
     adapted.save_pretrained(tmp_path)

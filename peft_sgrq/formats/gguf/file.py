@@ -51,13 +51,6 @@ class TensorInfo(NamedTuple):
         return TYPES.get(self.ggml_type)
 
 
-class Array(NamedTuple):
-    """An array among the metadata: the type of its items and how many there are. They are not read."""
-
-    item_type: int
-    length: int
-
-
 class _Reader:
     """Reads numbers and strings one after the other, and never past the end."""
 
@@ -97,7 +90,7 @@ class _Reader:
         else:
             for _ in range(count):
                 self.value(item)
-        return Array(item, count)
+        return item, count  # the items are not read
 
 
 class GGUFFile:
@@ -107,7 +100,7 @@ class GGUFFile:
         path (`str` or path): The file.
 
     Attributes:
-        metadata (`dict[str, Any]`): Its metadata; of arrays only type and length.
+        metadata (`dict[str, Any]`): Its metadata; of an array the type of its items and their number alone.
         tensors (`dict[str, TensorInfo]`): By name, in the order of the file.
         table_end (`int`): Where the header ends.
         data_start (`int`): Where the tensors begin.

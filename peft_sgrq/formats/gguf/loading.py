@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,6 @@ import torch
 
 from peft_sgrq.files.hub import downloading
 from peft_sgrq.formats.gguf.file import GGUFFile
-from peft_sgrq.formats.gguf.tokenizer import warn_of_tokenizer, without_tokens_beyond
 
 
 def load_gguf(
@@ -91,8 +92,8 @@ def load_gguf(
         **kwargs,
     )
     tokenizer = _read_tokenizer(file, folder, name, **hub)
-    without_tokens_beyond(tokenizer, model.get_input_embeddings().weight.shape[0])
-    warn_of_tokenizer(file)
+    _drop_tokens_beyond(tokenizer, model.get_input_embeddings().weight.shape[0])
+    _warn_of_tokenizer(file)
     if adapter is not None:
         from peft import PeftModel
 
@@ -203,3 +204,35 @@ def find_gguf(path: str | os.PathLike[str], gguf_file: str | None = None, revisi
 
     with downloading(f"{str(path)!r} is no file or folder here, and {gguf_file!r}", "the file"):
         return Path(hf_hub_download(str(path), gguf_file, revision=revision))
+
+
+def _drop_tokens_beyond(tokenizer: Any, rows: int) -> None:
+    """Takes tokens off a tokenizer that the embedding has no row for.
+
+    transformers 5.23 gives every vocabulary of GPT-2's kind a token `<|endoftext|>`, behind the last one if the file
+    has none (`AutoTokenizer.from_pretrained(folder, gguf_file=...)`, then `len(tokenizer)`). With such a tokenizer
+    beside an adapter, `AutoPeftModelForCausalLM` wants to add a row to the embedding, which is packed.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`): Changed in place.
+        rows (`int`): Of the embedding.
+    """
+    from tokenizers import Tokenizer
+
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = [token for token in backend["added_tokens"] if token["id"] < rows]
+    if len(kept) < len(backend["added_tokens"]):
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps({**backend, "added_tokens": kept}))
+
+
+def _warn_of_tokenizer(file: GGUFFile) -> None:
+    """Warns if transformers rebuilds another tokenizer than llama.cpp has: an adapter learns on other ids then."""
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    kind = file.metadata.get("tokenizer.ggml.pre")
+    if file.metadata.get("tokenizer.ggml.model") == "gpt2" and kind not in (*GGUF_PRE_TOKENIZER_SPLITS, "gpt-2"):
+        warnings.warn(
+            f"transformers does not know how llama.cpp splits text for this vocabulary (tokenizer.ggml.pre is {kind!r}"
+            ") and splits it as GPT-2 does: some texts get other token ids than llama.cpp gives them. Train with the "
+            "tokenizer of the original model, `AutoTokenizer.from_pretrained(ORIGINAL)`."
+        )

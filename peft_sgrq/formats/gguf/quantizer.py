@@ -1,7 +1,7 @@
 """GGUF files through transformers' own `from_pretrained`, with weights that stay packed.
 
 `from_pretrained(folder, gguf_file=...)` is served by the quantizer registered for GGUF, and the name cannot be taken
-twice. So a subclass stands in its place, which does what that does unless it is given our config.
+twice. So a subclass stands in its place, which makes that one unless it is given our config.
 """
 
 from __future__ import annotations
@@ -55,17 +55,14 @@ class SGRQGgufConfig(GgufConfig):
 
 
 class PackedGgufQuantizer(GgufHfQuantizer):
-    """transformers' quantizer for GGUF files; with an `SGRQGgufConfig` weights stay packed and can be trained."""
+    """A quantizer for GGUF files whose weights stay packed and can be trained; transformers' own for other configs."""
 
-    @property
-    def packs(self) -> bool:
-        """Whether the weights stay packed."""
-        return isinstance(self.quantization_config, SGRQGgufConfig)
+    def __new__(cls, *args: Any, **kwargs: Any) -> GgufHfQuantizer:
+        if args and not isinstance(args[0], SGRQGgufConfig):
+            return GgufHfQuantizer(*args, **kwargs)
+        return super().__new__(cls)
 
     def read_header(self, gguf_file: str) -> None:
-        if not self.packs:
-            super().read_header(gguf_file)
-            return
         from transformers.integrations.gguf import is_gguf_arch_supported
 
         self.file = GGUFFile(gguf_file)
@@ -78,16 +75,11 @@ class PackedGgufQuantizer(GgufHfQuantizer):
         self.quantization_config.tokenizer = self.file.tokenizer_digest()
 
     def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
-        if not self.packs:
-            return super().update_dtype(dtype)
         # transformers' own advises float32, which is that of its kernels.
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
         return self.dtype
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        if not self.packs:
-            super()._process_model_before_weight_loading(model, **kwargs)
-            return
         self.places = find_places(self.file, model)
         check_complete(self.file, self.places, model)
         self.packed: dict[str, str] = {}  # tensor -> parameter
@@ -104,8 +96,6 @@ class PackedGgufQuantizer(GgufHfQuantizer):
         warn_of_scaling(self.file, model.config)
 
     def get_state_dict(self, checkpoint_file: str, model: nn.Module) -> dict[str, torch.Tensor]:
-        if not self.packs:
-            return super().get_state_dict(checkpoint_file, model)
         processor = tensor_processor(self.file, model.config)
         state: dict[str, torch.Tensor] = {}
         for name, place in self.places.items():
@@ -117,14 +107,12 @@ class PackedGgufQuantizer(GgufHfQuantizer):
         return state
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        if not self.packs:
-            return super()._process_model_after_weight_loading(model, **kwargs)
         divide_frequencies(self.file, model)
         return model
 
     @property
     def is_trainable(self) -> bool:
-        return self.packs or super().is_trainable
+        return True
 
 
 def _packed_module(

@@ -35,24 +35,22 @@ def save_gguf(model: Any, path: str | os.PathLike[str], *, name: str | None = No
             changed since, weights that are not packed have, or the file cannot be written. Nothing is written then.
     """
     out = Path(path)
-    layers = [module for module in model.modules() if isinstance(module, GGUFLinear) and module.source is not None]
-    sources = {layer.source.file for layer in layers if layer.source is not None}
-    if len(sources) != 1:
+    layers = [module for module in model.modules() if isinstance(module, GGUFLinear)]
+    loaded = [(layer, layer.source) for layer in layers if layer.source is not None]
+    files = {source.file for _, source in loaded}
+    if len(files) != 1:
         raise ValueError(
-            f"The model has layers from {len(sources)} GGUF files, expected one; load it with `peft_sgrq.load_gguf`."
+            f"The model has layers from {len(files)} GGUF files, expected one; load it with `peft_sgrq.load_gguf`."
         )
     if any(hasattr(module, "merged_adapters") and not module.merged for module in model.modules()):
         raise ValueError(
             "The model has adapters that are not merged, expected a merged model; call `merge_and_unload()` first."
         )
-    file = GGUFFile(sources.pop())
+    file = GGUFFile(files.pop())
     check_target(os.fspath(path), file, overwrite)
     _check_dense(file, model)
     makers = {}
-    for layer in layers:
-        source = layer.source
-        if source is None:
-            continue
+    for layer, source in loaded:
         info = file.tensors.get(source.tensor)
         if info is None or info.ggml_type != layer.ggml_type or info.shape != (layer.out_features, layer.in_features):
             raise ValueError(

@@ -11,12 +11,11 @@ from peft_sgrq.formats.gguf.block_scales import BlockScales
 from peft_sgrq.formats.gguf.file import GGUFFile
 from peft_sgrq.formats.gguf.names import Place
 from peft_sgrq.formats.gguf.sub_block_scales import scales_of
-from peft_sgrq.formats.gguf.weight import digest_tensors, format_name
+from peft_sgrq.formats.gguf.weight import GGUFScales
 from peft_sgrq.formats.gguf.writing import in_file_order
-from peft_sgrq.formats.scale_matrix import ScaleMatrix
 
 
-class StoredGGUFWeight(ScaleMatrix):
+class StoredGGUFWeight(GGUFScales):
     """One matrix of a file, its rows in the order of the model.
 
     Args:
@@ -34,34 +33,19 @@ class StoredGGUFWeight(ScaleMatrix):
         self.file, self.tensor, self.kind = file, tensor, kind
         self._rows, self._sub_blocks = place.rows, sub_blocks
         self.out_features, self.in_features = info.shape
-        self.group_size = kind.sub.size if sub_blocks and kind.sub is not None else kind.size
-        self.movable_zero_points = kind.offset_at is not None and (kind.sub is None or sub_blocks)
-        self.name = format_name(kind, self.group_size)
+        self.set_kind(scales_of(kind, torch.empty(0, kind.nbytes, dtype=torch.uint8), sub_blocks))
 
     @cached_property
-    def _held(self) -> BlockScales:
+    def held(self) -> BlockScales:
         packed = self.file.blocks(self.tensor)
         return scales_of(self.kind, packed if self._rows is None else packed[self._rows], self._sub_blocks)
 
     def forget(self) -> None:
         """Drops the bytes read; they are read again when needed."""
-        self.__dict__.pop("_held", None)
-
-    @property
-    def storage_dtype(self) -> torch.dtype:
-        return torch.float16
-
-    def scales(self) -> torch.Tensor:
-        return self._held.scales()
-
-    def round_to_storage(self, scales: torch.Tensor) -> torch.Tensor:
-        return self._held.round(scales)
-
-    def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return digest_tensors(self._held)
+        self.__dict__.pop("held", None)
 
     def with_scales(self, scales: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The tensor's bytes for changed scales, as the file is to hold them, uint8 `[N, bytes of a row]`."""
-        changed = in_file_order(self._held.with_scales(scales()), self._rows)
+        changed = in_file_order(self.held.with_scales(scales()), self._rows)
         self.forget()
         return changed

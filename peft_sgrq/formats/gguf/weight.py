@@ -1,8 +1,9 @@
-"""A packed linear layer as codes and scales."""
+"""A packed matrix as codes and scales, and a linear layer that has one."""
 
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -10,14 +11,43 @@ from torch import nn
 from torch.nn import functional as F
 
 from peft_sgrq.formats.gguf.block_scales import BlockScales, Factors
-from peft_sgrq.formats.gguf.blocks import BlockType
 from peft_sgrq.formats.gguf.layers import GGUFLinear
 from peft_sgrq.formats.gguf.product import product
 from peft_sgrq.formats.gguf.sub_block_scales import scales_of
+from peft_sgrq.formats.scale_matrix import ScaleMatrix
 from peft_sgrq.formats.scaled_weight import ScaledWeight, WeightAndCodes
 
 
-class GGUFWeight(ScaledWeight):
+class GGUFScales(ScaleMatrix):
+    """The scales of a packed matrix, wherever it is."""
+
+    @property
+    @abstractmethod
+    def held(self) -> BlockScales:
+        """The blocks and their scales."""
+
+    def set_kind(self, held: BlockScales) -> None:
+        """Takes over what blocks of the type are like, of this matrix or any other."""
+        self.group_size, self.movable_zero_points = held.group_size, held.movable_zero_points
+        self.name = f"gguf-{held.kind.name}-{held.group_size}"
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        return torch.float16
+
+    def scales(self) -> torch.Tensor:
+        return self.held.scales()
+
+    def round_to_storage(self, scales: torch.Tensor) -> torch.Tensor:
+        return self.held.round(scales)
+
+    def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        held = self.held
+        others = [byte for byte in range(held.kind.nbytes) if byte not in set(held.scale_bytes)]
+        return held.blocks[:, others], held.blocks[:, held.scale_bytes]
+
+
+class GGUFWeight(GGUFScales, ScaledWeight):
     """`GGUFLinear`: a scale for each block of 32 columns, each sub-block of a K-quant, or each block of 256."""
 
     in_parts: ClassVar[bool] = True
@@ -30,10 +60,7 @@ class GGUFWeight(ScaledWeight):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.in_features, self.out_features = self.module.in_features, self.module.out_features
-        held = self._held
-        self.group_size = held.group_size
-        self.movable_zero_points = held.movable_zero_points
-        self.name = format_name(held.kind, held.group_size)
+        self.set_kind(self.held)
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -44,7 +71,7 @@ class GGUFWeight(ScaledWeight):
         return GGUFLinear
 
     @property
-    def _held(self) -> BlockScales:
+    def held(self) -> BlockScales:
         return self._read or self.module.scales()
 
     def read_once(self) -> GGUFWeight:
@@ -67,18 +94,8 @@ class GGUFWeight(ScaledWeight):
     def device(self) -> torch.device:
         return self.module.packed.device
 
-    @property
-    def storage_dtype(self) -> torch.dtype:
-        return torch.float16
-
-    def scales(self) -> torch.Tensor:
-        return self._held.scales()
-
-    def round_to_storage(self, scales: torch.Tensor) -> torch.Tensor:
-        return self._held.round(scales)
-
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
-        factors = self._held.changed_factors(scales)
+        factors = self.held.changed_factors(scales)
         made = torch.stack([factor for factor in factors if factor is not None])  # (1 or 2, blocks, sub-blocks)
         return made.half() if self.module.kind.sub is None else made  # half floats they are, and kept as such
 
@@ -93,25 +110,19 @@ class GGUFWeight(ScaledWeight):
         dense = self.module.dense
         if dense.kept and not torch.is_grad_enabled() and not self.module.training:
             weight = dense.get(
-                [prepared, self.module.packed], x.dtype, lambda: self._held.weight(_factors(prepared), x.dtype)
+                [prepared, self.module.packed], x.dtype, lambda: self.held.weight(_factors(prepared), x.dtype)
             )
             return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
-        return product(x, self._held, _factors(prepared), self.bias)
+        return product(x, self.held, _factors(prepared), self.bias)
 
     def cast_input(self, x: torch.Tensor) -> torch.Tensor:
         kind = x.device.type
         return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
-    def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return self.codes_of_rows(units, dtype, slice(0, self.out_features))
-
     def codes_of_rows(self, units: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
         held = self._part(rows, slice(0, self.in_features // self.module.kind.size))
         codes = held.weight(held.unit_factors(), dtype)
         return self.select_codes(codes, units)
-
-    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return self._held.weight(_factors(self.prepare(scales)), dtype)
 
     def dequantize_columns(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice) -> torch.Tensor:
         size = self.columns_at_once
@@ -148,10 +159,7 @@ class GGUFWeight(ScaledWeight):
         return _factors(own.reshape(len(prepared), -1, sub_blocks))
 
     def changed(self, scales: torch.Tensor) -> tuple[nn.Parameter]:
-        return (nn.Parameter(self._held.with_scales(scales), requires_grad=False),)
-
-    def fingerprint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return digest_tensors(self._held)
+        return (nn.Parameter(self.held.with_scales(scales), requires_grad=False),)
 
     def quantization(self) -> dict[str, Any] | None:
         found: dict[str, Any] = {"quant_method": "gguf"}
@@ -161,15 +169,3 @@ class GGUFWeight(ScaledWeight):
 
 def _factors(prepared: torch.Tensor) -> Factors:
     return Factors(prepared[0].float(), prepared[1].float() if len(prepared) == 2 else None)
-
-
-def format_name(kind: BlockType, group_size: int) -> str:
-    """The name of the format in fingerprints, such as `gguf-Q4_0-32`."""
-    return f"gguf-{kind.name}-{group_size}"
-
-
-def digest_tensors(held: BlockScales) -> tuple[torch.Tensor, torch.Tensor]:
-    """What identifies a packed matrix: the bytes of the codes, and those of the scales."""
-    scale_bytes = held.scale_bytes
-    others = [byte for byte in range(held.kind.nbytes) if byte not in set(scale_bytes)]
-    return held.blocks[:, others], held.blocks[:, scale_bytes]

@@ -64,7 +64,8 @@ def write_file(file: GGUFFile, out: Path, makers: Makers, name: str | None = Non
                 for before, after in _pieces(file, makers):
                     target.write(after)
                     if before is not after:
-                        changed += _differing(before, after)
+                        a, b = (torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in (before, after))
+                        changed += int((a != b).sum())
                 target.flush()
                 os.fsync(target.fileno())
             os.chmod(scratch, file.path.stat().st_mode & 0o777)
@@ -94,11 +95,6 @@ def _pieces(file: GGUFFile, makers: Makers) -> Iterator[tuple[bytes, bytes]]:
         position = info.end
     for piece in file.chunks(position, file.size):
         yield piece, piece
-
-
-def _differing(before: bytes, after: bytes) -> int:
-    a, b = (torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in (before, after))
-    return int((a != b).sum())
 
 
 def in_file_order(packed: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
