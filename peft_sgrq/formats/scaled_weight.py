@@ -152,20 +152,22 @@ class ScaledWeight(StoredScales):
         """The bias of the layer, `[out_features]`, or `None`."""
         return self.module.bias  # type: ignore[return-value]
 
-    @abstractmethod
+    # A format has one of each of these two pairs: the parts, where it decodes no others, or the whole.
+
     def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """Unit-scale values `C` at the columns of the selected groups, `[N, n * group_size]`."""
+        return self.codes_of_rows(units, dtype, slice(0, self.out_features))
 
-    @abstractmethod
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The weight `C * S` for given `scales` (float32 `[rows, groups]`), `[N, K]`."""
+        return self.dequantize_columns(scales, dtype, slice(0, self.in_features))
 
     def codes_of_rows(self, units: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
-        """Some rows of what `codes` returns; formats that work in parts decode no others."""
+        """Some rows of what `codes` returns."""
         return self.codes(units, dtype)[rows]
 
     def dequantize_columns(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice) -> torch.Tensor:
-        """Some columns of what `dequantize` returns, of whole groups; formats that work in parts decode no others."""
+        """Some columns of what `dequantize` returns, of whole groups."""
         return self.dequantize(scales, dtype)[:, columns]
 
     @property

@@ -32,7 +32,7 @@ class StoredScales(ScaleMatrix):
     @property
     def device(self) -> torch.device:
         """Where the weight is."""
-        return self.module.weight.device  # type: ignore[return-value]
+        return self.stored_codes.device
 
     @property
     def owner(self) -> Any:
@@ -109,10 +109,6 @@ class ParameterScales(StoredScales):
     @property
     def _stored(self) -> nn.Parameter:
         return self.stored()[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self._stored.device
 
     def scales(self) -> torch.Tensor:
         return self._stored.detach().float().reshape(self.scales_shape)

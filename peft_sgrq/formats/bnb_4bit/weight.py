@@ -114,9 +114,6 @@ class Bnb4bitWeight(Bnb4bitScales, ScaledWeight):
     def _packed_groups(self) -> torch.Tensor:
         return self.stored_codes.view(torch.uint8).view(*self.scales_shape, -1)  # (N, G, g / 2)
 
-    def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return self.codes_of_rows(units, dtype, slice(None))
-
     def codes_of_rows(self, units: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
         packed = self._packed_groups[rows]
         if units is not None:
@@ -130,9 +127,6 @@ class Bnb4bitWeight(Bnb4bitScales, ScaledWeight):
         if decodes_4bit(product):
             return group_reduce_4bit(product, self._packed_groups[rows], units, self._state.code)
         return super().reduce(product, units, rows)
-
-    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return self._dequantize(self.stored_codes, self.prepare(scales), (self.out_features, self.in_features), dtype)
 
     def dequantize_columns(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice) -> torch.Tensor:
         groups = slice(columns.start // self.group_size, columns.stop // self.group_size)

@@ -45,10 +45,6 @@ class BnbInt8Weight(ScaledWeight):
         candidates: tuple[Any, ...] = (self.module.state, self.module.weight)
         return next((owner for owner in candidates if getattr(owner, "SCB", None) is not None), None)
 
-    @property
-    def storage_dtype(self) -> torch.dtype:
-        return torch.float32
-
     def scales(self) -> torch.Tensor:
         owner = self.owner
         if owner is None:
@@ -59,19 +55,10 @@ class BnbInt8Weight(ScaledWeight):
             )
         return owner.SCB.view(self.scales_shape)
 
-    def sources(self) -> list[torch.Tensor]:
-        return [self.module.weight, *self.stored()]
-
-    def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return self.codes_of_rows(units, dtype, slice(None))
-
     def codes_of_rows(self, units: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
         codes = self.stored_codes
         codes = codes[rows] if units is None else codes.index_select(0, units[rows])
         return codes.to(dtype) * _CODE_RANGE
-
-    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return self.dequantize_columns(scales, dtype, slice(None))
 
     def dequantize_columns(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice) -> torch.Tensor:
         return self.stored_codes[:, columns].to(dtype, copy=True).mul_(scales * _CODE_RANGE)

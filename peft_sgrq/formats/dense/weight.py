@@ -86,14 +86,8 @@ class DenseWeight(ScaledWeight):
     def scales(self) -> torch.Tensor:
         return torch.ones(self.scales_shape, dtype=torch.float32, device=self.device)
 
-    def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        return self.codes_of_rows(units, dtype, slice(None))
-
     def codes_of_rows(self, units: torch.Tensor | None, dtype: torch.dtype, rows: slice) -> torch.Tensor:
         return self.select_codes(self._weight()[rows], units).to(dtype)
-
-    def dequantize(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return apply_scales(self._weight(), scales, self.group_size).to(dtype)
 
     def dequantize_columns(self, scales: torch.Tensor, dtype: torch.dtype, columns: slice) -> torch.Tensor:
         groups = slice(columns.start // self.group_size, -(-columns.stop // self.group_size))

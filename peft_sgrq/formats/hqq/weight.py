@@ -68,10 +68,6 @@ class HQQWeight(ScaledWeight):
         return self.module.W_q.data  # type: ignore[return-value]
 
     @property
-    def device(self) -> torch.device:
-        return self.stored_codes.device
-
-    @property
     def scales_shape(self) -> tuple[int, int]:
         return self.out_features // self._shared, self.in_features // self.group_size
 

@@ -85,10 +85,6 @@ class Int32PackedWeight(ScaledWeight):
     def stored_codes(self) -> torch.Tensor:
         return self.module.qweight  # type: ignore[return-value]
 
-    @property
-    def device(self) -> torch.device:
-        return self.stored_codes.device
-
     def scales(self) -> torch.Tensor:
         return self._stored.t().float()
 

@@ -26,7 +26,7 @@ class TorchaoInt4Weight(TorchaoWeight):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        weight = self.weight
+        weight = self.owner
         if getattr(weight, "act_mapping_type", None) is not None or getattr(weight, "act_pre_scale", None) is not None:
             raise ValueError(
                 "its activations are quantized or scaled on the fly, which is not supported in this int4 layout; "
@@ -42,7 +42,7 @@ class TorchaoInt4Weight(TorchaoWeight):
         return weight_type(module) in ("Int4OpaqueTensor", "Int4TilePackedTo4dTensor")
 
     def quantization(self) -> dict[str, Any] | None:
-        return {**(super().quantization() or {}), "layout": type(self.weight).__name__}
+        return {**(super().quantization() or {}), "layout": type(self.owner).__name__}
 
     def _used(self, stored: torch.Tensor) -> torch.Tensor:
         """Scales and offsets without the padding the kernel asks for, float32 `[N, G, 2]`."""
@@ -86,9 +86,9 @@ class TorchaoInt4PlainWeight(TorchaoInt4Weight):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        if self.weight.activation_dtype != torch.bfloat16:
+        if self.owner.activation_dtype != torch.bfloat16:
             raise ValueError(
-                f"its activations are quantized to {self.weight.activation_dtype}, expected bfloat16 activations; "
+                f"its activations are quantized to {self.owner.activation_dtype}, expected bfloat16 activations; "
                 "quantize with Int4WeightOnlyConfig"
             )
 
@@ -107,7 +107,7 @@ class TorchaoInt4PlainWeight(TorchaoInt4Weight):
         return self.stored_codes, self.stored_scales
 
     def _kernel_weight(self, stored: torch.Tensor) -> torch.Tensor:
-        packed = self.weight.qdata.view(torch.int8)  # (N, K / 2), the even column in the low half
+        packed = self.owner.qdata.view(torch.int8)  # (N, K / 2), the even column in the low half
         codes = torch.stack(((packed << 4) >> 4, packed >> 4), -1).flatten(1).float()
         scales, offsets = (part.repeat_interleave(self.group_size, 1) for part in self._used(stored).unbind(-1))
         return codes * scales + offsets  # (N, K)

@@ -21,12 +21,12 @@ class TorchaoNVFP4Weight(TorchaoWeight):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        if self.weight.act_quant_kwargs is not None:
+        if self.owner.act_quant_kwargs is not None:
             raise ValueError(
                 "its activations are quantized to NVFP4, whose kernel this has not been run with; quantize with "
                 "NVFP4WeightOnlyConfig"
             )
-        self.group_size = int(self.weight.block_size)
+        self.group_size = int(self.owner.block_size)
         self.name = f"torchao-nvfp4-{self.group_size}"
 
     @classmethod
@@ -35,11 +35,11 @@ class TorchaoNVFP4Weight(TorchaoWeight):
 
     @property
     def _factor(self) -> torch.Tensor:
-        factor = self.weight.per_tensor_scale
+        factor = self.owner.per_tensor_scale
         return torch.ones((), device=self.device) if factor is None else factor
 
     def scales(self) -> torch.Tensor:
-        return self.weight.get_hp_scales().view(self.scales_shape)
+        return self.owner.get_hp_scales().view(self.scales_shape)
 
     def _to_e4m3(self, scales: torch.Tensor) -> torch.Tensor:
         # The format's scales are not negative, and e4m3 has no infinity: beyond its range is NaN.
@@ -50,7 +50,7 @@ class TorchaoNVFP4Weight(TorchaoWeight):
 
     def prepare(self, scales: torch.Tensor) -> torch.Tensor:
         stored, rounded = self.stored_scales, self._to_e4m3(scales)
-        if self.weight.is_swizzled_scales:
+        if self.owner.is_swizzled_scales:
             from torchao.prototype.mx_formats.utils import to_blocked
 
             rounded = to_blocked(rounded)

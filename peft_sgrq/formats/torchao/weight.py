@@ -51,7 +51,7 @@ class TorchaoWeight(ScaledWeight):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        weight = self.weight
+        weight = self.owner
         if weight.dim() != 2:
             raise ValueError(
                 f"its weight has {weight.dim()} dimensions, expected 2; leave it out with `exclude_modules`"
@@ -59,17 +59,12 @@ class TorchaoWeight(ScaledWeight):
         self.out_features, self.in_features = weight.shape
 
     @property
-    def weight(self) -> Any:
-        """The torchao tensor."""
+    def owner(self) -> Any:
         return self.module.weight
 
     @property
-    def owner(self) -> Any:
-        return self.weight
-
-    @property
     def stored_codes(self) -> torch.Tensor:
-        return self.weight.qdata
+        return self.owner.qdata
 
     @property
     def stored_scales(self) -> torch.Tensor:
@@ -82,7 +77,7 @@ class TorchaoWeight(ScaledWeight):
 
     def with_parts(self, *stored: torch.Tensor) -> Any:
         """The weight with other scales in torchao's form; codes and everything else are shared, not copied."""
-        weight = self.weight
+        weight = self.owner
         names, attributes = weight.__tensor_flatten__()
         tensors = {name: getattr(weight, name) for name in names} | dict(zip(self.stored_fields, stored, strict=True))
         return type(weight).__tensor_unflatten__(tensors, attributes, weight.shape, weight.stride())
@@ -119,14 +114,18 @@ class TorchaoPlainWeight(TorchaoWeight):
             )
             raise ValueError(f"{_REFUSED.get(kind, other)}, or leave the layer out with `exclude_modules`")
         super().__init__(module)
-        weight = self.weight
-        dtype = weight.target_dtype if type(weight).__name__ == "IntxUnpackedToInt8Tensor" else weight.qdata.dtype
+        weight = self.owner
+        dtype = weight.target_dtype if kind == "IntxUnpackedToInt8Tensor" else weight.qdata.dtype
         if getattr(weight, "act_pre_scale", None) is not None:
             raise ValueError(
                 "its weight has an activation pre-scale (SmoothQuant or AWQ in torchao), which is not supported; "
                 "leave the layer out with `exclude_modules`, or quantize without it"
             )
-        self._set_geometry(geometry(type(weight).__name__, dtype, weight.shape, weight.block_size, self._rounding))
+        how, rounding = self._activations, ""
+        if how is not None:
+            mapping = getattr(getattr(how, "mapping_type", None), "name", "")
+            rounding = rounding_name(getattr(weight, "act_quant_scale", None) is not None, mapping)
+        self._set_geometry(geometry(kind, dtype, weight.shape, weight.block_size, rounding))
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -135,24 +134,15 @@ class TorchaoPlainWeight(TorchaoWeight):
     @property
     def _activations(self) -> Any:
         """How activations are quantized; `None` if they are not."""
-        weight = self.weight
+        weight = self.owner
         return getattr(weight, "act_quant_kwargs", None) or getattr(weight, "activation_quantization", None)
-
-    @property
-    def _rounding(self) -> str:
-        """How activations are quantized, as the name of the format says it."""
-        how = self._activations
-        if how is None:
-            return ""
-        mapping = getattr(getattr(how, "mapping_type", None), "name", "")
-        return rounding_name(getattr(self.weight, "act_quant_scale", None) is not None, mapping)
 
     @property
     def drops_input_gradient(self) -> bool:
         return self._activations is not None  # torchao rounds them without a gradient
 
     def computed_input(self, x: torch.Tensor) -> torch.Tensor:
-        how, weight = self._activations, self.weight
+        how, weight = self._activations, self.owner
         if how is None or x.numel() == 0:
             return x
         if type(weight).__name__ == "IntxUnpackedToInt8Tensor":
@@ -174,7 +164,7 @@ class TorchaoPlainWeight(TorchaoWeight):
         return scales.to(stored.dtype).view(stored.shape)
 
     def codes(self, units: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        weight: Any = self.weight
+        weight: Any = self.owner
         # Selected as bytes: not every operation knows float8.
         codes, zeros = weight.qdata.view(torch.int8), getattr(weight, "zero_point", None)
         if units is not None:
