@@ -69,20 +69,13 @@ def effective_scales(
         `zero_points` float32 `[2, rows, groups]`.
     """
     scales = scaled_weight.scales() if scales is None else scales  # (R, G)
-    changed = _changed_scales(scaled_weight, delta, units, scales)
-    return changed if zero_points is None else torch.stack((changed, ZERO_POINT_UNIT * zero_points))
-
-
-def _changed_scales(
-    scaled_weight: ScaleMatrix, delta: torch.Tensor, units: torch.Tensor | None, scales: torch.Tensor
-) -> torch.Tensor:
+    changed, dim = scales, scaled_weight.unit.dim
     if units is None:
-        return scaled_weight.round_to_storage(scales * (1 + delta))
-    if not units.shape[0]:
-        return scales
-    dim = scaled_weight.unit.dim
-    changed = scales.index_select(dim, units) * (1 + delta)
-    return scaled_weight.round_to_storage(scales.index_copy(dim, units, changed))  # a format may round scales together
+        changed = scaled_weight.round_to_storage(scales * (1 + delta))
+    elif units.shape[0]:  # a format may round scales together
+        tuned = scales.index_select(dim, units) * (1 + delta)
+        changed = scaled_weight.round_to_storage(scales.index_copy(dim, units, tuned))
+    return changed if zero_points is None else torch.stack((changed, ZERO_POINT_UNIT * zero_points))
 
 
 class _RoundSTE(torch.autograd.Function):
@@ -100,11 +93,6 @@ class _RoundSTE(torch.autograd.Function):
 def round_straight_through(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Rounds `values` to the grid of `dtype`, keeping their own dtype; the derivative is taken as one."""
     return values if dtype == values.dtype else _RoundSTE.apply(values, dtype)
-
-
-def _own(y: torch.Tensor) -> torch.Tensor:
-    """An output that may be written to, as a ReLU in place does it: autograd forbids that for views."""
-    return y if torch.compiler.is_compiling() or not y._is_view() else y.detach()
 
 
 def _kept(y: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
@@ -147,7 +135,9 @@ class _ScaledLinear(torch.autograd.Function):
         prepared: torch.Tensor,
     ) -> torch.Tensor:
         own = x.clone() if scaled_weight.writes_to_input else x
-        y = _own(scaled_weight.linear(own, prepared))  # (..., N)
+        y = scaled_weight.linear(own, prepared)  # (..., N)
+        if not torch.compiler.is_compiling() and y._is_view():
+            y = y.detach()  # it may be written to, as a ReLU in place does it: autograd forbids that for views
         in_rows = scaled_weight.unit is SelectableUnit.ROW
         # A bias much larger than the product would leave few digits of y - b, and so would a moved zero point.
         ctx.product_known = in_rows and scaled_weight.bias is None and zero_points is None

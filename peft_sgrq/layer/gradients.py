@@ -44,8 +44,6 @@ def input_gradient(
         prepared (`torch.Tensor` or `None`): What `scaled_weight.prepare` made of them, if it was kept.
     """
     ranges = _column_ranges(dy, scaled_weight)
-    if len(ranges) == 1 and prepared is None:
-        return dy @ scaled_weight.dequantize(scales, dy.dtype)
     if len(ranges) == 1:
         return dy @ scaled_weight.columns_in_effect(scales, prepared, dy.dtype, ranges[0])
     dx = dy.new_empty(dy.shape[0], scaled_weight.in_features)
