@@ -59,9 +59,8 @@ def describe_class(model: nn.Module) -> dict[str, Any] | None:
     labels = getattr(config, "num_labels", 2)
     arguments = {"num_labels": labels} if "Classification" in cls.__name__ and labels != 2 else {}
     if cls.__module__.startswith("transformers_modules."):  # code that comes with the model
-        auto = next(
-            (key for key, value in (getattr(config, "auto_map", None) or {}).items() if _names(value, cls)), ""
-        )
+        known = (getattr(config, "auto_map", None) or {}).items()
+        auto = next((key for key, value in known if str(value).rpartition(".")[2] == cls.__name__), "")
         return _described(auto, "transformers", arguments | {"trust_remote_code": True}) if auto else None
     if not (cls.__module__.startswith("transformers.") and getattr(transformers, cls.__name__, None) == cls):
         return _described(cls.__name__, cls.__module__, arguments)
@@ -77,10 +76,6 @@ def _loads(cls: type) -> bool:
     """Whether a class can be imported by its name, and loads models; classes made on the fly (FSDP's) cannot."""
     named = getattr(sys.modules.get(cls.__module__), cls.__name__, None)
     return named is cls and cls.__module__ != "__main__" and hasattr(cls, "from_pretrained")
-
-
-def _names(value: Any, cls: type) -> bool:
-    return isinstance(value, str) and value.rpartition(".")[2] == cls.__name__
 
 
 def _auto_class(cls: type, model: Any) -> str | None:

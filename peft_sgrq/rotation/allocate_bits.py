@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from peft_sgrq.rotation.bit_plan import BitPlan, stored_bits
 from peft_sgrq.rotation.bit_values import Pairs, Rounding, by_fisher, by_measured_loss, by_output
 from peft_sgrq.rotation.quantize import quantizable_layers
 from peft_sgrq.rotation.recorded_calls import recorded_calls, same_tensor
-from peft_sgrq.rotation.scheme import BIT_CRITERIA, WIDTHS, Scheme, parse_scheme, require_compressed_tensors
+from peft_sgrq.rotation.scheme import BIT_CRITERIA, WIDTHS, parse_scheme, require_compressed_tensors
 from peft_sgrq.selection.layerwise.allocate_ratios import split_blocks
 from peft_sgrq.selection.layerwise.gains import halves
 from peft_sgrq.selection.layerwise.knapsack import Block, allocate
@@ -100,7 +100,8 @@ def allocate_bits(
     scheme = parse_scheme(f"W{offered[-1]}A16", group_size)
     layers = quantizable_layers(model, ignore)
     costs = {name: [stored_bits(layer, width, scheme) for width in offered] for name, layer in layers.items()}
-    budget = _budget(bits, layers, costs)
+    weights = sum(layer.weight.numel() for layer in layers.values())
+    budget = _budget(bits, weights, costs)
     batches = load_batches(data, tokenizer, column, samples, longest(model, max_length), batch_size, seed)
     first, second = halves(split_rows(batches))
     units = _units(model, layers, first[0]) if fuse else [[name] for name in layers]
@@ -108,15 +109,16 @@ def allocate_bits(
     rounding = Rounding(layers, offered, scheme)
     values, together = _values(model, rounding, units, blocks, criterion, pairs, first, progress)
     problem = _problem(units, blocks, costs, values, together)
-    found = _widths(units, blocks, allocate(problem, budget).choices, offered)
+    found = _widths(layers, units, blocks, allocate(problem, budget).choices, offered)
     predicted = {
         ",".join(unit): float(value[offered.index(found[unit[0]])]) for unit, value in zip(units, values, strict=True)
     }
-    plan = _plan(found, scheme, layers, costs, offered, budget, criterion)
-    plan.predicted, plan.curve = predicted, _curve(problem, layers, costs)
+    bits_of = _spent(found, costs, offered)
+    plan = BitPlan(found, scheme.group_size, bits_of / weights, bits_of // 8, budget // 8, criterion)
+    plan.predicted, plan.curve = predicted, _curve(problem, weights, costs)
     plan.by_row = [name for name, layer in layers.items() if scheme.by_row(layer.in_features)]
     plan.ignored = [name for name, one in model.named_modules() if isinstance(one, nn.Linear) and name not in layers]
-    return _no_worse_than_uniform(plan, model, rounding, costs, budget, second)
+    return _no_worse_than_uniform(plan, model, rounding, costs, budget, weights, second)
 
 
 def _check_widths(widths: Sequence[int]) -> list[int]:
@@ -128,9 +130,8 @@ def _check_widths(widths: Sequence[int]) -> list[int]:
     return sorted(set(widths))
 
 
-def _budget(bits: float | str, layers: Mapping[str, nn.Linear], costs: Mapping[str, list[int]]) -> int:
+def _budget(bits: float | str, weights: int, costs: Mapping[str, list[int]]) -> int:
     """The budget in bits."""
-    weights = sum(layer.weight.numel() for layer in layers.values())
     if isinstance(bits, str):
         budget = 8 * size_in_bytes(bits, "bits")
     elif isinstance(bits, bool) or not isinstance(bits, (int, float)):
@@ -213,36 +214,28 @@ def _problem(
 
 
 def _widths(
-    units: list[list[str]], blocks: list[list[int]], choices: list[list[int]], offered: list[int]
+    names: Iterable[str],
+    units: list[list[str]],
+    blocks: list[list[int]],
+    choices: list[list[int]],
+    offered: list[int],
 ) -> dict[str, int]:
     chosen = {
         unit: offered[option]
         for block, options in zip(blocks, choices, strict=True)
         for unit, option in zip(block, options, strict=True)
     }
-    return {name: chosen[place] for place, unit in enumerate(units) for name in unit}
+    found = {name: chosen[place] for place, unit in enumerate(units) for name in unit}
+    return {name: found[name] for name in names}
 
 
-def _plan(
-    found: Mapping[str, int],
-    scheme: Scheme,
-    layers: Mapping[str, nn.Linear],
-    costs: Mapping[str, list[int]],
-    offered: list[int],
-    budget: int,
-    criterion: str,
-) -> BitPlan:
-    spent = sum(costs[name][offered.index(found[name])] for name in layers)
-    weights = sum(layer.weight.numel() for layer in layers.values())
-    ordered = {name: found[name] for name in layers}
-    return BitPlan(ordered, scheme.group_size, spent / weights, spent // 8, budget // 8, criterion)
+def _spent(widths: Mapping[str, int], costs: Mapping[str, list[int]], offered: list[int]) -> int:
+    """The bits that layers take at some widths."""
+    return sum(costs[name][offered.index(width)] for name, width in widths.items())
 
 
-def _curve(
-    problem: list[Block], layers: Mapping[str, nn.Linear], costs: Mapping[str, list[int]]
-) -> list[tuple[float, float]]:
+def _curve(problem: list[Block], weights: int, costs: Mapping[str, list[int]]) -> list[tuple[float, float]]:
     """What the best plans are predicted to cost, from the smallest widths to the largest."""
-    weights = sum(layer.weight.numel() for layer in layers.values())
     least, most = (sum(cost[at] for cost in costs.values()) / weights for at in (0, -1))
     points = [least, *np.arange(math.ceil(least / _STEP) * _STEP, most, _STEP).tolist(), most]
     return [(point, allocate(problem, math.ceil(point * weights)).value) for point in points]
@@ -254,6 +247,7 @@ def _no_worse_than_uniform(
     rounding: Rounding,
     costs: Mapping[str, list[int]],
     budget: int,
+    weights: int,
     rows: list[Row],
 ) -> BitPlan:
     """The plan, or the widest uniform one within the budget if that has no larger loss on other data."""
@@ -267,7 +261,6 @@ def _no_worse_than_uniform(
                 plan.held_out[name] = mean_loss(model, rows)
     if plan.held_out["planned"] < plan.held_out["uniform"]:
         return plan
-    spent = sum(cost[offered.index(fitting[-1])] for cost in costs.values())
-    weights = sum(layer.weight.numel() for layer in rounding.layers.values())
+    spent = _spent(uniform, costs, offered)
     plan.layers, plan.bits, plan.size, plan.uniform = uniform, spent / weights, spent // 8, True
     return plan

@@ -76,13 +76,9 @@ def _register(name: str) -> str:
 
     hooked = f"rotated_{name.replace('flash', 'fast')}"  # what is called flash is taken for a package to be installed
     _HOOKED[hooked] = name
-    ALL_ATTENTION_FUNCTIONS.register(hooked, _call_hooked)
+    ALL_ATTENTION_FUNCTIONS.register(hooked, lambda module, *args, **kwargs: module.impl(module, *args, **kwargs))
     ALL_MASK_ATTENTION_FUNCTIONS.register(hooked, ALL_MASK_ATTENTION_FUNCTIONS[name])
     return hooked
-
-
-def _call_hooked(module: Any, *args: Any, **kwargs: Any) -> Any:
-    return module.impl(module, *args, **kwargs)
 
 
 def _attend(

@@ -7,7 +7,6 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from peft_sgrq.files.described import read_described, write_described
@@ -22,12 +21,7 @@ def stored_bits(layer: nn.Linear, width: int, scheme: Scheme) -> int:
     rows, columns = layer.weight.shape
     groups = 1 if scheme.by_row(columns) else columns // scheme.group_size
     words = -(-columns * width // _WORD)
-    return rows * (words * _WORD + groups * 8 * scale_dtype(layer.weight.dtype).itemsize) + _SHAPE
-
-
-def scale_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the scales of a weight: its own."""
-    return dtype if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) else torch.float16
+    return rows * (words * _WORD + groups * 8 * layer.weight.itemsize) + _SHAPE  # scales have the dtype of the weight
 
 
 @dataclass
