@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -140,12 +141,9 @@ class CheckpointFolder:
         entry = self.entry(name)
         if (entry.dtype, entry.shape) != (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)):
             return False
-        view, position = memoryview(to_bytes(tensor)), 0
-        for piece in self.chunks(name):
-            if piece != view[position : position + len(piece)]:
-                return False
-            position += len(piece)
-        return True
+        view = memoryview(to_bytes(tensor))
+        pieces = (view[start : start + _CHUNK] for start in range(0, len(view), _CHUNK))
+        return all(a == b for a, b in zip(self.chunks(name), pieces, strict=True))
 
     def write(self, out: Path, changes: Mapping[str, Change | None]) -> int:
         """Writes the weights files and the index with tensors replaced, added or dropped; other bytes are copied.
@@ -193,8 +191,7 @@ class CheckpointFolder:
         added = self._added(name, changes)
         if not added and not any(tensor in changes for tensor in shard.entries):
             with open(target, "wb") as file, open(shard.path, "rb") as source:
-                while piece := source.read(_CHUNK):
-                    file.write(piece)
+                shutil.copyfileobj(source, file, _CHUNK)
                 _sync(file)
             return 0
         planned: list[tuple[int, str, str, tuple[int, ...], int]] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -33,14 +33,11 @@ class Padding:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """While this is open the encoder's output is recognised."""
-        if self._encoder is None:
+        with ExitStack() as stack:
+            if self._encoder is not None:
+                hook = self._encoder.register_forward_hook(lambda module, args, output: self._remember(output[0]))
+                stack.callback(hook.remove)
             yield
-            return
-        handle = self._encoder.register_forward_hook(lambda module, args, output: self._remember(output[0]))
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def _remember(self, encoded: torch.Tensor) -> None:
         self._encoded = [ref for ref in self._encoded if ref() is not None] + [weakref.ref(encoded)]

@@ -96,7 +96,7 @@ def test_criteria_of_gradients_equal_float64_references(criterion, base: Base, l
             size = scaled_weight.group_size
             sums = [product.unflatten(1, (-1, size)).sum(2).square().sum(0) for product in products]  # (G,)
             expected = sum(sums) / found.tokens
-            close(found.group_scores(name), expected, 1e-3)
+            close(found.layers[name].group_scores(), expected, 1e-3)
             close(found.scores[name], expected.repeat_interleave(size) / size, 1e-3)
 
 
@@ -117,7 +117,7 @@ def test_the_gradient_criterion_is_that_of_the_deltas_in_training(base: Base, ll
                 totals[layer] = totals.get(layer, 0) + parameter.grad.double().square()
     tolerance = {"dense-bfloat16": 0.1, "nf4-nested-bfloat16": 0.1, "int8-float32": 0.1}.get(base.name, 1e-3)
     for name, total in totals.items():
-        close(found.group_scores(name), total.sum(1 if base is INT8 else 0) / found.tokens, tolerance)
+        close(found.layers[name].group_scores(), total.sum(1 if base is INT8 else 0) / found.tokens, tolerance)
 
 
 def test_it_does_not_matter_how_sequences_are_batched(llama_dir: Path):
