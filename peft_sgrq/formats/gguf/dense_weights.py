@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
 
-from peft_sgrq.formats.gguf.layers import GGUFLinear, GGUFTiedHead
+
+class DenseWeight:
+    """A weight that is kept dequantized for as long as the tensors it was made of are the same.
+
+    Attributes:
+        kept (`bool`): Whether it is kept.
+    """
+
+    def __init__(self) -> None:
+        self.kept = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Drops it."""
+        self._weight: torch.Tensor | None = None
+        self._made_of: tuple[Any, ...] = ()
+
+    def get(
+        self, made_of: Sequence[torch.Tensor], dtype: torch.dtype, make: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        """The weight in a dtype, made anew if a tensor has changed, which its storage or its version counter shows."""
+        state = [(tensor, tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in made_of]
+        known = len(state) == len(self._made_of) and all(
+            now[0] is then[0] and now[1:] == then[1:] for now, then in zip(state, self._made_of, strict=True)
+        )
+        if self._weight is None or self._weight.dtype != dtype or not known:
+            self._weight, self._made_of = make(), tuple(state)
+        return self._weight
+
+    def __deepcopy__(self, memo: Any) -> DenseWeight:
+        return DenseWeight()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DenseWeight, ()
 
 
 @contextmanager
@@ -27,13 +62,13 @@ def keep_dense(model: nn.Module) -> Iterator[None]:
         ...     model.generate(**inputs)
         ```
     """
-    layers = [module for module in model.modules() if isinstance(module, (GGUFLinear, GGUFTiedHead))]
-    before = [layer.dense.kept for layer in layers]
-    for layer in layers:
-        layer.dense.kept = True
+    found: Any = (getattr(module, "dense", None) for module in model.modules())
+    weights = [(dense, dense.kept) for dense in found if isinstance(dense, DenseWeight)]
+    for dense, _ in weights:
+        dense.kept = True
     try:
         yield
     finally:
-        for layer, kept in zip(layers, before, strict=True):
-            layer.dense.kept = kept
-            layer.dense.clear()
+        for dense, kept in weights:
+            dense.kept = kept
+            dense.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from peft_sgrq.formats.gguf.block_scales import BlockScales, Factors
 from peft_sgrq.formats.gguf.blocks import TYPES, BlockType
+from peft_sgrq.formats.gguf.dense_weights import DenseWeight
 from peft_sgrq.formats.gguf.product import product, transposed_product
 from peft_sgrq.formats.gguf.sub_block_scales import scales_of
 
@@ -29,41 +30,6 @@ class Source(NamedTuple):
     file: str
     tensor: str
     rows: torch.Tensor | None = None
-
-
-class DenseWeight:
-    """A weight that is kept dequantized for as long as the tensors it was made of are the same.
-
-    Attributes:
-        kept (`bool`): Whether it is kept.
-    """
-
-    def __init__(self) -> None:
-        self.kept = False
-        self.clear()
-
-    def clear(self) -> None:
-        """Drops it."""
-        self._weight: torch.Tensor | None = None
-        self._made_of: tuple[Any, ...] = ()
-
-    def get(
-        self, made_of: Sequence[torch.Tensor], dtype: torch.dtype, make: Callable[[], torch.Tensor]
-    ) -> torch.Tensor:
-        """The weight in a dtype, made anew if a tensor has changed, which its storage or its version counter shows."""
-        state = [(tensor, tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in made_of]
-        known = len(state) == len(self._made_of) and all(
-            now[0] is then[0] and now[1:] == then[1:] for now, then in zip(state, self._made_of, strict=True)
-        )
-        if self._weight is None or self._weight.dtype != dtype or not known:
-            self._weight, self._made_of = make(), tuple(state)
-        return self._weight
-
-    def __deepcopy__(self, memo: Any) -> DenseWeight:
-        return DenseWeight()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return DenseWeight, ()
 
 
 class _Packed(nn.Module):
