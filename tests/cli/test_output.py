@@ -119,14 +119,10 @@ def test_a_pipe_that_is_closed_early_is_said_to_be(tmp_path: Path):
 
 
 @pytest.mark.parametrize("check", [check_output, write, save_saliency])
-def test_folders_sockets_and_places_without_a_folder_are_refused(check, tmp_path: Path):
+def test_folders_sockets_and_places_without_a_folder_are_refused(check, tmp_path: Path, monkeypatch):
     with socket.socket(socket.AF_UNIX) as listening:
-        here = os.getcwd()
-        os.chdir(tmp_path)  # names of sockets are short
-        try:
-            listening.bind("socket")
-        finally:
-            os.chdir(here)
+        monkeypatch.chdir(tmp_path)  # names of sockets are short
+        listening.bind("socket")
         (tmp_path / "file").write_bytes(b"mine")
         (tmp_path / "folder").mkdir()
         (tmp_path / "loop").symlink_to("loop")
