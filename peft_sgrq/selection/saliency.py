@@ -59,6 +59,10 @@ class Saliency:
         """Module name -> saliency of each column (row in a row format), float32."""
         return {name: layer.scores for name, layer in self.layers.items()}
 
+    def group_scores(self, name: str) -> torch.Tensor:
+        """Saliency of each group (row in a row format) of a layer, float32 `[selectable]`."""
+        return self.layers[name].group_scores()
+
     def counts(
         self,
         ratio: Ratio | Mapping[str, float] = DEFAULT_RATIO,

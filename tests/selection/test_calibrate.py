@@ -96,7 +96,7 @@ def test_criteria_of_gradients_equal_float64_references(criterion, base: Base, l
             size = scaled_weight.group_size
             sums = [product.unflatten(1, (-1, size)).sum(2).square().sum(0) for product in products]  # (G,)
             expected = sum(sums) / found.tokens
-            close(found.layers[name].group_scores(), expected, 1e-3)
+            close(found.group_scores(name), expected, 1e-3)
             close(found.scores[name], expected.repeat_interleave(size) / size, 1e-3)
 
 
