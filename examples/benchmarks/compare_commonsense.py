@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from comparison.arguments import check_count, parse_rate
 from comparison.bases import FORMATS, load_base, targets_of
 from comparison.commonsense import Question, answered, read_task, tasks_of, training_batches
 from comparison.commonsense_table import accuracy_table
+from comparison.data import existing
 from comparison.evaluation import label_loss
 from comparison.methods import Method, adapt, count_trained, parse_method
 from comparison.selections import choose, criterion_of
@@ -36,7 +39,11 @@ from transformers.utils import logging
 from peft_sgrq import SGRQConfig, calibrate
 
 _METHODS = ("peqa", "sgrq-0.4", "sgrq-0.4:diag", "random-0.4", "lora-16")
+_RATES = {"sgrq": 6e-3, "lora": 1e-3}
+_OPTIONS = {"train": "train_tasks", "test": "tasks"}
 _NOT_SHARED = ("data", "methods", "seeds", "rate", "tasks", "results", "save", "table", "limit")
+_NOT_OF_TRAINING = ("questions",)  # of what is shared: an adapter is the same however many are asked of it
+_RECORD = "trained_with.json"  # beside an adapter
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -67,16 +74,24 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     if arguments.table:
-        print("\n\n".join(map(accuracy_table, json.loads(arguments.results.read_text()))))
+        print("\n\n".join(map(accuracy_table, json.loads(existing(arguments.results).read_text()))))
         return
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     torch.set_grad_enabled(True)
-    methods = [parse_method(name) for name in arguments.methods]
-    rates = {"sgrq": 6e-3, "lora": 1e-3} | {kind: float(rate) for kind, rate in (r.split("=") for r in arguments.rate)}
-    arguments.train_tasks = sorted(arguments.train_tasks or tasks_of(arguments.data, "train"))
-    if not arguments.train_tasks:
-        raise ValueError(f"{str(arguments.data)!r} has no file NAME.train.jsonl, expected one; correct the folder.")
+    methods = [_checked(parse_method(name)) for name in arguments.methods]
+    rates = _RATES | dict(parse_rate("--rate", text, _RATES) for text in arguments.rate)
+    for name in ("steps", "batch_size", "calibration_rows"):
+        check_count(f"--{name.replace('_', '-')}", getattr(arguments, name))
+    if arguments.questions < 0:
+        raise ValueError(f"--questions is {arguments.questions}, expected a number of questions, or 0 to ask all.")
+    for split in ("train", "test"):
+        found = getattr(arguments, _OPTIONS[split]) or tasks_of(arguments.data, split)
+        if not found:
+            raise ValueError(
+                f"{str(arguments.data)!r} has no file NAME.{split}.jsonl, expected one; correct the folder."
+            )
+        setattr(arguments, _OPTIONS[split], sorted(found))
     study = Study(arguments)
     jobs = [None, *((method, seed, rates[method.kind]) for seed in arguments.seeds for method in methods)]
     end = time.perf_counter() + arguments.limit
@@ -88,6 +103,17 @@ def main() -> None:
     print("Everything is done.")
 
 
+def _checked(method: Method) -> Method:
+    """A method that is tuned, saved and merged here as its name says."""
+    plain = not (method.original or method.tied) and (method.form, method.schedule) == ("relative", "cosine")
+    if method.kind not in _RATES or not plain:
+        raise ValueError(
+            f"The method {method.name!r} is not run here, expected LoRA or SGRQ by a cosine schedule, such as "
+            "lora-16, peqa, sgrq-0.4:diag or peqa:zeros; compare_methods.py has the others."
+        )
+    return method
+
+
 Job = tuple[Method, int, float]
 
 
@@ -97,10 +123,11 @@ class Study:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        data, count = arguments.data, arguments.questions or None
+        count = arguments.questions or None
         self.train = {name: self._read(name, "train") for name in arguments.train_tasks}
-        self.tests = {name: self._read(name, "test", count) for name in arguments.tasks or tasks_of(data, "test")}
+        self.tests = {name: self._read(name, "test", count) for name in arguments.tasks}
         shared = {key: named(value) for key, value in vars(arguments).items() if key not in _NOT_SHARED}
+        self.training = {key: value for key, value in shared.items() if key not in _NOT_OF_TRAINING}
         versions = {name: version_of(name) for name in _PACKAGES}
         self.results = ResultsFile(arguments.results, shared, versions, {})
 
@@ -113,7 +140,15 @@ class Study:
         if job is not None:
             key = {"method": job[0].name, "seed": job[1], "learning_rate": job[2]}
         run = next((run for run in self.results.setting["runs"] if key.items() <= run.items()), None)
-        missing = [name for name in self.tests if run is None or name not in run["tasks"]]
+        known = {} if run is None else run["tasks"]
+        for name in known.keys() & self.tests.keys():
+            asked, there = len(known[name]["sum"]), len(self.tests[name])
+            if asked != there:
+                raise ValueError(
+                    f"{self.arguments.results} has answers to {asked} questions of {name!r}, expected {there}, as its "
+                    "file has now; give that a name of its own, or --results another file."
+                )
+        missing = [name for name in self.tests if name not in known]
         if not missing:
             return
         model, found = self._base(), key | {"tasks": {}}
@@ -140,6 +175,7 @@ class Study:
         if self.arguments.save is not None:
             folder = self.arguments.save / f"{method.name.replace(':', '-')}-{rate:g}-seed{seed}"
             if folder.exists():
+                self._check(folder)
                 loaded = PeftModel.from_pretrained(model, folder, is_trainable=True)
                 return loaded.eval(), count_trained(loaded, method)
         targets = targets_of(model)
@@ -148,8 +184,29 @@ class Study:
         tuned = adapt(model, method, targets, selection)
         self._fit(tuned, method, seed, rate)
         if folder is not None:
-            tuned.save_pretrained(folder)
+            self._keep(tuned, folder)
         return tuned, count_trained(tuned, method)
+
+    def _keep(self, tuned: Any, folder: Path) -> None:
+        """Saves an adapter, the whole of it or nothing, with what it was trained with."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
+            written = Path(scratch, folder.name)
+            tuned.save_pretrained(written)
+            (written / _RECORD).write_text(json.dumps(self.training, indent=1) + "\n")
+            written.rename(folder)
+
+    def _check(self, folder: Path) -> None:
+        """Refuses an adapter that was trained otherwise: its answers would stand under this setting."""
+        record = folder / _RECORD
+        found = json.loads(record.read_text()) if record.is_file() else {}
+        other = {key: found.get(key) for key, value in self.training.items() if found.get(key) != value}
+        if other:
+            expected = {key: self.training[key] for key in other}
+            raise ValueError(
+                f"The adapter in {str(folder)!r} was trained with {other} by its {_RECORD}, expected {expected}; give "
+                "--save another folder, or the arguments it was trained with."
+            )
 
     def _selection(self, model: Any, method: Method, targets: list[str], seed: int) -> dict[str, str] | None:
         if not method.selects:

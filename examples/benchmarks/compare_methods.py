@@ -22,6 +22,7 @@ import math
 import time
 from pathlib import Path
 
+from comparison.arguments import check_count, parse_rate
 from comparison.bases import FORMATS
 from comparison.bench import Bench
 from comparison.cost import measure_cost
@@ -30,6 +31,7 @@ from comparison.store import STATES, Results, best_rate, loss_of
 from selection_bench import CONTROLS
 from transformers.utils import logging
 
+_COUNTS = ("rates", "steps", "batch_size", "length", "rows", "calibration_rows", "evaluation_rows", "characters")
 _EXTENSIONS = 4  # rates added to a sweep at most
 _APART = 0.1  # refined rates that differ by less than this, in logarithms, are one
 
@@ -77,9 +79,11 @@ def main() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     methods = [parse_method(name) for name in arguments.methods]
-    centres = CENTRES | dict(map(parse_centre, arguments.centre))
-    check_count("--rates", arguments.rates)
-    check_count("--steps", arguments.steps)
+    centres = CENTRES | dict(parse_rate("--centre", text, CENTRES) for text in arguments.centre)
+    for name in _COUNTS:
+        check_count(f"--{name.replace('_', '-')}", getattr(arguments, name))
+    if not all(rate > 0 for rate in arguments.at):
+        raise ValueError(f"--at has {arguments.at}, expected learning rates above 0; leave out what is not.")
     arguments.seeds = sorted(set(arguments.seeds))
     results = Results(arguments)
     bench = Bench(arguments)
@@ -97,24 +101,6 @@ def main() -> None:
             print("The time is up; run the command again to go on.")
             return
     print("Everything is done.")
-
-
-def parse_centre(text: str) -> tuple[str, float]:
-    """Kind and middle of its sweep, written as `lora=1e-4`."""
-    kind, _, rate = text.partition("=")
-    try:
-        if kind not in CENTRES or not float(rate) > 0:
-            raise ValueError
-    except ValueError:
-        raise ValueError(
-            f"--centre has {text!r}, expected KIND=RATE with one of {tuple(CENTRES)} and a learning rate: lora=1e-4."
-        ) from None
-    return kind, float(rate)
-
-
-def check_count(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} is {value}, expected at least 1; leave it out for the default.")
 
 
 class Comparison:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from comparison.commonsense import answered, read_task, tasks_of, training_batch, training_batches
 from comparison.commonsense_table import accuracy_table
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow
@@ -81,14 +82,83 @@ def test_a_part_of_a_task_is_always_the_same(llama_dir, data):
     assert read_task(tokenizer, path, 99) == whole and tasks_of(data, "test") == ["first", "second"]
 
 
+def test_rows_of_all_shapes_are_taken(llama_dir, tmp_path):
+    rows = [
+        {"question": "Où est-ce ? 在哪里?\u2028Là.", "choices": ["здесь", "là-bas, derrière la maison"], "answer": 1},
+        {"question": "", "choices": ["a", "", "something longer than the others are"], "answer": 0, "id": 7},
+        {"question": "She picks up the ball and", "choices": ["v", "w " * 30, "x", "y", "z"], "answer": 4},
+    ]
+    path = tmp_path / "a.test.jsonl"
+    path.write_bytes("\r\n \r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
+    questions = read_task(AutoTokenizer.from_pretrained(llama_dir), path)
+    assert [len(question.choices) for question in questions] == [2, 3, 5]
+    assert [question.answer for question in questions] == [1, 0, 4] and questions[1].characters[1] == 1
+    model = AutoModelForCausalLM.from_pretrained(llama_dir).eval()
+    for marks in answered(model, questions).values():
+        assert len(marks) == 3 and set(marks) <= {"0", "1"}
+
+
 @pytest.mark.parametrize(
-    "row", [{"question": "a", "choices": ["b"]}, {"question": "a", "choices": ["b"], "answer": 1}]
+    "row",
+    [
+        '{"question": "a", "choices": ["b", "c"]}',
+        '{"question": "a", "choices": ["b"], "answer": 0}',
+        '{"question": "a", "choices": ["b", "c"], "answer": 2}',
+        '{"question": "a", "choices": ["b", "c"], "answer": -1}',
+        '{"question": "a", "choices": ["b", "c"], "answer": "1"}',
+        '{"question": "a", "choices": ["b", "c"], "answer": 1.0}',
+        '{"question": "a", "choices": ["b", "c"], "answer": true}',
+        '{"question": "a", "choices": ["b", null], "answer": 0}',
+        '{"question": null, "choices": ["b", "c"], "answer": 0}',
+        '{"question": "a", "choices": "bc", "answer": 0}',
+        '{"question": "a", "choices": ["b", "c"], "answer": ',
+        '["a", ["b", "c"], 0]',
+    ],
 )
 def test_a_row_without_a_right_choice_is_refused(row, llama_dir, tmp_path):
     path = tmp_path / "a.test.jsonl"
-    path.write_text(json.dumps(row))
-    with pytest.raises(ValueError, match=r"A row of .* expected .* with the index of the right choice"):
+    path.write_text('{"question": "a", "choices": ["b", "c"], "answer": 1}\n' + row)
+    with pytest.raises(ValueError, match=r"Line 2 of .*a.test.jsonl' is .* expected .* the index of the right choice"):
         read_task(AutoTokenizer.from_pretrained(llama_dir), path)
+
+
+def test_a_file_without_rows_is_refused(llama_dir, tmp_path):
+    path = tmp_path / "a.test.jsonl"
+    path.write_text("\n")
+    with pytest.raises(ValueError, match=r"has no row, expected some"):
+        read_task(AutoTokenizer.from_pretrained(llama_dir), path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--methods", "lora-16:original"], "'lora-16:original' is not run here"),
+        (["--methods", "peqa:linear"], "'peqa:linear' is not run here"),
+        (["--methods", "ia3"], "'ia3' is not run here"),
+        (["--methods", "pequa"], "'pequa' is not known"),
+        (["--rate", "sgrq"], "--rate has 'sgrq', expected KIND=RATE"),
+        (["--steps", "0"], "--steps is 0, expected at least 1"),
+        (["--questions", "-1"], "--questions is -1, expected"),
+        (["--tasks", "none"], "There is no file .*none.test.jsonl"),
+        (["--train-tasks", "none"], "There is no file .*none.train.jsonl"),
+        (["--table"], "There is no file .*results.json"),
+    ],
+)
+def test_a_mistaken_argument_is_named(arguments, text, llama_dir, data, tmp_path, monkeypatch):
+    command = ["compare_commonsense.py", str(data), str(llama_dir), "--results", str(tmp_path / "results.json")]
+    monkeypatch.setattr(sys, "argv", [*command, *arguments])
+    with pytest.raises(ValueError, match=text):
+        compare_commonsense.main()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_folder_without_tasks_is_named(split, llama_dir, data, tmp_path, monkeypatch):
+    for path in data.glob(f"*.{split}.jsonl"):
+        path.unlink()
+    command = ["compare_commonsense.py", str(data), str(llama_dir), "--results", str(tmp_path / "results.json")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(ValueError, match=rf"has no file NAME.{split}.jsonl"):
+        compare_commonsense.main()
 
 
 def test_a_further_task_is_asked_alone_and_of_the_same_adapters(llama_dir, data, tmp_path, monkeypatch, capsys):
@@ -126,6 +196,47 @@ def test_a_further_task_is_asked_alone_and_of_the_same_adapters(llama_dir, data,
     assert table.count("\n| ") == 1 + 5 and "third" in table
     run("--table")
     assert capsys.readouterr().out.endswith(table + "\n")
+
+    # Adapters that were trained otherwise, and answers to other questions, are not taken for these.
+    with pytest.raises(ValueError, match=r"was trained with \{'steps': 2\} .*, expected \{'steps': 3\}"):
+        run("--steps", "3")
+    write(data / "third.test.jsonl", 7)
+    with pytest.raises(ValueError, match=r"has answers to 8 questions of 'third', expected 7"):
+        run()
+
+
+def test_an_interrupted_comparison_ends_as_one_that_was_not(llama_dir, data, tmp_path, monkeypatch):
+    def run(name: str) -> list[dict[str, Any]]:
+        results = tmp_path / f"{name}.json"
+        command = [
+            "compare_commonsense.py", str(data), str(llama_dir), "--dtype", "float32", "--steps", "2", "--batch-size",
+            "2", "--methods", "peqa", "--seeds", "0", "--results", str(results), "--save", str(tmp_path / name),
+        ]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", command)
+        compare_commonsense.main()
+        return json.loads(results.read_text())[0]["runs"]
+
+    whole, asked, save = run("whole"), [], PeftModel.save_pretrained
+
+    def interrupted(model: Any, folder: Any) -> None:
+        save(model, folder)
+        raise KeyboardInterrupt
+
+    def ask(*arguments: Any) -> Any:
+        asked.append(arguments)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return answered(*arguments)
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("parts")
+    assert not list((tmp_path / "parts").iterdir())  # no half of an adapter
+    monkeypatch.setattr(PeftModel, "save_pretrained", save)
+    monkeypatch.setattr(compare_commonsense, "answered", ask)
+    with pytest.raises(KeyboardInterrupt):
+        run("parts")
+    assert run("parts") == whole and len(asked) == 3
 
 
 def test_the_table_has_binomial_errors_and_differences_question_by_question():

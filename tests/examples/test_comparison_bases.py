@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from comparison import bases
 from comparison.bases import load_base, targets_of
 from comparison.methods import adapt, parse_method
 
@@ -38,3 +39,13 @@ def test_groups_are_split_into_divisors_of_them(llama_dir):
     for base, sizes in (("hqq-4-64-48", "64 into 48"), ("gptq-4-64-16", "64 into 16")):
         with pytest.raises(ValueError, match=f"splits groups of {sizes}, expected HQQ and a divisor"):
             load_base(str(llama_dir), base, torch.float32, [])
+
+
+@pytest.mark.parametrize(
+    ("base", "library"),
+    [("nf4", "bitsandbytes"), ("hqq-3-64", "hqq"), ("gptq-4-64", "gptqmodel"), ("quanto-int4", "optimum")],
+)
+def test_a_base_whose_library_is_missing_says_so(base, library, llama_dir, monkeypatch):
+    monkeypatch.setattr(bases, "find_spec", lambda name: None if name == library else find_spec(name))
+    with pytest.raises(ValueError, match=rf"The base '{base}' is made by .*{library}.* is not installed"):
+        load_base(str(llama_dir), base, torch.float32, [])

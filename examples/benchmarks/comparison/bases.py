@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,6 +19,13 @@ FORMATS = (
     "gptq-BITS-GROUP, or a name of examples/benchmarks/bases.py"
 )
 
+_LIBRARIES = {
+    "nf4": ["bitsandbytes"],
+    "nf4-32": ["bitsandbytes"],
+    "hqq": ["hqq"],
+    "gptq": ["gptqmodel", "optimum"],
+}
+
 
 def load_base(model: str, base: str, dtype: torch.dtype, calibration: list[str]) -> Any:
     """A model in eval mode, its linear layers but the output head in a format.
@@ -29,10 +37,11 @@ def load_base(model: str, base: str, dtype: torch.dtype, calibration: list[str])
         calibration (`list[str]`): Texts for GPTQ, which needs some.
 
     Raises:
-        ValueError: If the format is not known.
+        ValueError: If the format is not known, or its library is not installed.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     packed = re.fullmatch(r"(hqq|gptq)-(\d+)-(\d+)(?:-(\d+))?", base)
+    _check_installed(base, packed[1] if packed else base)
     if base in ("nf4", "nf4-32"):
         loaded = BASES["bnb-nf4"].load(model, dtype)
         if base == "nf4-32":
@@ -65,6 +74,17 @@ def load_base(model: str, base: str, dtype: torch.dtype, calibration: list[str])
     if device == "cpu":  # where the backward pass of fused attention takes a fifth of a step in bfloat16
         loaded.set_attn_implementation("eager")
     return loaded.eval()
+
+
+def _check_installed(base: str, family: str) -> None:
+    """Refuses a format whose library is not there."""
+    libraries = _LIBRARIES.get(family) or ([BASES[family].library] if family in BASES else [])
+    missing = [library for library in libraries if find_spec(library) is None]
+    if missing:
+        raise ValueError(
+            f"The base {base!r} is made by {', '.join(libraries)}, of which {', '.join(missing)} is not installed; "
+            "install it, or take another base."
+        )
 
 
 def hqq_layer(layer: nn.Linear, bits: int, group_size: int) -> nn.Module:

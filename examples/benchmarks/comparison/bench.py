@@ -53,10 +53,11 @@ class Bench:
             )
         rows = inputs_of(self.train[: arguments.calibration_rows])["input_ids"]
         self._texts = [self.tokenizer.decode(row) for row in rows]
+        known = None if arguments.recover is None else self._windows(arguments.recover, "train")[:_RECOVERY_ROWS]
         self._base = load_base(arguments.model, arguments.base, getattr(torch, arguments.dtype), self._texts)
         self.targets = targets_of(self._base)
-        if arguments.recover is not None:
-            self._base = self._recovered(self._base, self._windows(arguments.recover, "train")[:_RECOVERY_ROWS])
+        if known is not None:
+            self._base = self._recovered(self._base, known)
         self._saliency: dict[tuple[str, int], Saliency] = {}
         self._trained: dict[tuple[Method, int, float], dict[str, torch.Tensor]] = {}
 

@@ -15,7 +15,7 @@ from comparison.data import existing
 from torch import nn
 
 PROMPT = "Question: {}\nAnswer:"
-_FIELDS = ("question", "choices", "answer")
+_ROW = "a JSON object of `question`, a text, `choices`, at least two, and `answer`, the index of the right choice"
 
 
 @dataclass(frozen=True)
@@ -45,26 +45,43 @@ def read_task(tokenizer: Any, path: Path, count: int | None = None) -> list[Ques
 
     Args:
         tokenizer: Of the model.
-        path (`Path`): The file.
+        path (`Path`): The file, in UTF-8.
         count (`int` or `None`): Take so many, always the same ones, drawn from the whole file; `None` takes all.
 
     Raises:
-        ValueError: If there is no such file, or a row has other fields or no answer among its choices.
+        ValueError: If there is no such file, no row in it, or a row that is no question with an answer.
     """
-    questions = []
-    lines = [line for line in existing(path).read_text().split("\n") if line]
+    text = existing(path).read_text(encoding="utf-8")
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{str(path)!r} has no row, expected some; correct the file, or take it away.")
     if count is not None and count < len(lines):
         lines = random.Random(0).sample(lines, count)
-    for line in lines:
-        row = json.loads(line)
-        if not set(_FIELDS) <= set(row) or row["answer"] not in range(len(row["choices"])):
+    questions = []
+    for number, line in lines:
+        try:
+            questions.append(_question(tokenizer, json.loads(line)))
+        except ValueError as error:
             raise ValueError(
-                f"A row of {str(path)!r} is {line[:80]!r}, expected {_FIELDS} with the index of the right choice."
-            )
-        choices = [tokenizer(f" {choice}", add_special_tokens=False).input_ids for choice in row["choices"]]
-        asked = tokenizer(PROMPT.format(row["question"]), add_special_tokens=False).input_ids
-        questions.append(Question(asked, choices, [len(choice) for choice in row["choices"]], row["answer"]))
+                f"Line {number} of {str(path)!r} is {line[:80]!r}, expected {_ROW}, counted from 0; correct it."
+            ) from error
     return questions
+
+
+def _question(tokenizer: Any, row: Any) -> Question:
+    """A row, tokenized; a ValueError if it is no question with an answer."""
+    if not isinstance(row, dict) or not {"question", "choices", "answer"} <= set(row):
+        raise ValueError
+    question, choices, answer = row["question"], row["choices"], row["answer"]
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(a, str) for a in [question, *choices]):
+        raise ValueError
+    if type(answer) is not int or answer not in range(len(choices)):
+        raise ValueError
+    tokens = [tokenizer(f" {choice}", add_special_tokens=False).input_ids for choice in choices]
+    if not all(tokens):  # the likelihood of nothing is one
+        raise ValueError
+    asked = tokenizer(PROMPT.format(question), add_special_tokens=False).input_ids
+    return Question(asked, tokens, [max(len(choice), 1) for choice in choices], answer)
 
 
 def training_batch(questions: list[Question], end: int) -> dict[str, torch.Tensor]:
