@@ -45,6 +45,7 @@ from peft_sgrq.choices import name_in_state_dict, without_wrapper_names
 from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.bnb_4bit.nesting import nested_layers
 from peft_sgrq.formats.compressed_tensors.weight import keep_compressed
+from peft_sgrq.formats.scale_matrix import SERVED_ANEW
 from peft_sgrq.formats.scaled_weight import ScaledWeight
 from peft_sgrq.layer.base_layers import base_layer_of, original_scales, places_of_shared, scaled_weight_of
 from peft_sgrq.layer.first_gradients import FirstGradients
@@ -207,6 +208,7 @@ class SGRQModel(BaseTuner):
         with original_scales(self.model):
             nested = nested_layers(self.model)
         saved_by = {layer.scaled_weight.saved_by for layer in self._layers()} - {None}
+        served_anew = any(layer.scaled_weight.served_anew for layer in self._layers())
         ties = merging_ties(self.model) if merge else nullcontext()
         with ties, writing_scales(self.model, "Merging", nested):
             model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
@@ -217,6 +219,8 @@ class SGRQModel(BaseTuner):
                     for module, name in places:
                         setattr(module, name, shared.get_base_layer())
         FirstGradients.forget(model)
+        if merge and served_anew:
+            logger.warning(SERVED_ANEW)
         for how in saved_by if merge else ():
             logger.warning("`save_pretrained` cannot save this merged model so that it loads again; use %s.", how)
         return model

@@ -16,6 +16,7 @@ from peft_sgrq.files.output import check_space
 from peft_sgrq.files.output_folder import check_merged_folder, written_folder
 from peft_sgrq.files.sources import find_adapter, find_base, other_files
 from peft_sgrq.formats.gguf.writing import check_target, write_file
+from peft_sgrq.formats.scale_matrix import SERVED_ANEW
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,8 @@ def _write(plan: MergePlan, out: Path) -> MergeReport:
         if plan.config is not None:
             write_json(scratch / "config.json", plan.config)
         changed = base.write(scratch, plan.changes)
+    if any(layer.served_anew for layer in plan.layers.values()):
+        logger.warning(SERVED_ANEW)
     if left:
         logger.warning("Not carried over, as they hold other weights: %s.", ", ".join(map(str, left)))
     return MergeReport(out, len(plan.layers), changed, [path.as_posix() for path in left])

@@ -11,6 +11,11 @@ import torch
 from peft_sgrq.formats.selectable_unit import SelectableUnit
 
 _SAMPLES = 4096
+# `requantize_with_max_scale` in vllm/model_executor/layers/quantization/utils/w8a8_utils.py of vLLM 0.32.
+SERVED_ANEW = (
+    "vLLM makes one layer of query, key and value, and one of gate and up, with one scale for it where float8 weights "
+    "have one scale a tensor: it quantizes what was merged anew. A base in FP8_DYNAMIC is served as it is merged."
+)
 
 
 class Geometry(NamedTuple):
@@ -58,6 +63,11 @@ class ScaleMatrix(ABC):
     def _set_geometry(self, geometry: Geometry) -> None:
         for field, value in geometry._asdict().items():
             setattr(self, field, value)
+
+    @property
+    def served_anew(self) -> bool:
+        """Whether `SERVED_ANEW` holds of the layer."""
+        return self.name.endswith("fp8-tensor")
 
     @property
     def scales_shape(self) -> tuple[int, int]:

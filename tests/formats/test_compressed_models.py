@@ -11,7 +11,7 @@ from support.quantized_checkpoints import FORMATS, FP8_BLOCKS, edit_config, in_s
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from peft_sgrq import SGRQConfig, restore_codes
+from peft_sgrq import SGRQConfig, merge_checkpoint, restore_codes
 from peft_sgrq.formats.fp8_blocks.weight import Fp8BlockLinear
 from peft_sgrq.formats.registry import resolve_weight
 
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 
 FLOAT8 = torch.float8_e4m3fn
 W4A16 = next(form for form in FORMATS if form.name.endswith("W4A16"))
+FP8 = next(form for form in FORMATS if form.name.endswith("FP8"))
 FP8_DYNAMIC = next(form for form in FORMATS if form.name.endswith("FP8_DYNAMIC"))
 
 
@@ -120,6 +121,20 @@ def test_the_layers_of_a_gpu_have_the_scales_and_the_digest_of_those_restored_wi
     assert torch.equal(theirs.scales(), changed)
     assert theirs.restore_scales(before) is not before
     assert torch.equal(theirs.scales(), ours.scales())
+
+
+@pytest.mark.parametrize(("form", "count"), [(FP8, 1), (FP8_DYNAMIC, 0)], ids=["FP8", "FP8_DYNAMIC"])
+def test_a_merge_warns_of_scales_that_servers_do_not_keep(form, count, tmp_path, caplog):
+    base = form.make(tmp_path)
+    model = form.adapted(base, init_weights=False)
+    model.save_pretrained(tmp_path / "adapter")
+    for merge in (
+        lambda: merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged"),
+        model.merge_and_unload,
+    ):
+        caplog.clear()
+        merge()
+        assert caplog.text.count("quantizes what was merged anew") == count
 
 
 # training with transformers
