@@ -19,13 +19,12 @@ import torch
 
 from peft_sgrq.files.output import as_os_error
 from peft_sgrq.formats.gguf.blocks import TYPES, BlockType, read_half
+from peft_sgrq.formats.gguf.reader import STRING, Reader
 
 MAGIC = b"GGUF"
 FLOATS: dict[int, torch.dtype] = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16, 28: torch.float64}
 _INTEGERS: dict[int, torch.dtype] = {24: torch.int8, 25: torch.int16, 26: torch.int32, 27: torch.int64}
 _UNSUPPORTED = {9: "Q8_1", 15: "Q8_K", 29: "IQ1_M", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0", 42: "Q2_0"}
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
 _CHUNK = 1 << 20
 
 
@@ -49,48 +48,6 @@ class TensorInfo(NamedTuple):
     def kind(self) -> BlockType | None:
         """The type of its blocks; `None` if it holds plain numbers."""
         return TYPES.get(self.ggml_type)
-
-
-class _Reader:
-    """Reads numbers and strings one after the other, and never past the end."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.position, self.size = data, 0, len(data)
-
-    def skip(self, count: int) -> int:
-        start = self.position
-        if count < 0 or start + count > self.size:
-            raise ValueError(f"a header that goes on at byte {self.size}")
-        self.position = start + count
-        return start
-
-    def numbers(self, letters: str) -> tuple[Any, ...]:
-        layout = struct.Struct("<" + letters)
-        return layout.unpack_from(self.data, self.skip(layout.size))
-
-    def string(self) -> str:
-        (length,) = self.numbers("Q")
-        start = self.skip(length)
-        return self.data[start : start + length].decode("utf-8")
-
-    def value(self, kind: int) -> Any:
-        if kind in _NUMBERS:
-            return self.numbers(_NUMBERS[kind])[0]
-        if kind == _STRING:
-            return self.string()
-        if kind != _ARRAY:
-            raise ValueError(f"a value of type {kind}")
-        item, count = self.numbers("IQ")
-        if item in _NUMBERS:
-            self.skip(count * struct.calcsize("<" + _NUMBERS[item]))
-        elif item == _STRING:
-            for _ in range(count):
-                (length,) = self.numbers("Q")
-                self.skip(length)
-        else:
-            for _ in range(count):
-                self.value(item)
-        return item, count  # the items are not read
 
 
 class GGUFFile:
@@ -120,7 +77,7 @@ class GGUFFile:
             self._check_start(file.read(8))
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 try:
-                    self._read(_Reader(data))
+                    self._read(Reader(data))
                 except (ValueError, struct.error, OverflowError, MemoryError, RecursionError) as error:
                     raise ValueError(
                         f"{self.path} is truncated or corrupt: found {self.size} bytes with {error}, expected a whole "
@@ -146,7 +103,7 @@ class GGUFFile:
                 "current llama.cpp."
             )
 
-    def _read(self, reader: _Reader) -> None:
+    def _read(self, reader: Reader) -> None:
         reader.skip(8)
         tensors, entries = reader.numbers("QQ")
         self.metadata: dict[str, Any] = {}
@@ -285,7 +242,7 @@ class GGUFFile:
         if any("\ud800" <= letter <= "\udfff" for letter in name):
             raise ValueError(f"`name` is {name!r}, expected text that UTF-8 can hold; choose another.")
         key, start, end = "general.name", *self._spans.get("general.name", (self._entries_end, self._entries_end))
-        entry = _string(key) + struct.pack("<I", _STRING) + _string(name)
+        entry = _string(key) + struct.pack("<I", STRING) + _string(name)
         header = bytearray(b"".join(self.chunks(0, start)) + entry + b"".join(self.chunks(end, self.table_end)))
         if key not in self._spans:
             struct.pack_into("<Q", header, 16, len(self._spans) + 1)
