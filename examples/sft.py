@@ -84,7 +84,14 @@ class ModelArguments(ModelConfig):
 @dataclass
 class SGRQArguments:
     ratio: str = field(
-        default="1.0", metadata={"help": "Share of the scales to train, in (0, 1], or knee or global for the largest."}
+        default="1.0",
+        metadata={
+            "help": "Share of the scales to train, in (0, 1], knee or global for the largest; 0 for zero points alone."
+        },
+    )
+    zero_points: bool = field(
+        default=False,
+        metadata={"help": "Also train zero points, where the format has them as floats; with --learning_rate 2e-3."},
     )
     target_modules: list[str] | None = field(
         default=None, metadata={"help": "Layers to tune, by name or end of name (default: all quantized ones)."}
@@ -135,6 +142,7 @@ def make_config(sgrq: SGRQArguments) -> SGRQConfig:
         return SGRQConfig(
             task_type="CAUSAL_LM",
             ratio=ratio,
+            zero_points=sgrq.zero_points,
             target_modules=sgrq.target_modules,
             adapter_dtype=sgrq.adapter_dtype,
         )

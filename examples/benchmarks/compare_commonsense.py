@@ -37,6 +37,7 @@ from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
 from peft_sgrq import SGRQConfig, calibrate
+from peft_sgrq.files.hub import check_source
 
 _METHODS = ("peqa", "sgrq-0.4", "sgrq-0.4:diag", "random-0.4", "lora-16")
 _RATES = {"sgrq": 6e-3, "lora": 1e-3}
@@ -92,8 +93,11 @@ def main() -> None:
                 f"{str(arguments.data)!r} has no file NAME.{split}.jsonl, expected one; correct the folder."
             )
         setattr(arguments, _OPTIONS[split], sorted(found))
+    check_source(arguments.model, "model")
     study = Study(arguments)
     jobs = [None, *((method, seed, rates[method.kind]) for seed in arguments.seeds for method in methods)]
+    for job in jobs:
+        study.check(job)
     end = time.perf_counter() + arguments.limit
     for job in jobs:
         if time.perf_counter() > end:
@@ -117,6 +121,12 @@ def _checked(method: Method) -> Method:
 Job = tuple[Method, int, float]
 
 
+def _key(job: Job | None) -> dict[str, Any]:
+    """What the results know a job by; without one that is the base."""
+    method, seed, rate = (None, None, None) if job is None else job
+    return {"method": "untrained" if method is None else method.name, "seed": seed, "learning_rate": rate}
+
+
 class Study:
     """The tasks, the base, and what was found so far."""
 
@@ -134,12 +144,9 @@ class Study:
     def _read(self, task: str, split: str, count: int | None = None) -> list[Question]:
         return read_task(self.tokenizer, self.arguments.data / f"{task}.{split}.jsonl", count)
 
-    def complete(self, job: Job | None) -> None:
-        """Asks the tasks that were not asked yet of an adapter; without one, of the base."""
-        key: dict[str, Any] = {"method": "untrained", "seed": None, "learning_rate": None}
-        if job is not None:
-            key = {"method": job[0].name, "seed": job[1], "learning_rate": job[2]}
-        run = next((run for run in self.results.setting["runs"] if key.items() <= run.items()), None)
+    def check(self, job: Job | None) -> None:
+        """Refuses what is there of a job and belongs to other questions, or to a training with other settings."""
+        run = self._known(_key(job))
         known = {} if run is None else run["tasks"]
         for name in known.keys() & self.tests.keys():
             asked, there = len(known[name]["sum"]), len(self.tests[name])
@@ -148,7 +155,34 @@ class Study:
                     f"{self.arguments.results} has answers to {asked} questions of {name!r}, expected {there}, as its "
                     "file has now; give that a name of its own, or --results another file."
                 )
-        missing = [name for name in self.tests if name not in known]
+        folder = self._folder(job)
+        if folder is None or not folder.exists():
+            return
+        record = folder / _RECORD
+        found = json.loads(record.read_text()) if record.is_file() else {}
+        other = {key: found.get(key) for key, value in self.training.items() if found.get(key) != value}
+        if other:
+            expected = {key: self.training[key] for key in other}
+            raise ValueError(
+                f"The adapter in {str(folder)!r} was trained with {other} by its {_RECORD}, expected {expected}; give "
+                "--save another folder, or the arguments it was trained with."
+            )
+
+    def _known(self, key: dict[str, Any]) -> dict[str, Any] | None:
+        """What the results have of an adapter."""
+        return next((run for run in self.results.setting["runs"] if key.items() <= run.items()), None)
+
+    def _folder(self, job: Job | None) -> Path | None:
+        if job is None or self.arguments.save is None:
+            return None
+        method, seed, rate = job
+        return self.arguments.save / f"{method.name.replace(':', '-')}-{rate:g}-seed{seed}"
+
+    def complete(self, job: Job | None) -> None:
+        """Asks the tasks that were not asked yet of an adapter; without one, of the base."""
+        key = _key(job)
+        run = self._known(key)
+        missing = [name for name in self.tests if run is None or name not in run["tasks"]]
         if not missing:
             return
         model, found = self._base(), key | {"tasks": {}}
@@ -171,13 +205,10 @@ class Study:
 
     def _tuned(self, model: Any, method: Method, seed: int, rate: float) -> tuple[Any, int]:
         """The base with the adapter of a job, found in the folder or trained, and how many numbers that trains."""
-        folder = None
-        if self.arguments.save is not None:
-            folder = self.arguments.save / f"{method.name.replace(':', '-')}-{rate:g}-seed{seed}"
-            if folder.exists():
-                self._check(folder)
-                loaded = PeftModel.from_pretrained(model, folder, is_trainable=True)
-                return loaded.eval(), count_trained(loaded, method)
+        folder = self._folder((method, seed, rate))
+        if folder is not None and folder.exists():
+            loaded = PeftModel.from_pretrained(model, folder, is_trainable=True)
+            return loaded.eval(), count_trained(loaded, method)
         targets = targets_of(model)
         selection = self._selection(model, method, targets, seed)
         torch.manual_seed(seed)
@@ -195,18 +226,6 @@ class Study:
             tuned.save_pretrained(written)
             (written / _RECORD).write_text(json.dumps(self.training, indent=1) + "\n")
             written.rename(folder)
-
-    def _check(self, folder: Path) -> None:
-        """Refuses an adapter that was trained otherwise: its answers would stand under this setting."""
-        record = folder / _RECORD
-        found = json.loads(record.read_text()) if record.is_file() else {}
-        other = {key: found.get(key) for key, value in self.training.items() if found.get(key) != value}
-        if other:
-            expected = {key: self.training[key] for key in other}
-            raise ValueError(
-                f"The adapter in {str(folder)!r} was trained with {other} by its {_RECORD}, expected {expected}; give "
-                "--save another folder, or the arguments it was trained with."
-            )
 
     def _selection(self, model: Any, method: Method, targets: list[str], seed: int) -> dict[str, str] | None:
         if not method.selects:

@@ -31,6 +31,8 @@ from comparison.store import STATES, Results, best_rate, loss_of
 from selection_bench import CONTROLS
 from transformers.utils import logging
 
+from peft_sgrq.files.hub import check_source
+
 _COUNTS = ("rates", "steps", "batch_size", "length", "rows", "calibration_rows", "evaluation_rows", "characters")
 _EXTENSIONS = 4  # rates added to a sweep at most
 _APART = 0.1  # refined rates that differ by less than this, in logarithms, are one
@@ -84,6 +86,7 @@ def main() -> None:
         check_count(f"--{name.replace('_', '-')}", getattr(arguments, name))
     if not all(rate > 0 for rate in arguments.at):
         raise ValueError(f"--at has {arguments.at}, expected learning rates above 0; leave out what is not.")
+    check_source(arguments.model, "model")
     arguments.seeds = sorted(set(arguments.seeds))
     results = Results(arguments)
     bench = Bench(arguments)

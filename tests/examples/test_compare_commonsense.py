@@ -151,6 +151,13 @@ def test_a_mistaken_argument_is_named(arguments, text, llama_dir, data, tmp_path
         compare_commonsense.main()
 
 
+def test_a_model_that_is_nowhere_is_named(data, tmp_path, monkeypatch):
+    command = ["compare_commonsense.py", str(data), "./nowhere", "--results", str(tmp_path / "results.json")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(ValueError, match=r"The model './nowhere' is no folder here"):
+        compare_commonsense.main()
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_folder_without_tasks_is_named(split, llama_dir, data, tmp_path, monkeypatch):
     for path in data.glob(f"*.{split}.jsonl"):
@@ -200,6 +207,7 @@ def test_a_further_task_is_asked_alone_and_of_the_same_adapters(llama_dir, data,
     # Adapters that were trained otherwise, and answers to other questions, are not taken for these.
     with pytest.raises(ValueError, match=r"was trained with \{'steps': 2\} .*, expected \{'steps': 3\}"):
         run("--steps", "3")
+    assert len(json.loads(results.read_text())) == 1  # nothing was run before
     write(data / "third.test.jsonl", 7)
     with pytest.raises(ValueError, match=r"has answers to 8 questions of 'third', expected 7"):
         run()

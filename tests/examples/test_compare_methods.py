@@ -119,6 +119,7 @@ def test_an_unknown_method_or_option_is_refused_with_what_is_known():
         ({"--length": "400"}, r"has \d windows of 400 tokens, expected at least 10"),
         ({"--test": "nowhere.txt"}, r"There is no file 'nowhere.txt'"),
         ({"--recover": "nowhere.txt"}, r"There is no file 'nowhere.txt'"),
+        ({"--other": "./nowhere"}, r"The text './nowhere' is no file or folder here"),
         ({"--questions": "nowhere.jsonl"}, r"There is no file 'nowhere.jsonl'"),
     ],
     ids=lambda value: " ".join(next(iter(value.items()))) if isinstance(value, dict) else "",

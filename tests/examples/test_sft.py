@@ -29,6 +29,13 @@ def test_defaults_are_those_of_scales(tmp_path):
     )
 
 
+def test_zero_points_are_trained_alone_where_that_is_asked_for():
+    config = sft.make_config(sft.SGRQArguments(ratio="0", zero_points=True))
+    assert config.zero_points and config.ratio == 0 and not sft.make_config(sft.SGRQArguments()).zero_points
+    with pytest.raises(SystemExit, match="expected a share of the scales"):
+        sft.make_config(sft.SGRQArguments(ratio="0"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

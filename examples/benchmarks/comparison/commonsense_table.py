@@ -58,7 +58,7 @@ def accuracy_table(setting: dict[str, Any], score: str = "sum", reference: str =
 
 
 def _seeds(runs: list[Run]) -> str:
-    return ", ".join(str(seed) for seed in dict.fromkeys(run["seed"] for run in runs) if seed is not None)
+    return ", ".join(str(seed) for seed in dict.fromkeys(run["seed"] for run in runs) if seed is not None) or "none"
 
 
 def _difference(runs: list[Run], references: dict[int, Run], tasks: list[str], score: str) -> str:

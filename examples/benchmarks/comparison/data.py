@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from selection_bench import windows_of
 
+from peft_sgrq.files.hub import check_source
+
 FILES = (".txt", ".md", ".jsonl")  # what a file is called; other sources that do not exist here are on the Hub
 
 
@@ -49,6 +51,7 @@ def read_windows(tokenizer: Any, source: str, split: str, length: int, character
     from datasets import load_dataset
 
     name, _, config = source.partition(":")
+    check_source(name, "text", kind="dataset")
     text = ""
     for row in load_dataset(name, config or None, split=split):
         columns = [key for key in column.split(",") if key in row] or ["text"]
@@ -77,7 +80,7 @@ def read_chats(tokenizer: Any, path: Path, length: int, count: int) -> torch.Ten
     if tokenizer.chat_template is None:
         raise ValueError("The tokenizer has no chat template, expected one; leave out --chat, or take a chat model.")
     rows = []
-    for line in existing(path).read_text().split("\n")[:count]:
+    for line in existing(path).read_text(encoding="utf-8").split("\n")[:count]:
         if not line:
             continue
         found = json.loads(line)
@@ -126,7 +129,7 @@ def read_questions(tokenizer: Any, path: Path, count: int, length: int) -> Quest
         ValueError: If no context is that long.
     """
     contexts, choices, characters, labels = [], [], [], []
-    for line in existing(path).read_text().splitlines():
+    for line in existing(path).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         ids = _ids(tokenizer, row["context"])
         if len(ids) < length or len(labels) == count:
