@@ -12,6 +12,7 @@ import os
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -47,13 +48,19 @@ def _forget_package() -> None:
 class _AfterPeft(MetaPathFinder):
     """Finds `peft` by the other finders, and has SGRQ registered when it has been executed."""
 
+    # Others may ask all finders as well (wrapt's does; a second import of bitsandbytes makes a second of these), so
+    # that this one is asked while it asks.
+    def __init__(self) -> None:
+        self._asking = False
+
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != "peft":
+        if fullname != "peft" or self._asking:
             return None
-        # Looked for without being imported, too: transformers asks whether it is there.
-        others = [other for other in sys.meta_path if other is not self and hasattr(other, "find_spec")]
-        found = (other.find_spec(fullname, path, target) for other in others)
-        spec = next((one for one in found if one is not None), None)
+        self._asking = True
+        try:
+            spec = find_spec(fullname)  # looked for without being imported, too: transformers asks whether it is there
+        finally:
+            self._asking = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 

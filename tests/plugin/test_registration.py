@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,6 +81,30 @@ except RuntimeError as error:
     assert str(error) == "broken on purpose"
 else:
     raise AssertionError("the error is hidden from whoever asks for the package")
+"""
+# A package that is called peft and has no tuners: registering fails, quietly, and only the import is looked at.
+FINDERS = """
+import importlib.util, sys
+sys.argv[0] = "peft-sgrq"  # else the package registers at once
+from peft_sgrq.plugin.autoload import hook
+
+class AsksAllFinders:  # as wrapt's
+    asking = False
+    def find_spec(self, name, path=None, target=None):
+        if name != "peft" or self.asking:
+            return None
+        self.asking = True
+        try:
+            return importlib.util.find_spec(name)
+        finally:
+            self.asking = False
+
+for finders in ({order}):
+    finders() if finders is hook else sys.meta_path.insert(0, AsksAllFinders())
+assert importlib.util.find_spec("peft") is not None and "peft" not in sys.modules
+import peft
+assert peft.executed and "peft_sgrq" not in sys.modules, "registering was not tried"
+assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("peft_sgrq")]
 """
 LIGHT = """
 import sys, bitsandbytes
@@ -176,6 +203,19 @@ def test_importing_bitsandbytes_alone_imports_nothing_heavy(results):
 @pytest.mark.slow
 def test_a_peft_with_its_own_sgrq_is_not_hidden(results):
     assert results["peft has its own"] == "passed", results["peft has its own"]
+
+
+@pytest.mark.parametrize(
+    "order", ["hook,", "hook, hook", "AsksAllFinders, hook", "hook, AsksAllFinders", "hook, AsksAllFinders, hook"]
+)
+def test_peft_is_imported_among_other_finders_that_ask_all(order, tmp_path):
+    (tmp_path / "peft.py").write_text("executed = True\n")
+    path = os.pathsep.join([str(tmp_path), str(Path(peft_sgrq.__file__).parent.parent)])
+    code = FINDERS.format(order=order)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_member_is_a_real_one():
