@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import TaskType
 from torch import nn
@@ -25,8 +25,7 @@ from peft_sgrq.adapter.targets import (
     check_modules_to_save,
     check_targets,
     find_targets,
-    quantized_layers,
-    supported_layers,
+    name_targets,
     warn_of_dense_base,
     warn_of_fused_experts,
 )
@@ -120,14 +119,8 @@ class SGRQModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: SGRQConfig, model_config: dict[str, Any]) -> SGRQConfig:
         if peft_config.target_modules is None:
-            peft_config.target_modules = supported_layers(self.model, peft_config)
             warn_of_fused_experts(self.model)
-            return peft_config
-        named = peft_config.target_modules
-        found = _maybe_include_all_linear_layers(peft_config, self.model)
-        if isinstance(named, str) and not isinstance(found.target_modules, str):
-            found.target_modules |= quantized_layers(self.model)  # whose classes PEFT does not know
-        return found
+        return name_targets(self.model, peft_config)
 
     def _prepare_model(self, peft_config: SGRQConfig, model: nn.Module) -> None:
         # Everything that can be wrong is found here, before the first layer is replaced.

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.peft_types import TaskType
 from torch import nn
@@ -27,6 +27,18 @@ TASK_HEADS: dict[str, list[str]] = {
     TaskType.TOKEN_CLS: ["classifier", "score"],
     TaskType.QUESTION_ANS: ["qa_outputs"],
 }
+
+
+def name_targets(model: nn.Module, config: SGRQConfig) -> SGRQConfig:
+    """Has a config name the layers that its `target_modules` of `None` or `"all-linear"` stand for in a model."""
+    wanted = config.target_modules
+    if wanted is None:
+        config.target_modules = supported_layers(model, config)
+        return config
+    named = _maybe_include_all_linear_layers(config, model)
+    if isinstance(wanted, str) and not isinstance(named.target_modules, str):
+        named.target_modules |= quantized_layers(model)  # whose classes PEFT does not know
+    return named
 
 
 def find_targets(model: nn.Module, config: SGRQConfig) -> dict[str, ScaledWeight]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -118,18 +119,30 @@ def read_tensors(
         ValueError: If the file is of another kind, or no whole safetensors file.
         OSError: If there is none.
     """
-    with whole_safetensors(path, f"a saved {what}; {mend}"), safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get(f"{MADE_HERE}_{kind}")
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    key, expected = f"{MADE_HERE}_{kind}", f"a saved {what}; {mend}"
+    with whole_safetensors(path, expected), safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(key)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if text is None:
-        raise ValueError(f"{os.fspath(path)} holds no {what}, which its metadata would say; give another file.")
-    return tensors, json.loads(text)
+        raise ValueError(
+            f"{os.fspath(path)} holds no {what}: found a safetensors file without {key!r} in its metadata, expected "
+            "one; give another file."
+        )
+    try:
+        return tensors, dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{os.fspath(path)} is corrupt: found {key!r} in its metadata that is no JSON object ({error}), expected "
+            f"{expected}."
+        ) from error
 
 
 @contextmanager
 def whole_safetensors(path: str | os.PathLike[str], expected: str) -> Iterator[None]:
     """Raises a ValueError if a file that is read while this is open is no whole safetensors file."""
     try:
+        if os.path.isdir(path):  # which safetensors calls a device that is not there, and no name
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
         yield
     except SafetensorError as error:
         raise ValueError(

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -87,7 +88,9 @@ def load_batches(
         TypeError: If the data has another form, or texts come without a tokenizer.
     """
     for name, count in (("samples", samples), ("max_length", max_length), ("batch_size", batch_size)):
-        if not (name == "samples" and count is None) and (not isinstance(count, int) or count < 1):
+        if count is None and name == "samples":
+            continue
+        if not isinstance(count, Integral) or count < 1:  # NumPy's are such, too
             raise ValueError(f"`{name}` is {count!r}, expected a whole number of at least 1; correct it.")
     items = _read(data, column, tokenizer)
     first = next(items, None)

@@ -62,18 +62,19 @@ def gather(value: T) -> list[T]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """A ValueError that is raised inside of this on any process is raised at its end on all of them.
+    """A ValueError or OSError that is raised inside of this on any process is raised at its end on all of them.
 
     Inside of it no process may wait for the others.
     """
-    error: ValueError | None = None
+    error: ValueError | OSError | None = None
     try:
         yield
-    except ValueError as raised:
+    except (ValueError, OSError) as raised:
         error = raised
-    texts = gather(None if error is None else str(error))
+    found = gather(None if error is None else (OSError if isinstance(error, OSError) else ValueError, str(error)))
     if error is not None:
         raise error
-    for text in texts:
-        if text is not None:
-            raise ValueError(text)
+    for of_another in found:
+        if of_another is not None:
+            kind, text = of_another
+            raise kind(text)

@@ -11,12 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from peft_sgrq.adapter.targets import find_targets, supported_layers
+from peft_sgrq.adapter.targets import find_targets, name_targets
 from peft_sgrq.base.prepare import prepare_base
 from peft_sgrq.base.trainable_kernels import use_trainable_kernels
 from peft_sgrq.choices import CUSTOM, DEFAULT_CRITERION, WITHOUT_DATA, check_criterion, size_in_bytes
@@ -188,10 +187,7 @@ def _scores(
 
 
 def _targets(model: nn.Module, config: SGRQConfig) -> dict[str, ScaledWeight]:
-    config = copy.deepcopy(config)
-    if config.target_modules is None:
-        config.target_modules = supported_layers(model, config)
-    config = _maybe_include_all_linear_layers(config, model)
+    config = name_targets(model, copy.deepcopy(config))
     scaled_weights = find_targets(model, config)
     if not scaled_weights:
         raise ValueError(

@@ -270,6 +270,10 @@ def test_all_linear_means_packed_layers_too(tmp_path):
         == get_peft_model(peft_sgrq.load_gguf(packed)[0], SGRQConfig()).peft_config["default"].target_modules
     )
     some = write_gguf(tmp_path / "mixed.gguf", tiny_model("llama"), mixed)
+    config = SGRQConfig(target_modules="all-linear", ratio=0.5)
+    saliency = peft_sgrq.calibrate(peft_sgrq.load_gguf(some)[0], config, criterion="magnitude", progress=False)
+    adapted = get_peft_model(peft_sgrq.load_gguf(some)[0], config)
+    assert adapted.peft_config["default"].selection == saliency.select(0.5)
     adapted = get_peft_model(
         peft_sgrq.load_gguf(some)[0],
         SGRQConfig(target_modules="all-linear", init_weights=False, task_type="CAUSAL_LM"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.bases import DENSE, INT8, NF4, adapted, byte_tokenizer
@@ -88,7 +89,7 @@ def test_samples_are_chosen_by_the_seed_and_lengths_are_limited(llama_dir: Path)
     name = "model.layers.0.self_attn.q_proj"
     assert torch.equal(first.scores[name], again.scores[name])
     assert not torch.equal(first.scores[name], other.scores[name])
-    assert run_on(model, TEXTS, tokenizer=tokenizer, max_length=7).tokens == 7 * len(TEXTS)
+    assert run_on(model, TEXTS, tokenizer=tokenizer, max_length=np.int64(7)).tokens == 7 * len(TEXTS)
     assert run_on(model, padded_batches(rows=4), samples=5).tokens == sum(
         int(batch["attention_mask"].sum()) for batch in padded_batches(rows=4)[:2]
     )

@@ -14,7 +14,7 @@ from support.rounded_models import recovered, sequences
 from torch import distributed, multiprocessing
 
 from peft_sgrq import SGRQConfig, calibrate
-from peft_sgrq.passes.processes import sum_over_processes
+from peft_sgrq.passes.processes import sum_over_processes, together
 
 pytestmark = pytest.mark.slow
 
@@ -89,6 +89,16 @@ def refused(directory: Path, **options: Any) -> str:
     return ""
 
 
+def unread(rank: int, file: Path) -> str:
+    try:
+        with together():
+            if rank == 0:
+                file.read_bytes()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
 def process(rank: int, directory: str, results: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(rank)
@@ -101,6 +111,7 @@ def process(rank: int, directory: str, results: str) -> None:
     found["refused"] = refused(Path(directory), data=sequences(1))
     another = {"epochs": 2, "preservation": 0.1, "seed": 1, "progress_file": Path(results, "new", "progress")}
     found["another's"] = refused(Path(directory), **another)
+    found["unread"] = unread(rank, Path(results, "not there"))
     found["transposed"] = torch.arange(6.0).view(3, 2).t() if rank else torch.arange(6.0).view(2, 3)
     sum_over_processes([found["transposed"]])
     torch.save(found, f"{results}/{rank}.pt")
@@ -162,6 +173,11 @@ def test_a_recovery_goes_on_from_its_file_in_all_processes(found):
     for results in found:
         (whole, errors, _), (again, same_errors, _) = results["resumed"]
         assert errors == same_errors and all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_what_the_first_process_cannot_read_stops_all(found):
+    assert "not there" in found[0]["unread"]
+    assert found[0]["unread"] == found[1]["unread"]
 
 
 def test_all_processes_refuse_to_recover_on_too_little_data(found):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,14 @@ def test_files_that_are_no_saliency_are_refused(tmp_path: Path):
     from safetensors.torch import save_file
 
     save_file({"a": torch.ones(2)}, path)
-    with pytest.raises(ValueError, match=r"holds no saliency"):
+    with pytest.raises(ValueError, match=r"holds no saliency: found .* without 'peft_sgrq_saliency' .*, expected"):
         Saliency.load(path)
+    for text in ("{", "3"):
+        save_file({"a": torch.ones(2)}, path, metadata={"peft_sgrq_saliency": text})
+        with pytest.raises(ValueError, match=r"s\.safetensors is corrupt: found .* no JSON object"):
+            Saliency.load(path)
+    with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))):
+        Saliency.load(tmp_path)
     broken = example()
     broken.scores["a.b"][3] = torch.nan
     broken.save(path)
