@@ -136,7 +136,10 @@ def run(method: Method, base: Path, train: Dataset, held_out: Path, arguments: a
     """One column of the table."""
     directory = arguments.output / method.name.split()[0].lower()
     windows = tokenize(
-        AutoTokenizer.from_pretrained(base), held_out.read_text(), arguments.length, arguments.eval_windows
+        AutoTokenizer.from_pretrained(base),
+        held_out.read_text(encoding="utf-8"),
+        arguments.length,
+        arguments.eval_windows,
     )
     say(f"{method.name}: {arguments.steps} steps.")
     model, seconds = tune(method, base, train, arguments, directory)
@@ -234,12 +237,12 @@ def main() -> None:
     train_texts, held_out_texts = load_texts(arguments)
     train = Dataset.from_dict({"text": train_texts})
     held_out = arguments.output / "held_out.txt"
-    held_out.write_text("\n\n".join(held_out_texts))
+    held_out.write_text("\n\n".join(held_out_texts), encoding="utf-8")
     base = arguments.output / "base-nf4"
     quantize(arguments, base)
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    windows = tokenize(tokenizer, held_out.read_text(), arguments.length, arguments.eval_windows)
+    windows = tokenize(tokenizer, held_out.read_text(encoding="utf-8"), arguments.length, arguments.eval_windows)
     say(f"Perplexity of the model and of its NF4 version, on {windows.numel():,} held-out tokens.")
     full = load(arguments.model, dtype=arguments.dtype)
     quantized = load(str(base))

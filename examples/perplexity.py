@@ -73,7 +73,7 @@ def main() -> None:
         parser.error(f"--logits is {str(arguments.logits)!r}, expected a file in a folder that is there")
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    windows = tokenize(tokenizer, arguments.text.read_text(), arguments.length, arguments.limit)
+    windows = tokenize(tokenizer, arguments.text.read_text(encoding="utf-8"), arguments.length, arguments.limit)
     model = load(arguments.model)
     if not arguments.repack:
         keep_stored_layout(model)

@@ -82,7 +82,7 @@ def windows(model: str, texts: list[str], length: int, rows: int, limit: int) ->
 
 
 def read(path: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def cost(arguments: argparse.Namespace) -> dict[str, Any]:

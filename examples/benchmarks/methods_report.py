@@ -39,7 +39,7 @@ def main() -> None:
     if arguments.update is None:
         print("\n\n".join(texts.values()))
     else:
-        pages = {path: path.read_text() for path in arguments.update}
+        pages = {path: path.read_text(encoding="utf-8") for path in arguments.update}
         for part in PARTS:
             mark = MARK.format(part)
             path = next((path for path, page in pages.items() if mark in page), arguments.update[0])

@@ -30,7 +30,7 @@ def print_or_update(text: str | None, describe: Callable[[Any], str]) -> None:
     if arguments.update is None:
         print("\n\n".join(tables.values()))
         return
-    page = arguments.update.read_text()
+    page = arguments.update.read_text(encoding="utf-8")
     for name, table in tables.items():
         page = put_between(page, f"<!-- {name} -->", f"<!-- end of {name} -->", table)
     replace_text(arguments.update, page)

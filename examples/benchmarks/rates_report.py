@@ -32,7 +32,7 @@ def main() -> None:
     if arguments.update is None:
         print(text)
     else:
-        page = arguments.update.read_text()
+        page = arguments.update.read_text(encoding="utf-8")
         replace_text(arguments.update, put_between(page, _MARK, "<!-- end of rates -->", text))
 
 

@@ -71,4 +71,4 @@ def named(value: Any) -> Any:
 def replace_text(path: Path, text: str) -> None:
     """Writes a file, the whole of it or nothing."""
     with written(path) as file:
-        Path(file).write_text(text)
+        Path(file).write_text(text, encoding="utf-8")

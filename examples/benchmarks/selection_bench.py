@@ -226,7 +226,7 @@ def select_control(saliency: Saliency, control: str, ratio: float, seed: int) ->
 
 def windows_of(tokenizer: Any, path: Path, length: int, characters: int) -> torch.Tensor:
     """A text cut into windows: int64 `[windows, length]`; of a .jsonl file the fields of each line, joined."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     if path.suffix == ".jsonl":
         rows = [json.loads(line) for line in text.split("\n") if line]  # splitlines would split inside of strings
         text = "\n\n".join(row["text"] if "text" in row else f"{row['question']}\n{row['answer']}" for row in rows)

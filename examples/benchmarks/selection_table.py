@@ -30,7 +30,7 @@ def main() -> None:
     if arguments.update is None:
         print(text)
         return
-    replace_text(arguments.update, put_between(arguments.update.read_text(), START, END, text))
+    replace_text(arguments.update, put_between(arguments.update.read_text(encoding="utf-8"), START, END, text))
 
 
 def describe(setting: dict[str, Any]) -> str:

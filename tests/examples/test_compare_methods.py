@@ -14,13 +14,15 @@ import pytest
 import torch
 from comparison.bases import load_base, targets_of
 from comparison.bench import Bench
-from comparison.data import Questions
+from comparison.data import Questions, read_questions
 from comparison.evaluation import accuracy, mean_loss
+from comparison.generation import read_rows
 from comparison.merging import merge
 from comparison.methods import DEFAULT_METHODS, adapt, count_trained, parse_method
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.bases import NF4
+from transformers import AutoTokenizer
 
 from peft_sgrq import SGRQLinear
 
@@ -130,6 +132,15 @@ def test_mistakes_are_explained_before_anything_is_run(changes, message, argumen
     with pytest.raises(ValueError, match=message):
         compare_methods.main()
     assert not (tmp_path / "results.json").exists()
+
+
+def test_texts_with_separators_of_lines_are_one_row(llama_dir, tmp_path):
+    row = {"context": "one\u2028two é " * 4, "choices": ["a", "b"], "label": 1}
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(llama_dir)
+    assert read_questions(tokenizer, path, 4, 2).labels == [1]
+    assert read_rows({"dataset": str(path)}) == [row]
 
 
 def test_evaluation_is_on_the_texts_that_are_named(arguments, tmp_path, monkeypatch):

@@ -129,7 +129,9 @@ def read_questions(tokenizer: Any, path: Path, count: int, length: int) -> Quest
         ValueError: If no context is that long.
     """
     contexts, choices, characters, labels = [], [], [], []
-    for line in existing(path).read_text(encoding="utf-8").splitlines():
+    for line in existing(path).read_text(encoding="utf-8").split("\n"):
+        if not line:
+            continue
         row = json.loads(line)
         ids = _ids(tokenizer, row["context"])
         if len(ids) < length or len(labels) == count:

@@ -67,8 +67,8 @@ def read_rows(settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a .jsonl file, or of a dataset on the Hub (`name` or `name:config`), at most `rows` of them."""
     count = settings.get("rows")
     if Path(settings["dataset"]).suffix == ".jsonl":
-        rows = [json.loads(line) for line in Path(settings["dataset"]).read_text().splitlines()]
-        return rows[:count]
+        lines = Path(settings["dataset"]).read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line][:count]
     from datasets import load_dataset
 
     name, _, config = settings["dataset"].partition(":")
