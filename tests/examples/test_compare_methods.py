@@ -18,7 +18,7 @@ from comparison.data import Questions, read_questions
 from comparison.evaluation import accuracy, mean_loss
 from comparison.generation import read_rows
 from comparison.merging import merge
-from comparison.methods import DEFAULT_METHODS, adapt, count_trained, parse_method
+from comparison.methods import DEFAULT_METHODS, Unavailable, adapt, count_trained, parse_method
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.bases import NF4
@@ -132,6 +132,13 @@ def test_mistakes_are_explained_before_anything_is_run(changes, message, argumen
     with pytest.raises(ValueError, match=message):
         compare_methods.main()
     assert not (tmp_path / "results.json").exists()
+
+
+def test_zero_points_of_a_format_without_such_are_not_available(llama_dir):
+    base = load_base(str(llama_dir), "nf4", torch.float32, [])
+    for name in ("zeros", "peqa:zeros"):
+        with pytest.raises(Unavailable, match="store no zero points as floats"):
+            adapt(base, parse_method(name), targets_of(base), None)
 
 
 def test_texts_with_separators_of_lines_are_one_row(llama_dir, tmp_path):

@@ -42,7 +42,7 @@ DEFAULT_METHODS = (
 
 
 class Unavailable(Exception):
-    """PEFT does not have the method for the base, or not for its format."""
+    """PEFT does not have the method for the base, or not for its format, or the format has no zero points."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def adapt(model: Any, method: Method, targets: list[str], selection: Mapping[str
         selection (`Mapping[str, str]` or `None`): Layer -> mask of its selected groups, for SGRQ below ratio 1.0.
 
     Raises:
-        Unavailable: If PEFT does not have the method for these layers.
+        Unavailable: If PEFT does not have the method for these layers, or they have no zero points.
     """
     shared: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": targets}
     if method.kind == "sgrq":
@@ -159,7 +159,13 @@ def adapt(model: Any, method: Method, targets: list[str], selection: Mapping[str
         norms = [name.rpartition(".")[2] for name, module in model.named_modules() if "Norm" in type(module).__name__]
         shared["modules_to_save"] = list(dict.fromkeys(norms)) if method.norms else None
         ratio = 0.0 if method.ratio == 0 else 1.0  # of what the selection has
-        adapted = get_peft_model(model, SGRQConfig(ratio=ratio, selection=chosen, zero_points=method.zeros, **shared))
+        config = SGRQConfig(ratio=ratio, selection=chosen, zero_points=method.zeros, **shared)
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            if not (method.zeros and "`zero_points` is True" in str(error)):
+                raise
+            raise Unavailable(str(error)) from error
         layers = [module for module in adapted.modules() if isinstance(module, SGRQLinear)]
         if method.tied:
             tie_rows(layers)
