@@ -298,6 +298,23 @@ def test_a_model_that_is_cast_computes_in_the_dtype_it_is_cast_to(tmp_path, ids)
     assert model.get_input_embeddings().embed_scale == scale
 
 
+def test_offloaded_layers_have_the_same_gradients_and_a_head_without_its_embedding_is_refused(tmp_path, ids):
+    from accelerate import cpu_offload
+
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"), q4_0)
+    x = torch.randn(1, 6, 256, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    model = peft_sgrq.load_gguf(path)[0]
+    offloaded = cpu_offload(peft_sgrq.load_gguf(path, config=model.config)[0], execution_device="cpu")
+    one, other = (torch.autograd.grad(one(inputs_embeds=x).logits.square().sum(), x)[0] for one in (model, offloaded))
+    assert torch.equal(one, other)
+    path = write_gguf(tmp_path / "tied.gguf", tiny_model("llama", tied=True), q4_0)
+    tied = cpu_offload(peft_sgrq.load_gguf(path)[0], execution_device="cpu")
+    with pytest.raises(ValueError, match=r"GGUFEmbedding\(.* has no values on the meta device.* device_map"):
+        tied(input_ids=ids)
+    with pytest.raises(TypeError, match=r"`config` is 'original', expected what `AutoConfig"):
+        peft_sgrq.load_gguf(path, config="original")
+
+
 @pytest.mark.parametrize("target", [None, "m.gguf"])
 def test_a_file_that_is_not_there_is_said_by_name(target, tmp_path):
     (tmp_path / "other.gguf").touch()

@@ -116,19 +116,25 @@ class _PackedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: _Packed, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.layer = layer
+        # The tensor and not the layer, whose own is on the meta device by then where accelerate offloads it.
+        ctx.kind, ctx.packed = layer.kind, layer.packed
         return product(x, *layer.held(), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor | None]:
         dy = grads[0]
-        dx = transposed_product(dy, *ctx.layer.held()) if ctx.needs_input_grad[0] else None
+        dx = transposed_product(dy, *_as_stored(ctx.kind, ctx.packed)) if ctx.needs_input_grad[0] else None
         db = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, db
 
 
 def _product(x: torch.Tensor, layer: _Packed, bias: torch.Tensor | None, dense: DenseWeight) -> torch.Tensor:
+    if layer.packed.is_meta and not x.is_meta:
+        raise ValueError(
+            f"{layer} has no values on the meta device, expected them beside the input; if accelerate offloads it, and "
+            "the output head is tied to it, load the model with a device_map that keeps it on a device."
+        )
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if dense.kept and not torch.is_grad_enabled():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import warnings
@@ -49,7 +50,7 @@ def load_gguf(
         The model in eval mode, a `PeftModel` if an adapter is given, and the tokenizer.
 
     Raises:
-        TypeError: If a `quantization_config` is given.
+        TypeError: If a `quantization_config` is given, or a `config` by its name.
         ValueError: If the file is truncated, or its weights cannot stay packed; the sentence says why.
         ImportError: If the package gguf, which transformers reads the config with, is missing.
 
@@ -80,6 +81,11 @@ def load_gguf(
     config = kwargs.pop("config", None)
     if config is None:
         config = read_config(file, folder, name, **hub)  # the vocabulary is walked once for it
+    else:
+        if isinstance(config, (str, os.PathLike)):
+            raise TypeError(f"`config` is {config!r}, expected what `AutoConfig.from_pretrained({config!r})` returns.")
+        config = copy.deepcopy(config)
+        vars(config).pop("quantization_config", None)  # of another checkpoint of the model
     empty_model(file, config)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
