@@ -65,12 +65,15 @@ def kept_spaces(module: nn.Module, *further: str) -> list[tuple[dict[str, Any], 
 
 
 def put_back(space: dict[str, Any], before: dict[str, Any]) -> None:
-    """Has a dict hold what it held before."""
+    """Has a dict hold what it held before, in the same order: parts and hooks run in it."""
     for name in [name for name in space if name not in before]:
         del space[name]
     for name, value in before.items():
         if name not in space or space[name] is not value:
             space[name] = value
+    if list(space) != list(before):
+        space.clear()
+        space.update(before)
 
 
 def _parts_of_adapters(modules: list[nn.Module]) -> set[nn.Module]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from peft_sgrq.passes.untouched import configs_of, kept_spaces
+from peft_sgrq.passes.untouched import configs_of, kept_spaces, put_back
 
 
 @contextmanager
@@ -28,8 +28,7 @@ def restored_on_failure(model: nn.Module, overwritten: bool = True) -> Iterator[
         yield
     except BaseException:
         for space, before in kept:
-            space.clear()  # the order of parameters is that of a state dict
-            space.update(before)
+            put_back(space, before)
         with torch.no_grad():
             for parameter, value in values:
                 parameter.copy_(value)

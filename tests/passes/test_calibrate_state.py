@@ -150,3 +150,14 @@ def test_what_is_trained_inside_keeps_what_it_has(llama_dir: Path):
     with untouched(model):
         layer.kept = layer.delta("default").kept = True
     assert layer.kept and layer.delta("default").kept and layer.training
+
+
+def test_parts_that_are_taken_out_come_back_where_they_were():
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    x = torch.ones(1, 2)
+    before = model(x)
+    with untouched(model):
+        first = model._modules.pop("0")
+        model.add_module("further", nn.ReLU())
+        model.add_module("0", first)
+    assert list(model._modules) == ["0", "1", "2"] and torch.equal(model(x), before)
