@@ -132,7 +132,7 @@ class _PackedProduct(torch.autograd.Function):
 def _product(x: torch.Tensor, layer: _Packed, bias: torch.Tensor | None, dense: DenseWeight) -> torch.Tensor:
     if layer.packed.is_meta and not x.is_meta:
         raise ValueError(
-            f"{layer} has no values on the meta device, expected them beside the input; if accelerate offloads it, and "
+            f"{layer} has no values on the meta device, expected them beside the input; if accelerate offloads it and "
             "the output head is tied to it, load the model with a device_map that keeps it on a device."
         )
     if torch.is_autocast_enabled(x.device.type):
