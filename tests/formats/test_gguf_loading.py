@@ -229,7 +229,7 @@ def test_frequencies_that_a_file_divides_are_divided(tmp_path, ids, caplog):
     assert torch.allclose(logits(loaded, ids), logits(theirs, ids), atol=1e-4)
     assert not torch.allclose(logits(loaded, ids), logits(model, ids), atol=1e-3)
     own, _ = peft_sgrq.load_gguf(path, config=theirs.config)  # which divides them itself
-    assert torch.equal(own.model.rotary_emb.inv_freq, divided)
+    assert torch.equal(own.model.rotary_emb.inv_freq, divided) and "not used" not in caplog.text
 
 
 def test_positions_that_a_file_scales_are_said(tmp_path, caplog):

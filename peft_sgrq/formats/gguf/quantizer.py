@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import GgufConfig
 from peft_sgrq.formats.gguf.file import FLOATS, GGUFFile, TensorInfo
 from peft_sgrq.formats.gguf.layers import GGUFEmbedding, GGUFHead, GGUFLinear, GGUFTiedHead, Source, dequantized
 from peft_sgrq.formats.gguf.names import Place, check_complete, find_places, tensor_processor
-from peft_sgrq.formats.gguf.rope import FACTORS, divide_frequencies, rotary_modules, warn_of_scaling
+from peft_sgrq.formats.gguf.rope import FACTORS, divide_frequencies, uses_factors, warn_of_scaling
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class PackedGgufQuantizer(GgufHfQuantizer):
                 self.packed[name] = f"{module}.{layer.stored_name}"
                 if isinstance(layer, GGUFEmbedding) and layer is model.get_input_embeddings() and self.file.tied:
                     _pack_tied_head(model, layer)
-        _tell(self.file, {*self.places, *([FACTORS] if rotary_modules(self.file, model) else [])}, self.packed)
+        _tell(self.file, {*self.places, *([FACTORS] if uses_factors(self.file, model) else [])}, self.packed)
         warn_of_scaling(self.file, model.config)
 
     def get_state_dict(self, checkpoint_file: str, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -191,7 +191,7 @@ def dense_tensors(file: GGUFFile, name: str, place: Place, processor: Any) -> di
 
 def _tell(file: GGUFFile, places: Collection[str], packed: Collection[str]) -> None:
     """Says which quantized tensors had to be dequantized, and which tensors the model has no place for."""
-    dense = [name for name in places if name not in packed and file.tensors[name].kind is not None]
+    dense = [name for name in file.tensors if name in places and name not in packed and file.tensors[name].kind]
     if dense:
         logger.warning(
             "%d quantized tensors of %s are dequantized, as the model does not have them as matrices of a linear "

@@ -23,6 +23,13 @@ def rotary_modules(file: GGUFFile, model: nn.Module) -> list[Any]:
     return [module for module in found if tuple(getattr(module, "inv_freq", torch.empty(0)).shape) == shape]
 
 
+def uses_factors(file: GGUFFile, model: nn.Module) -> bool:
+    """Whether the frequencies are divided as the file says: here, or as its config does for Llama 3."""
+    return bool(rotary_modules(file, model)) or any(
+        getattr(module, "rope_type", None) == "llama3" for module in model.modules()
+    )
+
+
 def divide_frequencies(file: GGUFFile, model: nn.Module) -> None:
     """Divides the frequencies of a loaded model as llama.cpp does (`ggml_rope_ext`, its argument `freq_factors`)."""
     for module in rotary_modules(file, model):
