@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -117,7 +118,12 @@ def allocate(blocks: Sequence[Block], budget: int) -> Allocation:
             f"The budget is {budget:,}, but the smallest ratio of every layer already costs {least:,}; raise the "
             "budget, or offer smaller ratios."
         )
-    points = _search(fronts, budget, *_relax(fronts, budget))
+    price, points, critical = _relax(fronts, budget)
+    # The block in which the relaxed budget ran out can use what is left of it. It comes first, so that a good choice
+    # is known early.
+    order = sorted(range(len(fronts)), key=lambda index: index != critical)
+    found = _search([fronts[index] for index in order], budget, price, [points[index] for index in order])
+    points = [point for _, point in sorted(zip(order, found, strict=True))]
     choices = [
         [int(option) for option in np.unravel_index(int(front.origins[point]), block.shape)]
         for block, front, point in zip(blocks, fronts, points, strict=True)
@@ -191,20 +197,35 @@ def _trace(history: list[_Front], fronts: Sequence[_Front], state: int) -> list[
     return points[::-1]
 
 
-def _relax(fronts: Sequence[_Front], budget: int) -> tuple[float, list[int]]:
-    """The price of the relaxed problem, to the last bits of a float, and points of the fronts that keep to the budget.
+def _relax(fronts: Sequence[_Front], budget: int) -> tuple[float, list[int], int | None]:
+    """The price of the relaxed problem, a point of each front that keep to the budget, and the front that exceeds it.
 
-    The dearer costs are, the cheaper the best points, so the price is found by bisection. Its points are the best ones
-    there are for what they cost.
+    The relaxed problem mixes points, so only the convex hull of each front counts. Its segments are taken by their
+    gain for the cost, best first, until the budget is used up; the first that does not fit gives the price.
     """
+    gains: list[tuple[float, int, int, int]] = []  # gain for the cost, cost, front and end of a segment
+    for index, front in enumerate(fronts):
+        hull = _lower_hull(front)
+        for start, end in pairwise(hull):
+            cost = int(front.costs[end] - front.costs[start])
+            gains.append((float(front.values[start] - front.values[end]) / cost, cost, index, end))
+    points = [0] * len(fronts)
+    spent = sum(int(front.costs[0]) for front in fronts)
+    # Along a hull the gains decline, and the sort keeps the order of equal ones: a front's segments come in order.
+    for rate, cost, index, end in sorted(gains, key=lambda gain: -gain[0]):
+        if spent + cost > budget:
+            return rate, points, index
+        spent, points[index] = spent + cost, end
+    return 0.0, points, None
 
-    def best(price: float) -> list[int]:
-        return [int(np.argmin(front.values + price * front.costs)) for front in fronts]
 
-    low, high = 0.0, 0.0
-    while _total(fronts, best(high))[0] > budget:
-        low, high = high, 2 * high or 1e-12
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _total(fronts, best(middle))[0] > budget else (low, middle)
-    return high, best(high)
+def _lower_hull(front: _Front) -> list[int]:
+    hull: list[int] = []
+    for index, (cost, value) in enumerate(zip(front.costs.tolist(), front.values.tolist(), strict=True)):
+        while len(hull) > 1:
+            (c0, v0), (c1, v1) = ((front.costs[i], front.values[i]) for i in hull[-2:])
+            if (v1 - v0) * (cost - c0) < (value - v0) * (c1 - c0):  # the middle point is below the line: it stays
+                break
+            hull.pop()
+        hull.append(index)
+    return hull
