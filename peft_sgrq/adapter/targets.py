@@ -18,7 +18,7 @@ from peft_sgrq.config import SGRQConfig
 from peft_sgrq.formats.dense.weight import DenseWeight
 from peft_sgrq.formats.registry import is_quantized, is_supported
 from peft_sgrq.formats.scaled_weight import ScaledWeight
-from peft_sgrq.layer.base_layers import base_layer_of, named_base_layers, scaled_weight_of
+from peft_sgrq.layer.base_layers import base_layer_of, makes_weight, named_base_layers, scaled_weight_of
 from peft_sgrq.layer.linear import SGRQLinear
 
 # The heads PEFT trains whole for a task.
@@ -224,7 +224,7 @@ def warn_of_fused_experts(model: nn.Module) -> None:
 def _is_packed(module: nn.Module) -> bool:
     """Whether a module is quantized: a layer of a format, an embedding in blocks, or a head that is tied to one."""
     own = list(module.parameters(recurse=False))
-    shown = isinstance(getattr(type(module), "weight", None), property) and "weight" not in module._parameters
+    shown = makes_weight(module) and "weight" not in module._parameters
     return (
         is_quantized(module) or any(not p.is_floating_point() for p in own) or (shown and not any(module.children()))
     )

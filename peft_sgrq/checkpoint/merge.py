@@ -77,9 +77,8 @@ def merge_checkpoint(
         ```
     """
     given, out = os.fspath(out), Path(out)
-    checked = (
-        None if makes_gguf(given, base, adapter) else check_merged_folder(out, overwrite)
-    )  # before anything is read
+    # A folder is checked before anything is read.
+    checked = None if makes_gguf(given, base, adapter) else check_merged_folder(out, overwrite)
     adapter_folder = find_adapter(adapter)
     gguf_base = find_gguf_base(base, adapter_folder, revision)
     if gguf_base is not None:

@@ -66,6 +66,11 @@ def scaled_weight_of(name: str, layer: nn.Module, group_size: int) -> ScaledWeig
     return scaled_weight
 
 
+def makes_weight(module: nn.Module | None) -> bool:
+    """Whether the `weight` of a module is made of other tensors each time it is asked for, as a packed head's is."""
+    return isinstance(getattr(type(module), "weight", None), property)
+
+
 def refuse_adapters(model: nn.Module, what: str) -> None:
     """Raises an error if what is given is no model, or has an adapter; `what` is asked for, as in "calibrate"."""
     if not isinstance(model, nn.Module):

@@ -20,6 +20,8 @@ from typing import Any
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import nn
 
+from peft_sgrq.layer.base_layers import makes_weight
+
 
 def separate_rows(model: nn.Module) -> None:
     """Before merging: gives a weight whose rows alone were trained a tensor of its own, if it is tied to others."""
@@ -73,7 +75,7 @@ def _shows_another(model: Any) -> bool:
     """Whether the output head has no weight of its own."""
     get_head = getattr(model, "get_output_embeddings", None)
     head: Any = get_head() if callable(get_head) else None
-    return isinstance(getattr(type(head), "weight", None), property) and not any(True for _ in head.parameters())
+    return makes_weight(head) and not any(True for _ in head.parameters())
 
 
 def _copy(weight: nn.Parameter) -> nn.Parameter:
